@@ -1,0 +1,1 @@
+"""Prefect flows: in what order, where and how often the DVC stages run."""

@@ -1,0 +1,42 @@
+"""The errors a user can meet.
+
+ModelstockError            every one of them: say place, got, expected, cure in one line
+├── ParamsError            params.yaml or a command-line knob
+├── DataError              shards, manifests, images
+├── WeightsError           a checkpoint file, or a tensor in it
+├── MergeError             weight sets that cannot be merged, or a method that cannot do it
+├── TrainingError          a run that cannot go on (non-finite loss, a resume point that does not fit)
+└── TrackingError          the MLflow server or its store
+"""
+
+
+class ModelstockError(Exception):
+    """One line that names the place, what was found there, what belongs there, and the cure."""
+
+    def __init__(self, place: object, *, got: object, expected: object, cure: str) -> None:
+        super().__init__(f"{place}: got {got}; expected {expected}; {cure}")
+        self.place, self.got, self.expected, self.cure = str(place), str(got), str(expected), cure
+
+
+class ParamsError(ModelstockError):
+    """A parameter is misspelt, missing or out of range."""
+
+
+class DataError(ModelstockError):
+    """A shard, a manifest or an image is missing or damaged."""
+
+
+class WeightsError(ModelstockError):
+    """A checkpoint is missing, damaged, or holds what cannot be weights."""
+
+
+class MergeError(ModelstockError):
+    """Weight sets do not fit together, or the method cannot merge them."""
+
+
+class TrainingError(ModelstockError):
+    """Training cannot go on."""
+
+
+class TrackingError(ModelstockError):
+    """The tracking server or its store cannot be reached or refuses."""

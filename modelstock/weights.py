@@ -1,0 +1,103 @@
+"""Weight sets: one safetensors file that says what it is.
+
+A weight set holds the image tower (`visual.*`, open_clip names) and the classification head
+(`head.weight` (C, D), `head.bias` (C,)), and one metadata key `modelstock` with sorted JSON.
+Nothing here knows CLIP: any mapping of names to arrays is a weight set.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from modelstock.errors import WeightsError
+from modelstock.files import atomic_path
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """Named tensors and what is known of them.
+
+    `tensors`: name -> array. `meta`: architecture, preprocess, classes_sha256, parents (identities),
+    made_by (stage, method, knobs, seed, version); every value is JSON. `source` names the file for messages.
+    """
+
+    tensors: Mapping[str, Array]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "weights in memory"
+
+    @cached_property
+    def identity(self) -> str:
+        """sha256 over the tensors in name order: name, dtype, shape, bytes. Metadata does not count."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = np.ascontiguousarray(self.tensors[name])
+            digest.update(f"{name}\0{tensor.dtype.str}\0{tensor.shape}\0".encode())
+            digest.update(tensor.data if tensor.size else b"")
+        return digest.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, whole or not at all; equal weight sets give equal bytes.
+
+        Raises:
+            WeightsError: a tensor holds NaN or infinity.
+        """
+        check_finite(self)
+        tensors = {name: np.ascontiguousarray(self.tensors[name]) for name in sorted(self.tensors)}
+        # One key only: safetensors writes two or more in random order.
+        blob = save(tensors, metadata={"modelstock": json.dumps(dict(self.meta), sort_keys=True)})
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(blob)
+
+
+def load_weights(path: Path) -> WeightSet:
+    """Read a weight set, or any safetensors file (its `meta` is then empty).
+
+    Raises:
+        WeightsError: the file is missing, is not safetensors, is truncated, or holds NaN or infinity.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(
+            path,
+            got="no such file",
+            expected="a .safetensors file",
+            cure="check the path, or run the stage that makes it",
+        )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise WeightsError(
+            path,
+            got=f"{path.stat().st_size} bytes that do not parse ({error})",
+            expected="a whole safetensors file",
+            cure="make or copy the file again",
+        ) from error
+    weights = WeightSet(tensors, json.loads(header.get("modelstock", "{}")), str(path))
+    check_finite(weights)
+    return weights
+
+
+def check_finite(weights: WeightSet) -> None:
+    """Raise WeightsError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in weights.tensors.items():
+        if np.issubdtype(tensor.dtype, np.floating) and not np.isfinite(tensor).all():
+            bad = int(tensor.size - np.isfinite(tensor).sum())
+            raise WeightsError(
+                f"{weights.source}, tensor {name}",
+                got=f"{bad} of {tensor.size} values NaN or infinite",
+                expected="finite values",
+                cure="use an earlier snapshot: a merge would spread it to the whole tensor",
+            )

@@ -1,0 +1,1 @@
+"""DVC stages: one file is one reproducible step."""
