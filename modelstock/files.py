@@ -29,7 +29,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def dump_json(value: Any) -> str:
-    """JSON with sorted keys and a final newline; NaN and infinity are refused, since no reader agrees on them."""
+    """JSON with sorted keys and a final newline; NaN and infinity are refused: no reader agrees on them."""
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -1,7 +1,8 @@
 """Merge methods: pure functions of one tensor position, in one table.
 
 Every method is `(anchor, tuned, **knobs) -> Merged`: `anchor` is one array, `tuned` a sequence of N arrays of
-its shape, all float64; the result has that shape. `METHODS` maps names to methods; `merge` runs one over weight sets.
+its shape, all float64; the result has that shape. `METHODS` maps names to methods; `merge` runs one over
+weight sets.
 
 Notation: w0 the anchor, w_i the fine-tuned weights, v_i = w_i - w0 the updates (task vectors).
 """
@@ -51,8 +52,8 @@ def model_stock(
 
     `pairwise`: average the pairs' cosines (as the authors do) or their angles. `clip`: hold t in [0, 1], or
     apply the literal formula, which explodes as cos -> -1/(N-1). `granularity`: one t a tensor (the authors'
-    "layer-wise"), or one for each slice of its first axis. A zero update leaves the cosine undefined: the anchor's
-    values are kept.
+    "layer-wise"), or one for each slice of its first axis. A zero update leaves the cosine undefined: the
+    anchor's values are kept.
 
     Raises:
         MergeError: fewer than two fine-tuned weights, or an infinite ratio with `clip="none"`.

@@ -66,8 +66,13 @@ def test_a_missing_file_and_a_nan_are_refused(tmp_path):
 def test_a_write_that_fails_leaves_the_old_file_and_no_trace(tmp_path):
     target = tmp_path / "file"
     target.write_text("old")
-    with pytest.raises(RuntimeError), atomic_path(target) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def write_and_fail():
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_and_fail()
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert target.read_text() == "old"
