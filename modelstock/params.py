@@ -1,0 +1,202 @@
+"""params.yaml: everything that can be set, checked at once.
+
+Unknown keys are refused with the nearest valid one; all problems are reported together.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from ruamel.yaml import YAML, YAMLError
+
+from modelstock.errors import ParamsError
+
+Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Section(BaseModel):
+    """One section: no unknown keys, no change after reading, no number taken for a string."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Optimization(Section):
+    """AdamW with linear warm-up, a cosine to zero and gradient clipping."""
+
+    batch_size: Positive
+    lr: float = Field(gt=0, le=1)
+    weight_decay: float = Field(ge=0, le=1)
+    beta2: float = Field(default=0.999, ge=0.5, lt=1)
+    warmup_steps: int = Field(ge=0)
+    clip_norm: float = Field(gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    log_every: Positive = 5
+
+
+class PretrainParams(Optimization):
+    """How the tiny CLIP of the embedded benchmark is pre-trained."""
+
+    seed: Seed
+    draws: Positive
+
+
+class FinetuneParams(Optimization):
+    """The recipe, the same for every seed."""
+
+    seeds: list[Seed] = Field(min_length=2)
+    epochs: Positive
+    label_smoothing: float = Field(ge=0, lt=1)
+    crop_scale: tuple[float, float]
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("name each seed once")
+        return seeds
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError("two numbers with 0 < low <= high <= 1")
+        return scale
+
+
+class PrepareParams(Section):
+    """Images a split of the embedded benchmark."""
+
+    seed: Seed
+    shard_size: Positive
+    images: dict[str, Positive]
+    reference_draws: Positive
+    reference_epochs: Positive
+
+
+class ModelStockParams(Section):
+    """See modelstock.merging.model_stock."""
+
+    pairwise: Literal["cosine", "angle"] = "cosine"
+    clip: Literal["unit", "none"] = "unit"
+    granularity: Literal["tensor", "filter"] = "tensor"
+
+
+class WiseFtParams(Section):
+    """alpha is chosen from `alphas` on the held-out cut; the whole curve is evaluated for all seeds together."""
+
+    alphas: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
+
+
+class NoKnobs(Section):
+    """A method without settings."""
+
+
+class MergeParams(Section):
+    """The methods that run, and the knobs of each."""
+
+    methods: list[Literal["model_stock", "uniform", "greedy", "wise_ft"]] = Field(min_length=1)
+    pairs: Literal["ring", "all"]
+    model_stock: ModelStockParams
+    uniform: NoKnobs
+    greedy: NoKnobs
+    wise_ft: WiseFtParams
+
+
+class EvaluateParams(Section):
+    """Which benchmarks are scored, besides the held-out cut."""
+
+    benchmarks: list[str] = Field(min_length=2)
+    batch_size: Positive
+
+
+class CompareParams(Section):
+    """Bootstrap draws and the generator's seed."""
+
+    draws: int = Field(ge=100)
+    seed: Seed
+
+
+class TrackingParams(Section):
+    """Names in MLflow; where it is comes from MLFLOW_TRACKING_URI."""
+
+    experiment: str = Field(min_length=1)
+    model: str = Field(min_length=1)
+
+
+class Params(Section):
+    """The whole file."""
+
+    threads: Positive
+    prepare: PrepareParams
+    pretrain: PretrainParams
+    finetune: FinetuneParams
+    merge: MergeParams
+    evaluate: EvaluateParams
+    compare: CompareParams
+    tracking: TrackingParams
+
+    @model_validator(mode="after")
+    def _splits(self) -> "Params":
+        from modelstock.shapes import SPLITS
+
+        problems = []
+        for place, names in (("prepare.images", self.prepare.images), ("evaluate.benchmarks", self.evaluate.benchmarks)):
+            problems += [f"{place} names {_hint(n, list(SPLITS))}" for n in names if n not in SPLITS]
+        wanted = {"train", "held-out", *self.evaluate.benchmarks}
+        problems += [f"prepare.images lacks {n}" for n in sorted(wanted - set(self.prepare.images))]
+        roles = [SPLITS[n].role for n in self.evaluate.benchmarks if n in SPLITS]
+        if "in-distribution" not in roles or "shift" not in roles:
+            problems.append("evaluate.benchmarks needs one in-distribution set and at least one shift")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _hint(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})")
+
+
+def _known_keys(place: tuple[int | str, ...]) -> list[str]:
+    section: Any = Params
+    for key in place[:-1]:
+        annotation = section.model_fields[key].annotation if hasattr(section, "model_fields") else None
+        section = annotation
+    return list(getattr(section, "model_fields", {}))
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and check a params file.
+
+    Raises:
+        ParamsError: missing file, bad YAML, or every misspelt, missing and out-of-range value in one message.
+    """
+    try:
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ParamsError(
+            path, got=error.strerror, expected="a params file", cure="run in the repository's root"
+        ) from error
+    except YAMLError as error:
+        line = " ".join(str(error).split())
+        raise ParamsError(path, got=line, expected="YAML", cure="correct the line it names") from error
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            place = ".".join(map(str, problem["loc"])) or "the file"
+            if problem["type"] == "extra_forbidden":
+                key = str(problem["loc"][-1])
+                lines.append(f"{place} is not a setting: {_hint(key, _known_keys(problem['loc']))}")
+            elif problem["type"] == "missing":
+                lines.append(f"{place} is missing")
+            else:
+                text = problem["msg"].removeprefix("Value error, ")
+                shown = "" if problem["loc"] == () else f" (got {problem['input']!r})"
+                lines.append(f"{place}: {text}{shown}")
+        raise ParamsError(
+            path, got=f"{len(lines)} problems: " + "; ".join(lines), expected="valid settings", cure="correct them"
+        ) from None
