@@ -5,11 +5,9 @@ again. Per-example results are kept, so that every statistic can be made again w
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +17,11 @@ from safetensors.numpy import save
 from torch import Tensor
 from tqdm import tqdm
 
-from modelstock.comparison import Row, Scores
-from modelstock.errors import DataError, WeightsError
+from modelstock.errors import WeightsError
 from modelstock.files import atomic_path
-from modelstock.models import build_classifier, classes_sha256, normalise
-from modelstock.shards import Manifest, load_manifest, read_batches
+from modelstock.models import build_classifier, normalise
+from modelstock.scores import Row, Scores
+from modelstock.shards import check_classes, load_manifest, read_batches
 from modelstock.weights import WeightSet
 
 
@@ -64,18 +62,6 @@ def label_logits(logits: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
     return torch.stack([logits[:, group].amax(dim=1) for group in groups], dim=1)
 
 
-def check_classes(weights: WeightSet, manifest: Manifest, folder: Path) -> None:
-    """Raise WeightsError unless the head's classes are those that the manifest's label groups point to."""
-    expected = classes_sha256(manifest.classes)
-    if weights.meta.get("classes_sha256") != expected:
-        raise WeightsError(
-            weights.source,
-            got=f"a head for classes {str(weights.meta.get('classes_sha256'))[:12]}",
-            expected=f"the {len(manifest.classes)} classes {expected[:12]} of {folder}",
-            cure="evaluate it on data of its own classes",
-        )
-
-
 @torch.inference_mode()
 def score(
     folder: Path,
@@ -105,7 +91,10 @@ def score(
         unknown = [m for m in members if m not in by_identity]
         if unknown:
             raise WeightsError(
-                "ensemble", got=f"member {unknown[0][:12]}", expected="one of the weight sets", cure="name it too"
+                "ensemble",
+                got=f"member {unknown[0][:12]}",
+                expected="one of the weight sets",
+                cure="name it too",
             )
     done: dict[str, Outcome] = {}
     for identity in [*by_identity, *groups]:
@@ -125,8 +114,8 @@ def score(
             pixels, truth = normalise(images, preprocess).to(device), torch.from_numpy(labels).to(device)
             logits = {i: model(pixels).float() for i, model in models.items()}
             for identity in parts:
-                members = missing_groups.get(identity)
-                raw = logits[identity] if members is None else torch.stack([logits[m] for m in members]).mean(dim=0)
+                parents = missing_groups.get(identity)
+                raw = logits[identity] if parents is None else torch.stack([logits[m] for m in parents]).mean(dim=0)
                 confidence, prediction = label_logits(raw, manifest.label_groups).softmax(dim=1).max(dim=1)
                 parts[identity].append((prediction.int().cpu(), confidence.cpu(), (prediction == truth).cpu()))
             bar.update(len(labels))
@@ -150,37 +139,3 @@ def collect(folder: Path, rows: Sequence[Row], outcomes: Mapping[str, Outcome]) 
         np.stack([o.prediction for o in chosen]),
         np.stack([o.confidence for o in chosen]),
     )
-
-
-def save_scores(path: Path, scores: Scores) -> None:
-    """Write per-example results: tensors (rows, n), and rows, role and data in the metadata; the bytes repeat."""
-    facts: dict[str, Any] = {
-        "benchmark": scores.benchmark,
-        "role": scores.role,
-        "data": scores.data,
-        "rows": [
-            {"name": r.name, "identity": r.identity, "kind": r.kind, "members": list(r.members), "knobs": dict(r.knobs)}
-            for r in scores.rows
-        ],
-    }
-    arrays = {"prediction": scores.prediction, "confidence": scores.confidence, "correct": scores.correct}
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(save(arrays, metadata={"modelstock": json.dumps(facts, sort_keys=True)}))
-
-
-def load_scores(path: Path) -> Scores:
-    """Read per-example results.
-
-    Raises:
-        DataError: the file is missing or is not one.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            facts = json.loads(file.metadata()["modelstock"])
-            arrays = [file.get_tensor(k) for k in ("correct", "prediction", "confidence")]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            path, got=f"{type(error).__name__}: {error}", expected="per-example results", cure="run the stage evaluate"
-        ) from error
-    rows = tuple(Row(**{**row, "members": tuple(row["members"])}) for row in facts["rows"])
-    return Scores(facts["benchmark"], facts["role"], facts["data"], rows, *arrays)

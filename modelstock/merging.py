@@ -117,9 +117,7 @@ def uniform(anchor: Float, tuned: Sequence[Float]) -> Merged:
 def wise_ft(anchor: Float, tuned: Sequence[Float], *, alpha: float = 0.5) -> Merged:
     """w0 + alpha * mean(v_i): WiSE-FT, of the soup where N > 1. Source: Wortsman et al., arXiv 2109.01903."""
     if not 0 <= alpha <= 1:
-        raise MergeError(
-            "wise_ft, knob alpha", got=alpha, expected="a number from 0 to 1", cure="correct the knob"
-        )
+        raise MergeError("wise_ft, knob alpha", got=alpha, expected="a number from 0 to 1", cure="correct the knob")
     return Merged(anchor + alpha * np.mean([w - anchor for w in tuned], axis=0))
 
 
@@ -209,9 +207,7 @@ def merge(
         if origin.dtype.kind != "f":
             tensors[name] = origin.copy()
             continue
-        merged = function(
-            origin.astype(np.float64), [w.tensors[name].astype(np.float64) for w in tuned], **knobs
-        )
+        merged = function(origin.astype(np.float64), [w.tensors[name].astype(np.float64) for w in tuned], **knobs)
         tensors[name] = merged.tensor.astype(origin.dtype)
         report[name] = merged.facts
     meta = {

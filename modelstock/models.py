@@ -3,8 +3,6 @@
 torch and open_clip are imported here and in `training` and `evaluation` alone: they cost seconds.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,11 +35,6 @@ TINY_TEMPLATES: tuple[Callable[[str], str], ...] = (
     lambda c: f"a cartoon of a {c}.",
     lambda c: c,
 )
-
-
-def classes_sha256(names: Sequence[str]) -> str:
-    """The identity of an ordered list of class names."""
-    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
 def build_clip(config: Mapping[str, Any]) -> nn.Module:
@@ -113,7 +106,8 @@ def build_classifier(weights: WeightSet) -> Classifier:
     # Only the image tower is wanted; the text tower is built on the meta device, where it costs nothing.
     with torch.device("meta"):
         clip = build_clip(config)
-    model = Classifier(clip.visual.to_empty(device="cpu"), classes, width)  # type: ignore[operator,arg-type]
+    visual: Any = clip.visual
+    model = Classifier(visual.to_empty(device="cpu"), classes, width)
     model.head.to_empty(device="cpu")
     set_tensors(model, weights)
     return model.eval()

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from modelstock.errors import ParamsError
 
@@ -105,7 +106,7 @@ class MergeParams(Section):
 
 
 class EvaluateParams(Section):
-    """Which benchmarks are scored, besides the held-out cut."""
+    """Which sets are scored; the held-out cut is one of them, and the only one that anything is chosen on."""
 
     benchmarks: list[str] = Field(min_length=2)
     batch_size: Positive
@@ -142,13 +143,16 @@ class Params(Section):
         from modelstock.shapes import SPLITS
 
         problems = []
-        for place, names in (("prepare.images", self.prepare.images), ("evaluate.benchmarks", self.evaluate.benchmarks)):
+        for place, names in (
+            ("prepare.images", self.prepare.images),
+            ("evaluate.benchmarks", self.evaluate.benchmarks),
+        ):
             problems += [f"{place} names {_hint(n, list(SPLITS))}" for n in names if n not in SPLITS]
-        wanted = {"train", "held-out", *self.evaluate.benchmarks}
+        wanted = {"train", *self.evaluate.benchmarks}
         problems += [f"prepare.images lacks {n}" for n in sorted(wanted - set(self.prepare.images))]
         roles = [SPLITS[n].role for n in self.evaluate.benchmarks if n in SPLITS]
-        if "in-distribution" not in roles or "shift" not in roles:
-            problems.append("evaluate.benchmarks needs one in-distribution set and at least one shift")
+        if roles.count("held-out") != 1 or roles.count("in-distribution") != 1 or "shift" not in roles:
+            problems.append("evaluate.benchmarks needs held-out, one in-distribution set and at least one shift")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -198,5 +202,8 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
                 shown = "" if problem["loc"] == () else f" (got {problem['input']!r})"
                 lines.append(f"{place}: {text}{shown}")
         raise ParamsError(
-            path, got=f"{len(lines)} problems: " + "; ".join(lines), expected="valid settings", cure="correct them"
+            path,
+            got=f"{len(lines)} problems: " + "; ".join(lines),
+            expected="valid settings",
+            cure="correct them",
         ) from None

@@ -6,13 +6,14 @@ The pictures are signed distance fields evaluated for a whole batch at once.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Float = NDArray[np.float32]
+Float = NDArray[Any]  # float32, but numpy's types widen at every product with a Python float
 SIZE = 32
 
 
@@ -33,11 +34,13 @@ def _box(x: Float, y: Float, width: float, height: float, at: tuple[float, float
 
 
 def _any(*fields: Float) -> Float:
-    return np.minimum.reduce(fields)
+    result: Float = np.minimum.reduce(fields)
+    return result
 
 
 def _all(*fields: Float) -> Float:
-    return np.maximum.reduce(fields)
+    result: Float = np.maximum.reduce(fields)
+    return result
 
 
 def _turned(field: Callable[[Float, Float], Float]) -> Callable[[Float, Float], Float]:
@@ -47,10 +50,6 @@ def _turned(field: Callable[[Float, Float], Float]) -> Callable[[Float, Float], 
 
 def _cross(x: Float, y: Float) -> Float:
     return _any(_box(x, y, 0.95, 0.28), _box(x, y, 0.28, 0.95))
-
-
-def _triangle(x: Float, y: Float) -> Float:
-    return _polygon(3)(x, y + 0.25)
 
 
 # Each field is negative inside the object, zero on its border, and about the distance to it elsewhere;
@@ -85,9 +84,9 @@ CLASSES: dict[str, Callable[[Float, Float], Float]] = {
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.18,
     "saltire": _turned(_cross),
     "square": lambda x, y: _box(x, y, 0.8, 0.8),
-    "star": _polar(lambda a: 0.66 + 0.3 * np.cos(5 * a) ** 1 * (0.7 + 0.3 * np.cos(5 * a))),
+    "star": _polar(lambda a: 0.66 + 0.3 * np.cos(5 * a) * (0.7 + 0.3 * np.cos(5 * a))),
     "tee": lambda x, y: _any(_box(x, y, 0.9, 0.27, (0, 0.65)), _box(x, y, 0.27, 0.9)),
-    "triangle": _triangle,
+    "triangle": lambda x, y: _polygon(3)(x, y + 0.25),
 }  # fmt: skip
 NAMES = tuple(CLASSES)
 COLOURS = {
@@ -133,12 +132,25 @@ class Split:
 
     role: str
     style: str
-    labels: dict[str, tuple[str, ...]]
+    labels: Mapping[str, tuple[str, ...]]
     adversarial: bool = False
 
 
 _EACH = {name: (name,) for name in NAMES}
-_R = ("arrow", "bow tie", "crescent", "cross", "disc", "drop", "flower", "half disc", "heart", "house", "star", "tee")
+_R = (
+    "arrow",
+    "bow tie",
+    "crescent",
+    "cross",
+    "disc",
+    "drop",
+    "flower",
+    "half disc",
+    "heart",
+    "house",
+    "star",
+    "tee",
+)
 _A = ("chevron", "diamond", "disc", "ell", "gear", "hexagon", "hourglass", "pentagon", "ring", "saltire", "square",
       "triangle")  # fmt: skip
 _OBJECTS = {
@@ -158,7 +170,7 @@ SPLITS = {
     "shapes-adversarial": Split("shift", "photo", {n: (n,) for n in _A}, adversarial=True),
     "shapes-objectnet": Split("shift", "odd view", _OBJECTS),
 }
-_WEB = (("photo", 0.4), ("hard photo", 0.15), ("cartoon", 0.15), ("sketch", 0.15), ("odd view", 0.15))
+_WEB = (("photo", 0.2), ("hard photo", 0.1), ("cartoon", 0.2), ("sketch", 0.2), ("odd view", 0.3))
 _DRAWS = 32  # uniform numbers a picture uses; a style that needs more must raise it, which redraws everything
 
 
@@ -175,17 +187,21 @@ def _random(seed: int, split: str, indices: Sequence[int]) -> tuple[Float, Float
 
 
 def _render(classes: NDArray[np.int64], style: Style, uniform: Float, noise: Float, colour: Float) -> NDArray[np.uint8]:
-    """Draw a batch in one style: (B,) classes, (B, 32) uniforms, (B, 32, 32, 3) noise, (B, 3) colour -> uint8 images."""
+    """Draw a batch in one style: classes (B,), uniforms (B, 32), noise (B, 32, 32, 3), colour (B, 3)."""
     u = iter(np.moveaxis(uniform[:, 8:, None, None], 1, 0))  # the first 8 numbers choose labels, style and colour
 
     def between(low: float, high: float) -> Float:
-        return low + (high - low) * next(u)
+        number: Float = next(u)
+        return low + (high - low) * number
 
     axis = (np.arange(SIZE, dtype=np.float32) + 0.5) / (SIZE / 2) - 1
     px, py = axis[None, None, :], -axis[None, :, None]
     angle = np.deg2rad(between(*style.turn)) * np.where(next(u) < 0.5, -1, 1)
     size = between(*style.size)
-    dx, dy = (px - between(-style.shift, style.shift)) / size, (py - between(-style.shift, style.shift)) / size
+    dx, dy = (
+        (px - between(-style.shift, style.shift)) / size,
+        (py - between(-style.shift, style.shift)) / size,
+    )
     x, y = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
     x = x * (1 + between(-style.stretch, style.stretch)) + y * between(-style.stretch, style.stretch)
     distance = np.empty(np.broadcast_shapes(x.shape, y.shape), np.float32)
@@ -201,9 +217,13 @@ def _render(classes: NDArray[np.int64], style: Style, uniform: Float, noise: Flo
     textured = (next(u) < style.texture)[..., None]
     frequency, phase, turn = between(1, 6), between(0, 6.3), between(0, 3.15)
     pattern = np.cos(frequency * (np.cos(turn) * px + np.sin(turn) * py) + phase)[..., None]
-    slope = ((px * between(-1, 1) + py * between(-1, 1)))[..., None]
+    slope = (px * between(-1, 1) + py * between(-1, 1))[..., None]
     # The background differs from the object by `contrast` in every channel, on a circle of brightness.
-    back = (colour[:, None, None] + 0.5 + (between(*style.contrast)[..., None] - 0.5) * np.where(next(u) < 0.5, -1, 1)[..., None]) % 1
+    back = (
+        colour[:, None, None]
+        + 0.5
+        + (between(*style.contrast)[..., None] - 0.5) * np.where(next(u) < 0.5, -1, 1)[..., None]
+    ) % 1
     fore = np.clip(colour[:, None, None] + textured * 0.22 * wave, 0, 1)
     back = np.clip(back + style.clutter * (0.5 * pattern + 0.5 * slope), 0, 1)
     if style.drawing:

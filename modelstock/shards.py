@@ -6,10 +6,10 @@ label the head's classes that stand for it. One rule then scores every set: the 
 its group. Full sets have groups of one, subsets name only some classes, ObjectNet maps several to one.
 """
 
+import hashlib
 import io
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from modelstock.errors import DataError
+from modelstock.errors import DataError, WeightsError
 from modelstock.files import atomic_path, dump_json, sha256_of, write_json
+from modelstock.weights import WeightSet, classes_sha256
 
 
 class Shard(BaseModel):
@@ -43,19 +44,6 @@ class Manifest(BaseModel):
     count: int
     shards: list[Shard]
     sha256: str
-
-    @property
-    def images(self) -> int:
-        """How many examples there are."""
-        return self.count
-
-
-@dataclass(frozen=True)
-class Example:
-    """A decoded image (H, W, 3) uint8 and its label."""
-
-    image: NDArray[np.uint8]
-    label: int
 
 
 def _png(image: NDArray[np.uint8]) -> bytes:
@@ -90,7 +78,10 @@ def write_shards(
     first = next(stream, None)
     while first is not None:
         name, count = f"{len(shards):06d}.tar", 0
-        with atomic_path(folder / name) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with (
+            atomic_path(folder / name) as temporary,
+            tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
             while first is not None and count < shard_size:
                 image, label = first
                 _add(tar, f"{total:08d}.cls", str(int(label)).encode())
@@ -107,8 +98,6 @@ def write_shards(
         "count": total,
         "shards": [shard.model_dump() for shard in shards],
     }
-    import hashlib
-
     manifest = Manifest(**facts, sha256=hashlib.sha256(dump_json(facts).encode()).hexdigest())
     write_json(folder / "manifest.json", manifest.model_dump())
     return manifest
@@ -141,6 +130,18 @@ def load_manifest(folder: Path) -> Manifest:
                 cure="run the stage prepare again, or copy the shard again",
             )
     return manifest
+
+
+def check_classes(weights: WeightSet, manifest: Manifest, folder: Path) -> None:
+    """Raise WeightsError unless the head's classes are those that the manifest's label groups point to."""
+    expected = classes_sha256(manifest.classes)
+    if weights.meta.get("classes_sha256") != expected:
+        raise WeightsError(
+            weights.source,
+            got=f"a head for classes {str(weights.meta.get('classes_sha256'))[:12]}",
+            expected=f"the {len(manifest.classes)} classes {expected[:12]} of {folder}",
+            cure="evaluate it on data of its own classes",
+        )
 
 
 def read_batches(

@@ -73,7 +73,10 @@ class Run:
     def __post_init__(self) -> None:
         options = self.optimization
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, options.beta2)
+            self.model.parameters(),
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            betas=(0.9, options.beta2),
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._point = self.folder / "state.pt"
@@ -141,7 +144,7 @@ class Run:
                 losses.append(loss.item())
                 bar.update()
                 if self.step % options.log_every == 0 or self.step % every == 0:
-                    # The last batch's loss, not a mean since the last row: a row must not depend on where a run resumed.
+                    # The last batch's loss: a mean since the last row would depend on where a run resumed.
                     self.log({"loss": losses[-1], "lr": rate, "grad_norm": norm.item()})
                 if self.step % every == 0:
                     self.model.eval()
@@ -182,7 +185,14 @@ def random_resized_crops(images: Tensor, scale: tuple[float, float]) -> Tensor:
         box = transforms.RandomResizedCrop(size, scale=scale).make_params([image])
         crops.append(
             transforms.functional.resized_crop(
-                image, box["top"], box["left"], box["height"], box["width"], size, InterpolationMode.BICUBIC, True
+                image,
+                box["top"],
+                box["left"],
+                box["height"],
+                box["width"],
+                size,
+                InterpolationMode.BICUBIC,
+                True,
             )
         )
     return torch.stack(crops)
@@ -222,15 +232,11 @@ def finetune(
     run = Run(f"seed-{seed}", model, params, seed, per_epoch * params.epochs, folder)
 
     def loss_of(step: int) -> Tensor:
-        rows = torch.from_numpy(
-            batch_rows(step, count=len(images), batch_size=params.batch_size, seed=seed)
-        )
+        rows = torch.from_numpy(batch_rows(step, count=len(images), batch_size=params.batch_size, seed=seed))
         crops = random_resized_crops(images[rows], params.crop_scale)
         with autocast(params.precision):
             logits = model(crops)
-        return functional.cross_entropy(
-            logits.float(), labels[rows], label_smoothing=params.label_smoothing
-        )
+        return functional.cross_entropy(logits.float(), labels[rows], label_smoothing=params.label_smoothing)
 
     run.train(loss_of, every=per_epoch, at_epoch=lambda: {"held-out/top1": top1(model, *held_out)})
     model.eval()

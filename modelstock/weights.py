@@ -7,7 +7,7 @@ Nothing here knows CLIP: any mapping of names to arrays is a weight set.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +58,11 @@ class WeightSet:
         blob = save(tensors, metadata={"modelstock": json.dumps(dict(self.meta), sort_keys=True)})
         with atomic_path(path) as temporary:
             temporary.write_bytes(blob)
+
+
+def classes_sha256(names: Sequence[str]) -> str:
+    """The identity of an ordered list of class names."""
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
 def load_weights(path: Path) -> WeightSet:

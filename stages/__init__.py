@@ -1,1 +1,26 @@
-"""DVC stages: one file is one reproducible step."""
+"""DVC's stages: one file, one reproducible step. Each reads params and inputs, makes one core call, writes outputs."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from modelstock.errors import ModelstockError
+
+
+def run(main: Callable[..., Any]) -> None:
+    """Run a stage's `main` as a command; an error a user can mend is one line on stderr and exit code 1."""
+    try:
+        typer.run(main)
+    except ModelstockError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def deterministic(threads: int) -> None:
+    """Make torch repeat bit for bit: fixed thread count, deterministic kernels."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)

@@ -1,0 +1,86 @@
+"""Per-example results: what every scored weight set said of every example, so that any statistic can be redone."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from modelstock.errors import DataError
+from modelstock.files import atomic_path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scored weight set, or a logit ensemble of several.
+
+    `name` is unique ("anchor", "seed-0", "uniform/0-1"); `kind` is "anchor", "seed", "ensemble" or a merge method;
+    `members` are the seeds it is made of.
+    """
+
+    name: str
+    identity: str
+    kind: str
+    members: tuple[int, ...]
+    knobs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Results on one benchmark. `role`: "held-out", "in-distribution" or "shift"; arrays are (rows, examples)."""
+
+    benchmark: str
+    role: str
+    data: str  # sha256 of the data
+    rows: tuple[Row, ...]
+    correct: NDArray[np.bool_]
+    prediction: NDArray[np.int32]
+    confidence: NDArray[np.float32]  # softmax of the prediction
+
+
+def save_scores(path: Path, scores: Scores) -> None:
+    """Write per-example results: tensors (rows, n), and rows, role and data in the metadata; the bytes repeat."""
+    facts: dict[str, Any] = {
+        "benchmark": scores.benchmark,
+        "role": scores.role,
+        "data": scores.data,
+        "rows": [
+            {
+                "name": r.name,
+                "identity": r.identity,
+                "kind": r.kind,
+                "members": list(r.members),
+                "knobs": dict(r.knobs),
+            }
+            for r in scores.rows
+        ],
+    }
+    arrays = {"prediction": scores.prediction, "confidence": scores.confidence, "correct": scores.correct}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(arrays, metadata={"modelstock": json.dumps(facts, sort_keys=True)}))
+
+
+def load_scores(path: Path) -> Scores:
+    """Read per-example results.
+
+    Raises:
+        DataError: the file is missing or is not one.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            facts = json.loads(file.metadata()["modelstock"])
+            arrays = [file.get_tensor(k) for k in ("correct", "prediction", "confidence")]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            path,
+            got=f"{type(error).__name__}: {error}",
+            expected="per-example results",
+            cure="run the stage evaluate",
+        ) from error
+    rows = tuple(Row(**{**row, "members": tuple(row["members"])}) for row in facts["rows"])
+    return Scores(facts["benchmark"], facts["role"], facts["data"], rows, *arrays)

@@ -1,0 +1,42 @@
+"""Which seeds are merged together, and what a weight set is called in tables."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+from modelstock.scores import Row
+from modelstock.weights import WeightSet, load_weights
+
+
+def subsets(seeds: Sequence[int], pairs: Literal["ring", "all"]) -> list[tuple[int, ...]]:
+    """Pairs, then fours, then all seeds, none twice.
+
+    `pairs`: "ring" is every seed with the next, so each takes part twice; "all" is every pair. Fours are disjoint.
+    """
+    ring = [(seeds[i], seeds[(i + 1) % len(seeds)]) for i in range(len(seeds))]
+    chosen: list[tuple[int, ...]] = list(combinations(seeds, 2)) if pairs == "all" else [*ring]
+    chosen += [tuple(seeds[i : i + 4]) for i in range(0, len(seeds) - 3, 4)]
+    chosen += [tuple(seeds)]
+    return list(dict.fromkeys(tuple(sorted(members)) for members in chosen))
+
+
+def finetuned(folder: Path, seeds: Sequence[int]) -> dict[int, WeightSet]:
+    """The seeds' weight sets by seed; folders of seeds that are not named are left alone."""
+    return {seed: load_weights(folder / str(seed) / "weights.safetensors") for seed in seeds}
+
+
+def row_of(weights: WeightSet) -> Row:
+    """The row a weight set gets in tables: name, kind, members and knobs, from what its file says of itself."""
+    made: Mapping[str, object] = weights.meta["made_by"]
+    stage = made["stage"]
+    if stage == "anchor":
+        return Row("anchor", weights.identity, "anchor", (), {})
+    if stage == "finetune":
+        seed = int(str(made["seed"]))
+        return Row(f"seed-{seed}", weights.identity, "seed", (seed,), {})
+    members = tuple(int(m) for m in made["members"])  # type: ignore[attr-defined]
+    method = str(made["method"])
+    knobs: Mapping[str, object] = made["knobs"]  # type: ignore[assignment]
+    suffix = f"@{knobs['alpha']}" if "alpha" in knobs else ""
+    return Row(f"{method}/{'-'.join(map(str, members))}{suffix}", weights.identity, method, members, knobs)
