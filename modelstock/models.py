@@ -134,7 +134,7 @@ def set_tensors(model: nn.Module, weights: WeightSet) -> None:
             expected="the tensors of its architecture",
             cure="make the weight set again from this anchor",
         )
-    model.load_state_dict({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in weights.tensors.items()})
+    model.load_state_dict({k: torch.from_numpy(np.asarray(v, order="C")) for k, v in weights.tensors.items()})
 
 
 def tensors_of(model: nn.Module) -> dict[str, NDArray[Any]]:

@@ -41,7 +41,7 @@ class WeightSet:
         """sha256 over the tensors in name order: name, dtype, shape, bytes. Metadata does not count."""
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
-            tensor = np.ascontiguousarray(self.tensors[name])
+            tensor = np.asarray(self.tensors[name], order="C")
             digest.update(f"{name}\0{tensor.dtype.str}\0{tensor.shape}\0".encode())
             digest.update(tensor.data if tensor.size else b"")
         return digest.hexdigest()
@@ -53,7 +53,7 @@ class WeightSet:
             WeightsError: a tensor holds NaN or infinity.
         """
         check_finite(self)
-        tensors = {name: np.ascontiguousarray(self.tensors[name]) for name in sorted(self.tensors)}
+        tensors = {name: np.asarray(self.tensors[name], order="C") for name in sorted(self.tensors)}
         # One key only: safetensors writes two or more in random order.
         blob = save(tensors, metadata={"modelstock": json.dumps(dict(self.meta), sort_keys=True)})
         with atomic_path(path) as temporary:

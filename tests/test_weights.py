@@ -76,3 +76,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_trace(tmp_path):
         write_and_fail()
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert target.read_text() == "old"
+
+
+def test_a_scalar_keeps_its_shape_and_a_transposed_array_its_values(tmp_path):
+    tensors = {"scale": np.array(2.5), "turned": np.arange(6.0).reshape(2, 3).T}
+    WeightSet(tensors).save(tmp_path / "w.safetensors")
+    read = load_weights(tmp_path / "w.safetensors")
+    assert read.tensors["scale"].shape == ()
+    np.testing.assert_array_equal(read.tensors["turned"], tensors["turned"])
+    assert read.identity == WeightSet(tensors).identity
