@@ -1,0 +1,62 @@
+"""Small real things that several test modules need: shards of the embedded benchmark and a tiny untrained CLIP."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modelstock.shapes import NAMES, SPLITS, draw
+from modelstock.shards import write_shards
+
+
+def make_split(folder: Path, split: str, count: int, shard_size: int = 50):
+    """`count` images of a split as shards."""
+    images, labels = draw(split, range(count), seed=3)
+    plan = SPLITS[split]
+    return write_shards(
+        folder,
+        zip(images, labels, strict=True),
+        benchmark=split,
+        role=plan.role,
+        labels=list(plan.labels),
+        label_groups=[[NAMES.index(c) for c in group] for group in plan.labels.values()],
+        classes=NAMES,
+        shard_size=shard_size,
+    )
+
+
+@pytest.fixture(scope="session")
+def anchor():
+    """An anchor with random weights: a real open_clip tower and a real zero-shot head."""
+    import torch
+
+    from modelstock import models
+    from modelstock.weights import WeightSet, classes_sha256
+
+    torch.manual_seed(0)
+    clip = models.build_clip(models.TINY_CLIP).eval()
+    weight, bias = models.zero_shot_head(clip, models.tokenizer(models.TINY_CLIP), NAMES, models.TINY_TEMPLATES)
+    tensors = {k: v for k, v in models.tensors_of(clip).items() if k.startswith("visual.")}
+    tensors |= {"head.weight": weight.numpy(), "head.bias": bias.numpy()}
+    meta = {
+        "architecture": models.TINY_CLIP,
+        "preprocess": models.TINY_PREPROCESS,
+        "classes_sha256": classes_sha256(NAMES),
+        "parents": [],
+        "made_by": {"stage": "anchor", "knobs": {}, "version": "test"},
+    }
+    return WeightSet(tensors, meta, "anchor")
+
+
+@pytest.fixture(scope="session")
+def variants(anchor):
+    """Three weight sets near the anchor, as if fine-tuned."""
+    from modelstock.weights import WeightSet
+
+    def near(seed: int) -> WeightSet:
+        random = np.random.default_rng(seed)
+        tensors = {k: (v + 0.05 * random.standard_normal(v.shape)).astype(v.dtype) for k, v in anchor.tensors.items()}
+        made = {"stage": "finetune", "seed": seed, "knobs": {}, "version": "test"}
+        return WeightSet(tensors, {**anchor.meta, "parents": [anchor.identity], "made_by": made}, f"seed {seed}")
+
+    return [near(seed) for seed in range(3)]

@@ -1,0 +1,74 @@
+"""params.yaml: every problem is reported at once, with the nearest valid key."""
+
+from pathlib import Path
+
+import pytest
+
+from modelstock.errors import ParamsError
+from modelstock.params import load_params
+
+ROOT = Path(__file__).parent.parent
+
+
+def changed(tmp_path, *changes: tuple[str, str]) -> Path:
+    text = (ROOT / "params.yaml").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "params.yaml").write_text(text)
+    return tmp_path / "params.yaml"
+
+
+def test_the_projects_own_file_is_valid():
+    params = load_params(ROOT / "params.yaml")
+    assert params.finetune.seeds == list(range(8))
+    assert params.finetune.lr == 1e-3
+
+
+def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
+    path = changed(
+        tmp_path,
+        ("label_smoothing: 0.0", "label_smoothin: 0.0"),
+        ("draws: 100000", "draws: 0"),
+        ("pairs: ring", "pairs: rings"),
+    )
+    with pytest.raises(ParamsError) as caught:
+        load_params(path)
+    message = str(caught.value)
+    assert "4 problems" in message
+    assert "finetune.label_smoothin is not a setting: 'label_smoothin' (did you mean 'label_smoothing'?)" in message
+    assert "finetune.label_smoothing is missing" in message
+    assert "pretrain.draws: Input should be greater than or equal to 1 (got 0)" in message
+    assert "merge.pairs: Input should be 'ring' or 'all' (got 'rings')" in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "shapes-v2, shapes-r",
+            "shapes-v3, shapes-r",
+            "evaluate.benchmarks names 'shapes-v3' (did you mean 'shapes-v2'",
+        ),
+        ("benchmarks: [held-out, ", "benchmarks: [", "evaluate.benchmarks needs held-out"),
+        ("    shapes-sketch: 2000\n", "", "prepare.images lacks shapes-sketch"),
+        ("[model_stock, uniform,", "[model_stok, uniform,", "merge.methods.0: Input should be 'model_stock'"),
+        ("seeds: [0, 1, 2, 3, 4, 5, 6, 7]", "seeds: [0, 0]", "finetune.seeds: name each seed once"),
+        ("crop_scale: [0.9, 1.0]", "crop_scale: [1.0, 0.9]", "two numbers with 0 < low <= high <= 1"),
+        ("lr: 1.0e-3", "lr: 2", "finetune.lr: Input should be less than or equal to 1"),
+        ("threads: 2", "threads: 0", "threads: Input should be greater than or equal to 1"),
+    ],
+)
+def test_each_bad_value_is_named(tmp_path, old, new, message):
+    with pytest.raises(ParamsError) as caught:
+        load_params(changed(tmp_path, (old, new)))
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_and_bad_yaml_are_one_line(tmp_path):
+    with pytest.raises(ParamsError, match="got No such file or directory; expected a params file"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("a: [1")
+    with pytest.raises(ParamsError, match="expected YAML") as caught:
+        load_params(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)
