@@ -238,7 +238,7 @@ def finetune(
             logits = model(crops)
         return functional.cross_entropy(logits.float(), labels[rows], label_smoothing=params.label_smoothing)
 
-    run.train(loss_of, every=per_epoch, at_epoch=lambda: {"held-out/top1": top1(model, *held_out)})
+    run.train(loss_of, every=per_epoch, at_epoch=lambda: {"validation/top1": top1(model, *held_out)})
     model.eval()
     return run.history
 

@@ -88,8 +88,8 @@ def main(results: Path, anchor: Path, tuned: Path, merged: Path, out: Path) -> N
     curves = [read_history(tuned / str(seed) / "history.jsonl") for seed in seeds]
     rows = []
     for moments in zip(*curves, strict=True):
-        if "held-out/top1" in moments[0]:
-            held = [100 * m["held-out/top1"] for m in moments]
+        if "validation/top1" in moments[0]:
+            held = [100 * m["validation/top1"] for m in moments]
             rows.append({"step": moments[0]["step"], "mean": np.mean(held), "low": min(held), "high": max(held)})
     write_table(out / "held_out.csv", rows)
     paths = [anchor, *(tuned / str(seed) / "weights.safetensors" for seed in seeds)]

@@ -47,7 +47,7 @@ def main(seed: int, anchor: Path, train: Path, held_out: Path, out: Path) -> Non
         )
     WeightSet(tensors_of(model), meta, f"seed {seed}").save(out / "weights.safetensors")
     write_history(out, history)
-    print(f"seed {seed}: held-out accuracy {100 * history[-1]['held-out/top1']:.1f} %")
+    print(f"seed {seed}: held-out accuracy {100 * history[-1]['validation/top1']:.1f} %")
 
 
 if __name__ == "__main__":

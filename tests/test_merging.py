@@ -19,9 +19,7 @@ CASES = [
 def tensors(seed: int, dtype: type = np.float32) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     shapes = {"conv.weight": (4, 3, 2, 2), "head.bias": (5,), "scale": ()}
-    return {k: np.asarray(random.standard_normal(s), dtype=dtype) for k, s in shapes.items()} | {
-        "steps": np.array([7])
-    }
+    return {k: np.asarray(random.standard_normal(s), dtype=dtype) for k, s in shapes.items()} | {"steps": np.array([7])}
 
 
 def family(count: int, dtype: type = np.float32) -> tuple[WeightSet, list[WeightSet]]:
@@ -31,8 +29,7 @@ def family(count: int, dtype: type = np.float32) -> tuple[WeightSet, list[Weight
     def tuned(seed: int) -> WeightSet:
         noise = tensors(seed, np.float64)
         out = {
-            k: (v + common[k] + 0.5 * noise[k]).astype(dtype) if v.dtype.kind == "f" else v
-            for k, v in anchor.items()
+            k: (v + common[k] + 0.5 * noise[k]).astype(dtype) if v.dtype.kind == "f" else v for k, v in anchor.items()
         }
         return WeightSet(out, source=f"seed {seed}")
 
@@ -54,15 +51,13 @@ class TestLaws:
     def test_order_does_not_matter_to_the_last_bit(self, method, knobs):
         anchor, tuned = family(4)
         assert (
-            merge(method, anchor, tuned, **knobs)[0].identity
-            == merge(method, anchor, tuned[::-1], **knobs)[0].identity
+            merge(method, anchor, tuned, **knobs)[0].identity == merge(method, anchor, tuned[::-1], **knobs)[0].identity
         )
 
     def test_moves_with_the_origin(self, method, knobs):
         anchor, tuned = family(3, np.float64)
         shift = {
-            k: np.full_like(v, 2.5) if v.dtype.kind == "f" else np.zeros_like(v)
-            for k, v in anchor.tensors.items()
+            k: np.full_like(v, 2.5) if v.dtype.kind == "f" else np.zeros_like(v) for k, v in anchor.tensors.items()
         }
         move = lambda w: WeightSet({k: v + shift[k] for k, v in w.tensors.items()}, source=w.source)  # noqa: E731
         here, there = (
@@ -75,9 +70,7 @@ class TestLaws:
     @pytest.mark.parametrize("factor", [1e-8, 1e-3, 10.0])
     def test_scales_with_the_updates(self, method, knobs, factor):
         _, tuned = family(3, np.float64)
-        origin = WeightSet(
-            {k: np.zeros_like(v) if v.dtype.kind == "f" else v for k, v in tuned[0].tensors.items()}
-        )
+        origin = WeightSet({k: np.zeros_like(v) if v.dtype.kind == "f" else v for k, v in tuned[0].tensors.items()})
         scale = lambda w: WeightSet(  # noqa: E731
             {k: v * factor if v.dtype.kind == "f" else v for k, v in w.tensors.items()}, source=w.source
         )
@@ -93,9 +86,7 @@ class TestLaws:
         """cos = 1 gives t = 1; the uniform soup is the identity; WiSE-FT halves by definition."""
         anchor, update = np.zeros((4, 3)), np.arange(1.0, 13).reshape(4, 3)
         scale = 0.5 if method == "wise_ft" else 1.0
-        np.testing.assert_allclose(
-            METHODS[method](anchor, [update] * 3, **knobs).tensor, scale * update, rtol=1e-12
-        )
+        np.testing.assert_allclose(METHODS[method](anchor, [update] * 3, **knobs).tensor, scale * update, rtol=1e-12)
 
 
 class TestModelStock:
@@ -174,9 +165,7 @@ class TestRefusals:
         anchor, tuned = family(2)
         bad = {**tuned[1].tensors, "head.bias": np.zeros(6, np.float32), "extra": np.zeros(1, np.float32)}
         del bad["scale"]
-        with pytest.raises(
-            MergeError, match=r"extra unknown; head.bias is \(6,\), anchor \(5,\); scale missing"
-        ):
+        with pytest.raises(MergeError, match=r"extra unknown; head.bias is \(6,\), anchor \(5,\); scale missing"):
             merge("uniform", anchor, [tuned[0], WeightSet(bad, source="bad")])
 
     def test_a_differing_integer_buffer_the_same_weights_twice_and_the_anchor(self):
@@ -205,9 +194,7 @@ class TestGreedySoup:
     def test_adds_only_what_makes_the_running_mean_strictly_better(self):
         """In one dimension with the target at 1: 0.8 first, then 1.4 (mean 1.1 is nearer), never 3."""
         at = lambda value: WeightSet({"w": np.array([value])}, source=str(value))  # noqa: E731
-        soup, chosen = greedy_soup(
-            at(0.0), [at(3.0), at(1.4), at(0.8)], lambda w: -abs(float(w.tensors["w"][0]) - 1)
-        )
+        soup, chosen = greedy_soup(at(0.0), [at(3.0), at(1.4), at(0.8)], lambda w: -abs(float(w.tensors["w"][0]) - 1))
         assert [w.source for w in chosen] == ["0.8", "1.4"]
         assert soup.tensors["w"][0] == pytest.approx(1.1)
         assert soup.meta["made_by"]["method"] == "greedy"

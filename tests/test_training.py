@@ -81,7 +81,7 @@ def test_a_seed_trained_twice_gives_the_same_bytes_and_another_seed_others(tmp_p
     assert history == again
     assert not np.array_equal(first["head.weight"], other["head.weight"])
     assert [row["step"] for row in history] == list(range(1, 10))
-    assert [row["step"] for row in history if "held-out/top1" in row] == [3, 6, 9]
+    assert [row["step"] for row in history if "validation/top1" in row] == [3, 6, 9]
     assert history[-1]["loss"] < history[0]["loss"]
 
 

@@ -12,9 +12,7 @@ from modelstock.weights import WeightSet, load_weights
 
 
 def sample() -> WeightSet:
-    return WeightSet(
-        {"b": np.arange(3, dtype=np.float32), "a": np.ones((2, 2), np.float16)}, {"z": 1, "a": [2]}
-    )
+    return WeightSet({"b": np.arange(3, dtype=np.float32), "a": np.ones((2, 2), np.float16)}, {"z": 1, "a": [2]})
 
 
 def test_a_weight_set_reads_back_equal_and_its_bytes_repeat(tmp_path):

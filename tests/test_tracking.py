@@ -1,0 +1,191 @@
+"""MLflow as a mirror of files: everything read back through its own client, and nothing sent twice."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modelstock.errors import TrackingError
+from modelstock.tracking import IDENTITY, Mirror, Tracker
+from modelstock.weights import WeightSet
+
+ROOT = Path(__file__).parent.parent
+METRICS = {"held-out": {"top1": 0.5}, "shapes": {"top1": 0.25, "nll": 1.5}}
+DATASETS = {"held-out": "a" * 64, "shapes": "b" * 64}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    made = {"stage": "finetune", "seed": 3, "knobs": {"lr": 0.1}, "version": "1", "key": "k3"}
+    path = tmp_path / "seed" / "weights.safetensors"
+    WeightSet({"a": np.arange(4.0)}, {"parents": ["f" * 64], "made_by": made}).save(path)
+    path.with_name("history.jsonl").write_text(
+        "".join(json.dumps({"step": s, "loss": 1 / s} | ({"validation/top1": 0.1 * s} if s % 2 == 0 else {})) + "\n"
+                for s in range(1, 7))
+    )  # fmt: skip
+    return path
+
+
+def record(tracker, path):
+    run = tracker.record(
+        path, name="seed-3", key="k3", history=path.with_name("history.jsonl"),
+        tags={"git.commit": "c0ffee"}, metrics=METRICS, datasets=DATASETS,
+    )  # fmt: skip
+    identity = tracker.client.get_run(run).data.tags[IDENTITY]
+    return run, tracker.register(identity, model_name="small", alias="champion")
+
+
+def content(tracker):
+    """Everything there is, as counts and values."""
+    client = tracker.client
+    runs = client.search_runs([tracker.experiment])
+    rows = {
+        (r.info.run_name, key): [(m.step, m.value) for m in client.get_metric_history(r.info.run_id, key)]
+        for r in runs
+        for key in r.data.metrics
+    }
+    inputs = [(d.dataset.name, d.dataset.digest) for r in runs for d in r.inputs.dataset_inputs]
+    models = [(m.name, str(m.status), m.tags[IDENTITY]) for m in client.search_logged_models([tracker.experiment])]
+    versions = [(v.version, v.source) for v in client.search_model_versions("name = 'small'")]
+    return rows, sorted(inputs), models, versions
+
+
+def check(tracker, path):
+    run, version = record(tracker, path)
+    first = content(tracker)
+    assert record(tracker, path) == (run, version)
+    assert content(tracker) == first
+    rows, inputs, models, versions = first
+    assert rows["seed-3", "loss"] == [(s, 1 / s) for s in range(1, 7)]
+    assert [s for s, _ in rows["seed-3", "validation/top1"]] == [2, 4, 6]
+    assert rows["seed-3", "shapes/nll"] == [(0, 1.5)]
+    assert inputs == [("held-out", "a" * 36), ("shapes", "b" * 36)]
+    assert len(models) == len(versions) == 1
+    assert tracker.client.get_model_version_by_alias("small", "champion").version == version
+    data = tracker.client.get_run(run).data
+    assert data.params["seed"] == "3"
+    assert data.params["knobs.lr"] == "0.1"
+    assert data.params["parents"] == "f" * 12
+    assert data.tags["git.commit"] == "c0ffee"
+    linked = tracker.client.get_logged_model(tracker.client.search_logged_models([tracker.experiment])[0].model_id)
+    assert {(m.key, m.dataset_name) for m in linked.metrics} >= {
+        ("shapes/top1", "shapes"),
+        ("held-out/top1", "held-out"),
+    }
+    return linked
+
+
+def test_a_weight_set_is_one_run_one_model_one_version_and_a_second_call_adds_nothing(tmp_path, weights):
+    model = check(Tracker(tmp_path, "e"), weights)
+    stored = Path(model.artifact_location.removeprefix("file://")) / "weights.safetensors"
+    assert os.path.samefile(stored, weights)
+
+
+def test_live_rows_and_the_finished_record_meet_in_one_run(tmp_path, weights):
+    tracker, history = Tracker(tmp_path, "e"), weights.with_name("history.jsonl")
+    lines = history.read_text().splitlines(keepends=True)
+    growing = tmp_path / "growing.jsonl"
+    for count in (0, 2, 5):
+        growing.write_text("".join(lines[:count]))
+        run = tracker.live(key="k3", name="seed-3", params={"seed": 3}, history=growing)
+    assert [m.step for m in tracker.client.get_metric_history(run, "loss")] == [1, 2, 3, 4, 5]
+    assert tracker.client.get_run(run).info.status == "RUNNING"
+    assert record(tracker, weights)[0] == run
+    assert [m.step for m in tracker.client.get_metric_history(run, "loss")] == [1, 2, 3, 4, 5, 6]
+    assert tracker.client.get_run(run).info.status == "FINISHED"
+
+
+def test_an_ensemble_has_a_run_and_no_model(tmp_path):
+    tracker = Tracker(tmp_path, "e")
+    for _ in range(2):
+        run = tracker.record_scores("e" * 64, name="ensemble", metrics=METRICS, datasets=DATASETS, params={"n": 2})
+    assert len(tracker.client.search_runs([tracker.experiment])) == 1
+    assert tracker.client.get_run(run).data.metrics["shapes/top1"] == 0.25
+    assert tracker.client.search_logged_models([tracker.experiment]) == []
+
+
+def test_the_alias_moves_to_the_new_champion(tmp_path, weights):
+    tracker = Tracker(tmp_path, "e")
+    record(tracker, weights)
+    other = tmp_path / "other.safetensors"
+    WeightSet(
+        {"a": np.ones(4)}, {"made_by": {"stage": "merge", "method": "uniform", "members": [0, 1], "knobs": {}}}
+    ).save(other)
+    run = tracker.record(other, name="uniform/0-1", metrics=METRICS, datasets=DATASETS)
+    version = tracker.register(tracker.client.get_run(run).data.tags[IDENTITY], model_name="small", alias="champion")
+    assert tracker.client.get_model_version_by_alias("small", "champion").version == version == "2"
+    assert tracker.client.get_run(run).data.params["members"] == "0-1"
+
+
+def test_a_real_server_says_the_same(tmp_path, weights, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    store = f"sqlite:///{tmp_path / 'server.db'}"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+         "--backend-store-uri", store, "--artifacts-destination", str(tmp_path / "artifacts")],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=tmp_path,
+    )  # fmt: skip
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        check(Tracker(tmp_path, "e"), weights)
+        assert [p.name for p in (tmp_path / "artifacts").rglob("*.safetensors")] == ["weights.safetensors"]
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait()
+
+
+def test_a_dead_server_costs_seconds_and_never_the_training(tmp_path, weights):
+    begun = time.monotonic()
+    with pytest.raises(TrackingError, match=r"MLflow at http://127\.0\.0\.1:9: got .*; expected a tracking server"):
+        Tracker(tmp_path, "e", "http://127.0.0.1:9")
+    trained = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Mirror(
+            lambda: Tracker(tmp_path, "e", "http://127.0.0.1:9"),
+            weights.with_name("history.jsonl"), key="k", name="n", params={},
+        ):  # fmt: skip
+            trained.append(True)
+    assert trained
+    assert [str(w.message) for w in caught if "training goes on" in str(w.message)]
+    assert time.monotonic() - begun < 30
+
+
+def test_the_mirror_sends_the_last_rows_when_the_block_ends(tmp_path, weights):
+    history = weights.with_name("history.jsonl")
+    with Mirror(lambda: Tracker(tmp_path, "e"), history, key="k3", name="seed-3", params={}, every_s=60):
+        pass
+    tracker = Tracker(tmp_path, "e")
+    run = tracker.client.search_runs([tracker.experiment])[0]
+    assert len(tracker.client.get_metric_history(run.info.run_id, "loss")) == 6
+
+
+def test_processes_that_start_at_once_on_a_new_store_all_succeed(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from modelstock.tracking import Tracker; Tracker(Path(sys.argv[1]), 'e')"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    assert [process.wait() for process in started] == [0, 0, 0], [p.stderr.read() for p in started]
+    for process in started:
+        process.stderr.close()
+    assert len(Tracker(tmp_path, "e").client.search_experiments(filter_string="name = 'e'")) == 1
