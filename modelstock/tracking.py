@@ -261,7 +261,6 @@ class Tracker:
 
     def register(self, identity: str, *, model_name: str = "modelstock", alias: str | None = None) -> str:
         """The registry version of a recorded weight set, made once; `alias` then points to it. Returns the version."""
-        import mlflow
         from mlflow.exceptions import MlflowException
 
         with self._told():
@@ -279,11 +278,11 @@ class Tracker:
             # On SQLite a version's model_id is empty; its tag says which weight set it is.
             version = next((v for v in versions if v.tags.get(IDENTITY) == identity), None)
             if version is None:
-                # The SQLite registry resolves the source through the process's own store, whatever the client's is.
-                mlflow.set_tracking_uri(self.uri)
-                source = f"models:/{model.model_id}"
+                # A local registry would look for "models:/<id>" in the process-wide store, which need not be this one.
+                local = not self.uri.startswith("http")
+                source = model.artifact_location if local else f"models:/{model.model_id}"
                 version = self.client.create_model_version(
-                    model_name, source, tags={IDENTITY: identity}, model_id=model.model_id
+                    model_name, source, tags={IDENTITY: identity}, model_id=None if local else model.model_id
                 )
             if alias:
                 self.client.set_registered_model_alias(model_name, alias, version.version)

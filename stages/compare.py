@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from modelstock.comparison import champion, compare
 from modelstock.report import summary_lines, write_report
-from modelstock.tracking import Tracker
 from ruamel.yaml import YAML
 
 from modelstock.errors import TrackingError
@@ -17,6 +16,7 @@ from modelstock.params import TrackingParams, load_params
 from modelstock.scores import Scores, load_scores
 from modelstock.scratch import read_history, write_table
 from modelstock.soups import finetuned
+from modelstock.tracking import Tracker
 from modelstock.weights import WeightSet, load_weights
 from stages import run
 

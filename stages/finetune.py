@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
-from modelstock.tracking import Mirror, Tracker
 
 from modelstock import __version__
 from modelstock.models import build_classifier, normalise, tensors_of
 from modelstock.params import load_params
 from modelstock.scratch import fingerprint, write_history
 from modelstock.shards import check_classes, read_all
+from modelstock.tracking import Mirror, Tracker
 from modelstock.training import finetune
 from modelstock.weights import WeightSet, load_weights
 from stages import deterministic, run
