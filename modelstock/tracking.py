@@ -39,8 +39,6 @@ def quiet_and_quick() -> None:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     }.items():
         os.environ.setdefault(name, value)
-    for noisy in ("alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 class Tracker:
@@ -59,6 +57,8 @@ class Tracker:
         with self._told():
             from mlflow.tracking import MlflowClient
 
+            for chatter in ("alembic", "mlflow", "mlflow.store.db.utils"):  # importing MLflow sets their levels
+                logging.getLogger(chatter).setLevel(logging.ERROR)
             with self._first_use():
                 self.client: MlflowClient = MlflowClient(self.uri)
                 found = self.client.get_experiment_by_name(experiment)

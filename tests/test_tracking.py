@@ -69,7 +69,7 @@ def check(tracker, path):
     assert rows["seed-3", "shapes/nll"] == [(0, 1.5)]
     assert inputs == [("held-out", "a" * 36), ("shapes", "b" * 36)]
     assert len(models) == len(versions) == 1
-    assert tracker.client.get_model_version_by_alias("small", "champion").version == version
+    assert str(tracker.client.get_model_version_by_alias("small", "champion").version) == version
     data = tracker.client.get_run(run).data
     assert data.params["seed"] == "3"
     assert data.params["knobs.lr"] == "0.1"
@@ -121,7 +121,7 @@ def test_the_alias_moves_to_the_new_champion(tmp_path, weights):
     ).save(other)
     run = tracker.record(other, name="uniform/0-1", metrics=METRICS, datasets=DATASETS)
     version = tracker.register(tracker.client.get_run(run).data.tags[IDENTITY], model_name="small", alias="champion")
-    assert tracker.client.get_model_version_by_alias("small", "champion").version == version == "2"
+    assert str(tracker.client.get_model_version_by_alias("small", "champion").version) == version == "2"
     assert tracker.client.get_run(run).data.params["members"] == "0-1"
 
 
