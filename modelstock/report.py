@@ -109,8 +109,9 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any]) -> str:
     parts = [
         "# Comparison of merges",
         f"Best on the held-out cut: **{comparison.champion}** (registered as `champion`). Top-1 accuracy in percent; "
-        f"± is half a 95 % interval: Wilson's for a single weight set, paired bootstrap ({comparison.draws:,} draws over "
-        "examples) for means. A mean over weight sets is over the sets evaluated; its interval is that of the examples "
+        "± is half a 95 % interval: Wilson's for a single weight set, paired bootstrap "
+        f"({comparison.draws:,} draws over examples) for means. "
+        "A mean over weight sets is over the sets evaluated; its interval is that of the examples "
         f"alone. Images: {sizes}.",
         main_table(comparison),
         "![in-distribution accuracy against mean shift accuracy](figure.png)",

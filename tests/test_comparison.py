@@ -1,0 +1,166 @@
+"""The statistics against values worked by hand, published values and simulations of what they promise."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from modelstock.comparison import champion, compare, mcnemar, percentile, resampled, wilson
+from modelstock.errors import DataError
+from modelstock.scores import Row, Scores
+
+ROWS = (
+    Row("anchor", "a" * 64, "anchor", (), {}),
+    Row("seed-0", "0" * 64, "seed", (0,), {}),
+    Row("seed-1", "1" * 64, "seed", (1,), {}),
+    Row("seed-2", "2" * 64, "seed", (2,), {}),
+    Row("uniform/0-1", "3" * 64, "uniform", (0, 1), {}),
+    Row("uniform/1-2", "4" * 64, "uniform", (1, 2), {}),
+    Row("model_stock/0-1", "5" * 64, "model_stock", (0, 1), {}),
+    Row("model_stock/1-2", "6" * 64, "model_stock", (1, 2), {}),
+    Row("wise_ft/0-1-2@0.3", "7" * 64, "wise_ft", (0, 1, 2), {"alpha": 0.3}),
+    Row("wise_ft/0-1-2@0.6", "8" * 64, "wise_ft", (0, 1, 2), {"alpha": 0.6}),
+    Row("greedy/0-2", "9" * 64, "greedy", (0, 2), {}),
+    Row("ensemble/0-1-2", "e" * 64, "ensemble", (0, 1, 2), {}),
+)
+ACCURACY = {
+    "held-out": [0.60, 0.70, 0.72, 0.68, 0.74, 0.74, 0.78, 0.76, 0.71, 0.75, 0.73, 0.90],
+    "shapes": [0.60, 0.70, 0.72, 0.68, 0.74, 0.74, 0.76, 0.76, 0.71, 0.75, 0.73, 0.80],
+    "shift-a": [0.65, 0.50, 0.52, 0.48, 0.54, 0.54, 0.58, 0.58, 0.60, 0.62, 0.53, 0.57],
+    "shift-b": [0.45, 0.30, 0.32, 0.28, 0.34, 0.34, 0.38, 0.38, 0.40, 0.42, 0.33, 0.37],
+}
+ROLES = {"held-out": "held-out", "shapes": "in-distribution", "shift-a": "shift", "shift-b": "shift"}
+
+
+def made(name: str, accuracies: list[float], count: int = 400, rows: tuple[Row, ...] = ROWS) -> Scores:
+    """Exactly these accuracies: examples have a difficulty in common, and a row gets the easiest share right."""
+    difficulty = np.random.default_rng(len(name)).permutation(count)
+    correct = np.stack([difficulty < round(a * count) for a in accuracies])
+    prediction = np.where(correct, 0, 1).astype(np.int32)
+    return Scores(name, ROLES[name], "d" * 64, rows, correct, prediction, np.ones(correct.shape, np.float32))
+
+
+@pytest.fixture(scope="module")
+def results():
+    return [made(name, accuracies) for name, accuracies in ACCURACY.items()]
+
+
+@pytest.fixture(scope="module")
+def comparison(results):
+    return compare(results, draws=500)
+
+
+def test_wilsons_interval_as_published():
+    # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263 gives 0.2553 to 0.3662.
+    found = wilson(np.arange(263) < 81)
+    np.testing.assert_allclose((found.value, found.low, found.high), (81 / 263, 0.2553, 0.3662), atol=5e-5)
+
+
+def test_mcnemars_test_by_hand():
+    # 6 against 1 discordant examples: p = 2 (C(7,0) + C(7,1)) / 2^7 = 0.125.
+    first = np.array([True] * 6 + [False] + [True] * 3 + [False] * 2)
+    second = np.array([False] * 6 + [True] + [True] * 3 + [False] * 2)
+    assert mcnemar(first, second) == (6, 1, pytest.approx(0.125))
+    assert mcnemar(second, first) == (1, 6, pytest.approx(0.125))
+    assert mcnemar(first, first) == (0, 0, 1.0)
+
+
+def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
+    generator, covered = np.random.default_rng(0), 0
+    for _ in range(300):
+        correct = generator.random((1, 300)) < 0.7
+        found = percentile(correct.mean(), resampled(correct, 300, generator)[:, 0])
+        covered += found.low <= 0.7 <= found.high
+    assert 0.91 <= covered / 300 <= 0.985
+
+
+def test_samples_are_the_same_for_every_row_so_that_what_is_common_cancels():
+    generator = np.random.default_rng(1)
+    one = generator.random(500) < 0.6
+    other = one.copy()
+    other[:5] = ~other[:5]
+    samples = resampled(np.stack([one, other, one]), 400, np.random.default_rng(2))
+    assert (samples[:, 0] == samples[:, 2]).all()
+    assert (samples[:, 0] - samples[:, 1]).std() < 0.3 * samples[:, 0].std()
+    np.testing.assert_allclose(samples[:, 0].mean(), one.mean(), atol=0.005)
+    np.testing.assert_allclose(samples[:, 0].std(), np.sqrt(one.mean() * (1 - one.mean()) / 500), rtol=0.15)
+
+
+def line(comparison, start):
+    return next(line for line in comparison.lines if line.name.startswith(start))
+
+
+def test_means_and_differences_by_hand(comparison):
+    stock = line(comparison, "model_stock of 2, mean of 2")
+    assert stock.accuracy["shapes"].value == pytest.approx(0.76)
+    assert stock.shift_mean.value == pytest.approx(0.48)
+    assert stock.over_seed["in-distribution"].value == pytest.approx(0.76 - 0.70)
+    assert stock.over_seed["shifts"].value == pytest.approx(0.48 - 0.40)
+    assert stock.over_uniform["in-distribution"].value == pytest.approx(0.02)
+    assert stock.over_uniform["shifts"].value == pytest.approx(0.04)
+    assert stock.over_uniform["shifts"].low <= 0.04 <= stock.over_uniform["shifts"].high
+    assert stock.over_uniform["shifts"].low > 0
+    assert stock.spread == (pytest.approx(0), pytest.approx(0))
+    seeds = line(comparison, "mean single seed")
+    assert seeds.accuracy["shapes"].value == pytest.approx(0.70)
+    assert seeds.spread == (pytest.approx(0.02), pytest.approx(0.02))
+    assert line(comparison, "zero-shot").shift_mean.value == pytest.approx(0.55)
+    assert line(comparison, "uniform of 2").over_uniform == {}
+
+
+def test_of_a_methods_knobs_the_one_best_on_the_held_out_cut_is_shown(comparison):
+    assert line(comparison, "wise_ft").rows == ("wise_ft/0-1-2@0.6",)
+    assert "wise_ft/0-1-2@0.3" in comparison.accuracy
+
+
+def test_tests_are_against_the_uniform_soup_of_the_same_seeds_and_the_median_seed(comparison):
+    assert comparison.median_seed == "seed-0"
+    assert set(comparison.tests["uniform"]) == {"model_stock/0-1", "model_stock/1-2"}
+    test = comparison.tests["uniform"]["model_stock/0-1"]["in-distribution"]
+    assert (test.against, test.wins, test.losses) == ("uniform/0-1", 8, 0)
+    assert test.p == pytest.approx(2 / 2**8)
+    pooled = comparison.tests["uniform"]["model_stock/0-1"]["shifts"]
+    assert (pooled.wins, pooled.losses) == (32, 0)
+    assert {t["shifts"].against for t in comparison.tests["seed"].values()} == {"seed-0"}
+    assert len(comparison.tests["seed"]) == 7
+
+
+def test_holms_correction_by_hand(comparison):
+    tests = [t for row in comparison.tests["uniform"].values() for t in row.values()]
+    ranked = sorted(tests, key=lambda t: t.p)
+    expected, running = [], 0.0
+    for rank, test in enumerate(ranked):
+        running = max(running, min(1.0, (len(ranked) - rank) * test.p))
+        expected.append(running)
+    np.testing.assert_allclose([t.holm for t in ranked], expected)
+
+
+def test_the_champion_is_the_best_single_weight_set_on_the_held_out_cut_and_looks_at_nothing_else(results):
+    assert champion(results).name == "model_stock/0-1"
+    turned = [s if s.role == "held-out" else dataclasses.replace(s, correct=~s.correct) for s in results]
+    assert champion(turned).name == "model_stock/0-1"
+    level = made("held-out", [0.5] * len(ROWS))
+    assert champion([level, *results[1:]]).name == "anchor"
+
+
+def test_the_same_seed_gives_the_same_comparison(results, comparison):
+    assert compare(results, draws=500) == comparison
+    assert compare(results, draws=500, seed=1).shift_mean != comparison.shift_mean
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r[1:], "0 benchmarks with the role held-out"),
+        (lambda r: r[:2], "no benchmark with the role shift"),
+        (
+            lambda r: [*r[:3], dataclasses.replace(r[3], rows=ROWS[:-1])],
+            "shift-b: got rows that differ: ensemble/0-1-2",
+        ),
+        (lambda r: [dataclasses.replace(s, rows=(ROWS[0], *ROWS[:-1])) for s in r], "2 rows named anchor"),
+        (lambda r: [dataclasses.replace(s, rows=ROWS[:1], correct=s.correct[:1]) for s in r], "no row of kind seed"),
+    ],
+)
+def test_results_that_cannot_be_compared_are_refused(results, change, message):
+    with pytest.raises(DataError, match=message):
+        compare(change(results))

@@ -1,0 +1,249 @@
+"""The flow over real DVC projects: order, slots, caching, failure, and an end that leaves nothing running."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from flows.reproduce import FlowError, devices, plan
+
+ROOT = Path(__file__).parent.parent
+PIPELINE = """
+stages:
+  a: {cmd: "python log.py a 0.1 > a.txt", deps: [in.txt], outs: [a.txt]}
+  b: {cmd: "python log.py b 1.0 > b.txt", deps: [a.txt], outs: [b.txt], meta: {device: 1}}
+  c: {cmd: "python log.py c 1.0 > c.txt", deps: [a.txt], outs: [c.txt], meta: {device: 1}}
+  d: {cmd: "python log.py d 0.1 > d.txt", deps: [b.txt, c.txt], outs: [d.txt]}
+  e: {cmd: "python log.py e 0.1 > e.txt", deps: [in.txt], outs: [e.txt]}
+"""
+LOG = """
+import os, sys, time
+name, seconds = sys.argv[1], float(sys.argv[2])
+def note(what):
+    with open(os.environ.get("LOG", "log"), "a") as file:
+        file.write(f"{name} {what} {time.time()}\\n")
+note("begin")
+time.sleep(seconds)
+note("end")
+print(name)
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    folder = tmp_path / "project"
+    (folder / ".dvc").mkdir(parents=True)
+    (folder / ".dvc/config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
+    (folder / "dvc.yaml").write_text(PIPELINE)
+    (folder / "log.py").write_text(LOG)
+    (folder / "in.txt").write_text("1")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One Prefect server for the module: starting one a flow would cost most of the time."""
+    home = tmp_path_factory.mktemp("prefect")
+    port = free_port()
+    env = {
+        **os.environ, "PREFECT_HOME": str(home), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PYTHONPATH": str(ROOT), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "true",
+    }  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"{env['PREFECT_API_URL']}/health", timeout=1)
+            break
+        except OSError:
+            time.sleep(0.2)
+    yield env
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def flow(project, env, *arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "flows.reproduce", *arguments],
+        cwd=project,
+        env=env,
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+def moments(project):
+    lines = [line.split() for line in (project / "log").read_text().splitlines()]
+    return {(name, what): float(at) for name, what, at in lines}
+
+
+def test_the_plan_is_dvcs_own(project):
+    planned = plan(project, [])
+    assert planned.needs["d"] == {"b", "c"}
+    assert planned.dirty == {"a", "b", "c", "d", "e"}
+    assert planned.device == {"b", "c"}
+    order = list(planned.needs)
+    assert all(order.index(n) < order.index(name) for name, needs in planned.needs.items() for n in needs)
+    assert set(plan(project, ["b"]).needs) == {"a", "b"}
+
+
+def test_what_depends_on_a_changed_stage_must_run_and_the_rest_need_not(project):
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True, env={**os.environ, "PATH": path()})
+    assert plan(project, []).dirty == frozenset()
+    assert plan(project, [], force=True).dirty == {"a", "b", "c", "d", "e"}
+    (project / "dvc.yaml").write_text(PIPELINE.replace("log.py c 1.0", "log.py c 0.0"))
+    assert plan(project, []).dirty == {"c", "d"}
+
+
+def path() -> str:
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_an_unknown_stage_and_a_folder_that_is_no_project_are_one_line(project, tmp_path):
+    with pytest.raises(FlowError, match="targets: got 'f'; expected a, b, c, d, e; name one of these"):
+        plan(project, ["f"])
+    with pytest.raises(FlowError, match=r"got NotDvcRepoError: .*; expected a DVC project"):
+        plan(tmp_path, [])
+
+
+def test_devices_are_gpus_or_cpu_slots(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert devices(0) == [{}]
+    assert devices(3) == [{}, {}, {}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert devices(0) == [{"CUDA_VISIBLE_DEVICES": "2"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    assert len(devices(3)) == 3
+
+
+def test_the_flow_keeps_order_and_slots_and_a_second_run_runs_nothing(project, server):
+    done = flow(project, server)
+    assert done.returncode == 0, done.stderr[-2000:]
+    at = moments(project)
+    assert at["a", "end"] < min(at["b", "begin"], at["c", "begin"])
+    assert at["d", "begin"] > max(at["b", "end"], at["c", "end"])
+    first, second = sorted((at[n, "begin"], at[n, "end"]) for n in "bc")
+    assert first[1] < second[0]  # one device slot
+    (project / "log").unlink()
+    (project / "reports").mkdir()
+    (project / "reports/comparison.md").write_text("# The table")
+    again = flow(project, server)
+    assert again.returncode == 0
+    assert not (project / "log").exists()
+    assert again.stderr.count("Cached(") == 5
+    assert "# The table" in again.stdout
+    request = urllib.request.Request(
+        f"{server['PREFECT_API_URL']}/artifacts/filter", method="POST", headers={"content-type": "application/json"},
+        data=json.dumps({"artifacts": {"key": {"any_": ["comparison"]}}}).encode(),
+    )  # fmt: skip
+    with urllib.request.urlopen(request) as answer:
+        assert "# The table" in [artifact["data"] for artifact in json.load(answer)]
+
+
+def test_two_slots_run_two_device_stages_at_once(project, server):
+    assert flow(project, server, "--slots", "2").returncode == 0
+    at = moments(project)
+    assert max(at["b", "begin"], at["c", "begin"]) < min(at["b", "end"], at["c", "end"])
+
+
+def test_a_failed_stage_stops_what_needs_it_and_nothing_else(project, server):
+    (project / "dvc.yaml").write_text(PIPELINE.replace("python log.py b 1.0 > b.txt", "echo it broke; exit 3"))
+    done = flow(project, server)
+    assert done.returncode == 1
+    assert "it broke" in done.stderr
+    assert "error: flow: got not completed: b, d" in done.stderr
+    assert {"a", "c", "e"} <= {name for name, _ in moments(project)}
+    assert not (project / "d.txt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_ended_flow_leaves_no_process(project, server, number):
+    (project / "dvc.yaml").write_text(
+        PIPELINE.replace("log.py b 1.0", "log.py b 60").replace("log.py c 1.0", "log.py c 60")
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.reproduce"], cwd=project, env={**server, "LOG": str(project / "log")},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not {("b", "begin"), ("c", "begin")} & (
+        set(moments(project)) if (project / "log").exists() else set()
+    ):
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(timeout=60) != 0
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"log.py" in read(p) and str(project) in cwd(p)]
+    assert left == []
+
+
+def read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def cwd(file: Path) -> str:
+    try:
+        return os.readlink(file.with_name("cwd"))
+    except OSError:
+        return ""
+
+
+def test_services_start_deploy_and_stop(tmp_path):
+    for name in ("flows", "modelstock", "stages"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "prefect.yaml").write_text((ROOT / "prefect.yaml").read_text())
+    prefect, mlflow = free_port(), free_port()
+    env = {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "PREFECT"))},
+        "MODELSTOCK_PREFECT_PORT": str(prefect), "MODELSTOCK_MLFLOW_PORT": str(mlflow), "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+
+    def services(command):
+        return subprocess.run(
+            [sys.executable, "-m", "flows.services", command], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+
+    try:
+        begun = services("up")
+        assert begun.returncode == 0, begun.stderr
+        with urllib.request.urlopen(f"http://127.0.0.1:{prefect}/api/deployments/name/reproduce/shapes") as answer:
+            deployment = json.load(answer)
+        assert [(s["active"], s["schedule"]["cron"]) for s in deployment["schedules"]] == [(False, "0 2 * * *")]
+        assert deployment["enforce_parameter_schema"]
+        assert "slots" in json.dumps(deployment["parameter_openapi_schema"])
+        with urllib.request.urlopen(f"http://127.0.0.1:{mlflow}/health") as answer:
+            assert answer.status == 200
+        assert services("status").stdout.count("running, process") == 3
+        pids = [json.loads(p.read_text())["pid"] for p in (tmp_path / ".services").glob("*.json")]
+    finally:
+        ended = services("down")
+    assert ended.stdout.count("stopped") == 3
+    time.sleep(0.5)
+    assert [pid for pid in pids if Path(f"/proc/{pid}").exists() and read(Path(f"/proc/{pid}/cmdline")) != b""] == []
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        env["MODELSTOCK_MLFLOW_PORT"] = str(busy.getsockname()[1])
+        refused = services("up")
+    assert refused.returncode == 1
+    assert "expected a free port for mlflow; end what uses it, or set MODELSTOCK_MLFLOW_PORT" in refused.stderr
+    assert services("status").stdout.count("not running") == 3
