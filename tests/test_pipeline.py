@@ -1,0 +1,265 @@
+"""dvc.yaml against params and imports, and the whole DAG on a very small setting, through DVC and through the flow."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from modelstock.evaluation import ensemble_identity
+from modelstock.params import Params, load_params
+from modelstock.scores import load_scores
+from modelstock.tracking import IDENTITY, Tracker
+from modelstock.weights import load_weights
+
+ROOT = Path(__file__).parent.parent
+STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def definition(name: str) -> dict:
+    return STAGES[name].get("do", STAGES[name])
+
+
+def imported(file: Path) -> set[str]:
+    """Every module of ours that a file imports, and theirs, as paths; imports inside functions too."""
+    seen: set[str] = set()
+    todo = [file]
+    while todo:
+        current = todo.pop()
+        name = str(current.relative_to(ROOT))
+        if name in seen:
+            continue
+        seen.add(name)
+        for node in ast.walk(ast.parse(current.read_text())):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.module
+                and node.module.split(".")[0] in ("modelstock", "stages")
+            ):
+                candidates = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                for path in (ROOT / (c.replace(".", "/") + ".py") for c in candidates):
+                    todo += [path] if path.exists() else []
+                todo += [ROOT / "stages/__init__.py"] if node.module == "stages" else []
+    return seen
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_every_module_that_it_imports(name):
+    own = {d for d in definition(name)["deps"] if d.endswith(".py")}
+    assert own == imported(ROOT / "stages" / f"{name}.py")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stages_inputs_and_outputs_stand_on_its_command_line_and_its_params_exist(name):
+    stage = definition(name)
+    words = stage["cmd"].split()
+    assert words[:3] == ["python", "-m", f"stages.{name}"]
+    for out in stage["outs"]:
+        assert out in words
+    given = [d for d in stage["deps"] if not d.endswith(".py")]
+    assert all(any(d == w or d.startswith(w + "/") or w.startswith(d) for w in words) for d in given)
+    for param in stage["params"]:
+        section = Params
+        for key in param.split("."):
+            if section is not None and hasattr(section, "model_fields") and "$" not in key:
+                assert key in section.model_fields
+                section = section.model_fields[key].annotation
+
+
+def test_one_noun_names_the_stage_its_file_and_its_params():
+    files = {p.stem for p in (ROOT / "stages").glob("*.py")} - {"__init__"}
+    assert files == set(STAGES)
+    assert {"prepare", "pretrain", "finetune", "merge", "evaluate", "compare"} <= set(Params.model_fields)
+
+
+def test_what_a_recipe_sets_for_every_seed_is_what_the_fine_tuning_stage_depends_on():
+    recipe = {f"finetune.{k}" for k in load_params(ROOT / "params.yaml").finetune.model_dump()} - {"finetune.seeds"}
+    assert recipe == {p for p in definition("finetune")["params"] if p.startswith("finetune.")}
+
+
+SMALL = {
+    "prepare": {
+        "seed": 7, "shard_size": 40, "reference_draws": 200, "reference_epochs": 1,
+        "images": {"train": 64, "held-out": 48, "shapes": 60, "shapes-adversarial": 36, "shapes-objectnet": 52},
+    },
+    "pretrain": {"draws": 512, "batch_size": 64, "warmup_steps": 2},
+    "finetune": {"seeds": [0, 1, 2], "epochs": 2, "batch_size": 32, "warmup_steps": 1},
+    "merge": {"wise_ft": {"alphas": [0.25, 0.5]}},
+    "evaluate": {"benchmarks": ["held-out", "shapes", "shapes-adversarial", "shapes-objectnet"]},
+    "compare": {"draws": 200},
+}  # fmt: skip
+
+
+def update(base: dict, change: dict) -> None:
+    for key, value in change.items():
+        if isinstance(value, dict) and key != "images":
+            update(base[key], value)
+        else:
+            base[key] = value
+
+
+def write_params(folder: Path, change: dict) -> None:
+    yaml = YAML(typ="safe")
+    params = yaml.load((folder / "params.yaml").read_text())
+    update(params, change)
+    with open(folder / "params.yaml", "w") as file:
+        yaml.dump(params, file)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project, not a git checkout, with very small params, brought up to date by `dvc repro`."""
+    folder = tmp_path_factory.mktemp("project")
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("modelstock", "stages", "flows"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in ("dvc.yaml", "params.yaml", ".dvcignore"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / ".dvc").mkdir()
+    shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
+    (folder / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    write_params(folder, SMALL)
+    done = run(folder, "dvc", "repro")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def run(folder: Path, *command: str, **extra: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "PREFECT"))}
+    env |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}", "PYTHONPATH": str(folder), **extra}
+    return subprocess.run([sys.executable, "-m", *command], cwd=folder, env=env, capture_output=True, text=True)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    lock = YAML(typ="safe").load((folder / "dvc.lock").read_text())
+    return {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
+
+
+@pytest.mark.timeout(600)
+def test_everything_is_there_after_dvc_repro(project):
+    assert {p.name for p in (project / "reports").iterdir()} >= {"comparison.html", "figure.png", "metrics.json"}
+    scores = load_scores(project / "results/shapes-objectnet.safetensors")
+    assert scores.correct.shape == (len(scores.rows), 52)
+    names = {row.name for row in scores.rows}
+    assert {"anchor", "seed-2", "model_stock/0-1", "uniform/0-2", "uniform/0-1-2", "wise_ft/0-1-2@0.25"} <= names
+    assert {"ensemble/0-1", "ensemble/0-1-2"} <= names
+    report = json.loads((project / "models/merged/model_stock/report.json").read_text())
+    assert 0 <= report["0-1"]["visual.proj"]["ratio"] <= 1
+    shown = run(project, "dvc", "metrics", "show", "--json")
+    assert "zero-shot anchor" in shown.stdout
+    metrics = json.loads((project / "reports/metrics.json").read_text())
+    anchor = next(i for i, row in enumerate(scores.rows) if row.name == "anchor")
+    assert metrics["zero-shot anchor"]["shapes-objectnet"] == pytest.approx(
+        100 * scores.correct[anchor].mean(), abs=1e-4
+    )
+
+
+def test_nothing_runs_the_second_time(project):
+    done = run(project, "dvc", "repro")
+    assert "Data and pipelines are up to date" in done.stdout
+    assert "Running stage" not in done.stdout
+
+
+def test_a_stage_run_again_gives_the_same_bytes(project):
+    before = hashes(project)
+    shutil.rmtree(project / "scratch")
+    for stage in ("prepare@shapes-adversarial", "finetune@1", "merge@model_stock"):
+        done = run(project, "dvc", "repro", "--force", "--single-item", stage)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "Running stage" in done.stdout
+    assert hashes(project) == before
+
+
+def test_mlflow_holds_one_run_a_weight_set_and_a_second_comparison_adds_none(project):
+    def content():
+        tracker = Tracker(project, uri=f"sqlite:///{project / 'mlflow.db'}")
+        client = tracker.client
+        runs = client.search_runs([tracker.experiment])
+        models = client.search_logged_models([tracker.experiment])
+        versions = client.search_model_versions("name = 'modelstock-shapes'")
+        history = {r.info.run_name: len(client.get_metric_history(r.info.run_id, "shapes/top1")) for r in runs}
+        champion = client.get_model_version_by_alias("modelstock-shapes", "champion").tags[IDENTITY]
+        return {r.data.tags[IDENTITY]: r for r in runs}, len(runs), len(models), len(versions), history, champion
+
+    runs, count, models, versions, history, champion = content()
+    scores = load_scores(project / "results/shapes.safetensors")
+    identities = {row.identity for row in scores.rows}
+    ensembles = {row.identity for row in scores.rows if row.kind == "ensemble"}
+    assert set(runs) == identities
+    assert count == len(identities)
+    assert models == versions == len(identities - ensembles)
+    assert set(history.values()) == {1}
+    for row, correct in zip(scores.rows, scores.correct, strict=True):
+        assert runs[row.identity].data.metrics["shapes/top1"] == pytest.approx(correct.mean())
+    held = load_scores(project / "results/held-out.safetensors")
+    best = json.loads((project / "reports/comparison.json").read_text())["champion"]
+    assert champion == next(row.identity for row in held.rows if row.name == best)
+    seed = runs[next(row.identity for row in scores.rows if row.name == "seed-1")]
+    assert seed.data.params["seed"] == "1"
+    assert seed.data.metrics["validation/top1"] >= 0
+    assert "dvc.md5" in seed.data.tags
+    assert run(project, "dvc", "repro", "--force", "--single-item", "compare").returncode == 0
+    assert content()[1:] == (count, models, versions, history, champion)
+
+
+def test_a_weight_set_says_where_it_comes_from(project):
+    anchor = load_weights(project / "models/anchor.safetensors")
+    seeds = [load_weights(project / f"models/finetuned/{s}/weights.safetensors") for s in (0, 1)]
+    merged = load_weights(project / "models/merged/model_stock/0-1.safetensors")
+    assert merged.meta["parents"][0] == anchor.identity
+    assert set(merged.meta["parents"][1:]) == {s.identity for s in seeds}
+    assert merged.meta["made_by"]["knobs"] == {"pairwise": "cosine", "clip": "unit", "granularity": "tensor"}
+    scores = load_scores(project / "results/shapes.safetensors")
+    ensemble = next(row for row in scores.rows if row.name == "ensemble/0-1")
+    assert ensemble.identity == ensemble_identity([s.identity for s in seeds])
+
+
+def test_a_dead_mlflow_server_stops_neither_training_nor_comparison(project):
+    dead = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    before = hashes(project)
+    for stage in ("finetune@0", "compare"):
+        done = run(project, "dvc", "repro", "--force", "--single-item", stage, **dead)
+        assert done.returncode == 0, done.stderr
+        assert "MLflow at http://127.0.0.1:9: got" in done.stderr
+    assert hashes(project) == before
+
+
+def test_bad_input_is_one_line_and_leaves_nothing_half_written(project, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(project, folder, symlinks=True, ignore=shutil.ignore_patterns("cache", "mlruns", "tmp"))
+    shard = folder / "data/shapes/000001.tar"
+    content = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(content[:-100])
+    arguments = ["models/anchor.safetensors", "models/finetuned", "models/merged"]
+    done = run(folder, "stages.evaluate", "data/shapes", *arguments, "new.safetensors")
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("error: data/shapes/000001.tar: got sha256")
+    assert not (folder / "new.safetensors").exists()
+    done = run(
+        folder, "stages.merge", "uniform", "models/clip/clip.safetensors", "models/finetuned", "data/held-out", "out"
+    )
+    assert done.returncode == 1
+    assert "expected the tensors of models/clip/clip.safetensors" in done.stderr
+    assert not (folder / "out").exists()
+    write_params(folder, {"finetune": {"lr": 7}})
+    done = run(folder, "stages.prepare", "shapes", "out")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "finetune.lr" in done.stderr
+
+
+@pytest.mark.timeout(600)
+def test_the_flow_runs_what_a_changed_param_touches_and_only_that(project, tmp_path):
+    write_params(project, {"merge": {"wise_ft": {"alphas": [0.25, 0.75]}}})
+    done = run(project, "flows.reproduce", PREFECT_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "# Comparison of merges" in done.stdout
+    names = {row.name for row in load_scores(project / "results/shapes.safetensors").rows}
+    assert "wise_ft/0-1-2@0.75" in names
+    assert "wise_ft/0-1-2@0.5" not in names
+    assert done.stderr.count("Cached(") == 5 + 2 + 3 + 3  # shards, the anchor's two, the seeds, the other methods
