@@ -8,7 +8,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: setup test check clean
+# Stages call `python`; DVC finds ours first.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: setup repro test check up down clean
 setup: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
@@ -18,6 +21,18 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
+
+repro: setup
+	@# A source archive is no git checkout, and DVC must be told so.
+	@test -e .git || $(BIN)/dvc config --local core.no_scm true
+	$(BIN)/dvc repro
+	@echo "Comparison: reports/comparison.html   Metrics: dvc metrics show   MLflow and Prefect: make up"
+
+up: setup
+	@$(BIN)/python -m flows.services up
+
+down: setup
+	@$(BIN)/python -m flows.services down
 
 test: setup
 	$(BIN)/python -m pytest

@@ -221,7 +221,7 @@ def compare(results: Sequence[Scores], *, draws: int = 2000, seed: int = 0) -> C
         several = f", mean of {len(chosen)}" if len(chosen) > 1 else ""
         lines.append(line(f"{kind} of {size}{several}", chosen))
 
-    merged = [i for i, kind in enumerate(kinds) if kind not in ("anchor", "seed", "ensemble")]
+    merged = [i for i in _chosen_knobs(rows, exact[held.benchmark]) if kinds[i] != "ensemble"]
     pairs = {
         "uniform": [(i, uniform[rows[i].members]) for i in merged if uniform.get(rows[i].members, i) != i],
         "seed": [(i, median) for i in merged],

@@ -106,7 +106,8 @@ class Tracker:
     def _write(self, run: "Run", params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
-        new = {k: str(v) for k, v in params.items() if run.data.params.get(k) != str(v)}
+        # A param cannot change once it is there, nor need it: the run is that of the same tensors or fingerprint.
+        new = {k: str(v) for k, v in params.items() if k not in run.data.params}
         changed = {k: v for k, v in tags.items() if run.data.tags.get(k) != v}
         if new or changed:
             self.client.log_batch(

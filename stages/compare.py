@@ -74,7 +74,9 @@ def track(params: TrackingParams, results: list[Scores], files: dict[str, Path],
             file, name=row.name, key=key, history=history if history.exists() else None,
             tags=own, metrics=metrics, datasets=datasets,
         )  # fmt: skip
-        tracker.register(row.identity, model_name=params.model, alias="champion" if row.name == best else None)
+        tracker.register(
+            row.identity, model_name=params.model, alias="champion" if best in names[row.identity] else None
+        )
 
 
 def main(results: Path, anchor: Path, tuned: Path, merged: Path, out: Path) -> None:

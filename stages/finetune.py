@@ -23,7 +23,7 @@ def main(seed: int, anchor: Path, train: Path, held_out: Path, out: Path) -> Non
     images, labels, manifest = read_all(train)
     held_images, held_labels, held_manifest = read_all(held_out)
     check_classes(start, manifest, train)
-    recipe = params.finetune.model_dump(exclude={"seeds"})
+    recipe = params.finetune.model_dump(mode="json", exclude={"seeds"})
     inputs = {"anchor": start.identity, "train": manifest.sha256, "held-out": held_manifest.sha256}
     key = fingerprint(recipe, inputs, {"seed": seed, "threads": params.threads})
     preprocess = start.meta["preprocess"]

@@ -15,9 +15,9 @@ def main(out: Path) -> None:
     """OUT: the folder for clip.safetensors, with both towers, and its history."""
     params = load_params()
     deterministic(params.threads)
-    key = fingerprint(params.pretrain.model_dump(), {"threads": params.threads})
+    key = fingerprint(params.pretrain.model_dump(mode="json"), {"threads": params.threads})
     clip, history = pretrain(params.pretrain, folder=Path("scratch/pretrain") / key)
-    made = {"stage": "pretrain", "seed": params.pretrain.seed, "knobs": params.pretrain.model_dump()}
+    made = {"stage": "pretrain", "seed": params.pretrain.seed, "knobs": params.pretrain.model_dump(mode="json")}
     meta = {
         "architecture": TINY_CLIP,
         "preprocess": TINY_PREPROCESS,

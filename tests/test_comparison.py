@@ -122,7 +122,7 @@ def test_tests_are_against_the_uniform_soup_of_the_same_seeds_and_the_median_see
     pooled = comparison.tests["uniform"]["model_stock/0-1"]["shifts"]
     assert (pooled.wins, pooled.losses) == (32, 0)
     assert {t["shifts"].against for t in comparison.tests["seed"].values()} == {"seed-0"}
-    assert len(comparison.tests["seed"]) == 7
+    assert len(comparison.tests["seed"]) == 6
 
 
 def test_holms_correction_by_hand(comparison):

@@ -103,6 +103,13 @@ def test_live_rows_and_the_finished_record_meet_in_one_run(tmp_path, weights):
     assert tracker.client.get_run(run).info.status == "FINISHED"
 
 
+def test_a_param_that_differs_the_second_time_stops_nothing(tmp_path, weights):
+    tracker = Tracker(tmp_path, "e")
+    run = tracker.live(key="k3", name="seed-3", params={"seed": 3, "knobs.lr": 0.2}, history=tmp_path / "none")
+    assert record(tracker, weights)[0] == run
+    assert tracker.client.get_run(run).data.params["knobs.lr"] == "0.2"
+
+
 def test_an_ensemble_has_a_run_and_no_model(tmp_path):
     tracker = Tracker(tmp_path, "e")
     for _ in range(2):
