@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from modelstock.comparison import champion, compare
-from modelstock.report import summary_lines, write_report
 from ruamel.yaml import YAML
 
+from modelstock.comparison import champion, compare
 from modelstock.errors import TrackingError
 from modelstock.params import TrackingParams, load_params
+from modelstock.report import summary_lines, write_report
 from modelstock.scores import Scores, load_scores
 from modelstock.scratch import read_history, write_table
 from modelstock.soups import finetuned
