@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from modelstock.errors import MergeError
 from modelstock.evaluation import score
 from modelstock.files import write_json
 from modelstock.merging import greedy_soup, merge
@@ -16,6 +17,10 @@ from stages import deterministic, run
 def main(method: str, anchor: Path, tuned: Path, held_out: Path, out: Path) -> None:
     """METHOD: one of merge.methods; ANCHOR; TUNED: the seeds' folder; HELD_OUT: shards; OUT: the folder to write."""
     params = load_params()
+    if method not in params.merge.methods:
+        raise MergeError(
+            "method", got=repr(method), expected=", ".join(params.merge.methods), cure="name one of merge.methods"
+        )
     deterministic(params.threads)
     origin = load_weights(anchor)
     seeds = finetuned(tuned, params.finetune.seeds)
