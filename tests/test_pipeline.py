@@ -247,7 +247,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(project, tmp_path
     assert done.returncode == 1
     assert "expected the tensors of models/clip/clip.safetensors" in done.stderr
     assert not (folder / "out").exists()
-    done = run(folder, "stages.merge", "unifrom", "models/anchor.safetensors", "models/finetuned", "data/held-out", "out")
+    done = run(folder, "stages.merge", "unifrom", *arguments[:2], "data/held-out", "out")
     assert done.stderr == (
         "error: method: got 'unifrom'; expected model_stock, uniform, greedy, wise_ft; name one of merge.methods\n"
     )
