@@ -204,8 +204,13 @@ def reproduce(params: ReproduceParams = ReproduceParams()) -> str:  # noqa: B008
         for name, needs in planned.needs.items():
             futures[name] = stage.with_options(task_run_name=name).submit(name, wait_for=[futures[n] for n in needs])
         wait(list(futures.values()))
-    except BaseException:
+    except BaseException as error:
         children.end()
+        if not isinstance(error, Exception):  # interrupted or cancelled
+            # The stages are ended; whatever Prefect still waits for shall not keep the process for long.
+            watchdog = threading.Timer(20, os._exit, [1])
+            watchdog.daemon = True
+            watchdog.start()
         raise
     failed = [name for name, future in futures.items() if not future.state.is_completed()]
     if failed:

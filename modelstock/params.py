@@ -81,7 +81,7 @@ class ModelStockParams(Section):
 
     pairwise: Literal["cosine", "angle"] = "cosine"
     clip: Literal["unit", "none"] = "unit"
-    granularity: Literal["tensor", "filter"] = "tensor"
+    granularity: Literal["tensor", "filter", "model"] = "tensor"
 
 
 class WiseFtParams(Section):

@@ -96,8 +96,9 @@ def main(results: Path, anchor: Path, tuned: Path, merged: Path, out: Path) -> N
     write_table(out / "held_out.csv", rows)
     paths = [anchor, *(tuned / str(seed) / "weights.safetensors" for seed in seeds)]
     paths += [p for method in params.merge.methods for p in sorted((merged / method).glob("*.safetensors"))]
+    # Of equal tensors in two files, as a greedy soup of one seed gives, the first is the one that counts.
     try:
-        track(params.tracking, scores, {load_weights(p).identity: p for p in paths}, best.name)
+        track(params.tracking, scores, {load_weights(p).identity: p for p in reversed(paths)}, best.name)
     except TrackingError as error:
         # The figures do not depend on MLflow: what is missing there is sent by the next `dvc repro -f compare`.
         print(f"warning: {error}", file=sys.stderr)
