@@ -176,7 +176,7 @@ def _sharded(index: Path) -> Checkpoint:
     parts: dict[str, Checkpoint] = {}
     tensors = {}
     for name, file in sorted(wanted.items()):
-        if Path(file).name != file:
+        if Path(file).name != file or file.endswith(".json") or not (index.parent / file).is_file():
             raise WeightsError(index, got=f"shard {file!r}", expected="a file beside the index", cure="copy it again")
         if file not in parts:
             parts[file] = open_checkpoint(index.parent / file)

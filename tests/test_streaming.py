@@ -82,7 +82,7 @@ def test_include_exclude_and_dtype(files, tmp_path):
     assert {v.dtype for k, v in found.items() if k != "steps"} == {np.dtype(np.float64)}
     np.testing.assert_array_equal(found["bias"], anchor["bias"])
     assert not np.array_equal(found["big"], anchor["big"])
-    with pytest.raises(MergeError, match="the glob 'visual.*'; expected one that matches"):
+    with pytest.raises(MergeError, match=r"the glob 'visual\.\*'; expected one that matches"):
         merge_files("uniform", files[0], files[1:], tmp_path / "p.safetensors", include=["visual.*"])
 
 
@@ -353,7 +353,8 @@ def test_the_command_says_in_one_line_what_is_wrong(files, tmp_path, arguments, 
 def test_merging_imports_neither_torch_nor_the_pipelines_tools(files, tmp_path):
     code = (
         "import sys; from pathlib import Path; from modelstock.streaming import merge_files; import modelstock.cli;"
-        "p = [Path(f'w{i}.safetensors') for i in range(3)]; merge_files('model_stock', p[0], p[1:], Path('o.safetensors'));"
+        "p = [Path(f'w{i}.safetensors') for i in range(3)];"
+        "merge_files('model_stock', p[0], p[1:], Path('o.safetensors'));"
         "print([m for m in ('torch', 'prefect', 'dvc', 'mlflow', 'open_clip') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
