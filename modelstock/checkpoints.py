@@ -6,7 +6,7 @@ imported only to open its pickles, with `weights_only=True`, so nothing in them 
 
 import json
 import math
-import mmap
+import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -142,6 +142,27 @@ def parse_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
+class _File:
+    """A file open for reading at any place, by several threads at once, until nothing refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._descriptor = path, os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, size: int) -> bytes:
+        # Read rather than mapped: pages of a map count as this process's memory until the system takes them away.
+        parts = []
+        while size:
+            part = os.pread(self._descriptor, size, offset)
+            if not part:
+                raise _bad(self._path, "a file that was cut while it was read")
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
 def _safetensors(path: Path) -> Checkpoint:
     header, offset = parse_header(path)
     said = header.pop("__metadata__", None) or {}
@@ -149,16 +170,14 @@ def _safetensors(path: Path) -> Checkpoint:
         meta = json.loads(said.get("modelstock", "{}"))
     except (AttributeError, TypeError, ValueError) as error:
         raise _bad(path, f"metadata {str(said)[:80]}") from error
-    with open(path, "rb") as file:
-        # The map stays valid for as long as a tensor refers to it, and pages that were read can be dropped again.
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    file = _File(path)
 
     def entry(described: Mapping[str, Any]) -> Tensor:
         stored = STORED[described["dtype"]]
         begin = offset + described["data_offsets"][0]
 
         def read(start: int, stop: int) -> Array:
-            return np.frombuffer(data, stored, stop - start, begin + start * stored.itemsize)
+            return np.frombuffer(file.read(begin + start * stored.itemsize, (stop - start) * stored.itemsize), stored)
 
         return Tensor(described["dtype"], tuple(described["shape"]), read)
 
