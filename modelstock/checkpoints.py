@@ -279,8 +279,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise WeightsError(path, got="no such file", expected="a checkpoint", cure="check the path")
     if path.suffix == ".json":
         return _sharded(path)
-    with open(path, "rb") as file:
-        start = file.read(2)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(2)
+    except OSError as error:
+        raise WeightsError(path, got=error.strerror, expected="a readable file", cure="check its permissions") from error
     if path.suffix != ".safetensors" and start[:1] in (b"\x80", b"P"):
         return _pickled(path)
     return _safetensors(path)
