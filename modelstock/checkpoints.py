@@ -283,7 +283,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         with open(path, "rb") as file:
             start = file.read(2)
     except OSError as error:
-        raise WeightsError(path, got=error.strerror, expected="a readable file", cure="check its permissions") from error
+        raise WeightsError(path, got=error.strerror, expected="a readable file", cure="check its mode") from error
     if path.suffix != ".safetensors" and start[:1] in (b"\x80", b"P"):
         return _pickled(path)
     return _safetensors(path)
