@@ -57,17 +57,18 @@ import sys, numpy as np, open_clip, torch
 from pathlib import Path
 from modelstock.weights import WeightSet
 with torch.device("meta"):
-    model = open_clip.create_model("ViT-L-14")
+    model = open_clip.CLIP(**open_clip.get_model_config("ViT-L-14"))
 shapes = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
 print(sum(int(np.prod(s)) for s in shapes.values()))
 random = np.random.default_rng(0)
-anchor = {k: 0.02 * random.standard_normal(s, np.float32) for k, s in shapes.items()}
-common = {k: 1e-3 * random.standard_normal(s, np.float32) for k, s in shapes.items()}
+def draw(scale):
+    return {k: np.asarray(scale * random.standard_normal(s, np.float32), np.float32) for k, s in shapes.items()}
+anchor, common = draw(0.02), draw(1e-3)
 WeightSet(anchor).save(Path(sys.argv[1]))
 for name in sys.argv[2:]:
-    own = {k: np.asarray(anchor[k] + (common[k] + 1e-3 * random.standard_normal(s, np.float32)) / np.float32(2**0.5),
-                         np.float32) for k, s in shapes.items()}
-    WeightSet(own).save(Path(name))
+    own = draw(1e-3)
+    tuned = {k: np.asarray(anchor[k] + (common[k] + own[k]) / np.float32(2**0.5), np.float32) for k in shapes}
+    WeightSet(tuned).save(Path(name))
 """
 
 
