@@ -26,7 +26,7 @@ from modelstock.weights import WeightSet
 Float = NDArray[np.float64]
 Array = NDArray[Any]
 Granularity = Literal["tensor", "filter", "model"]
-CHUNK = 1 << 19  # values a worker holds of each checkpoint at a time
+CHUNK = 1 << 14  # values of each checkpoint a worker holds at a time: few enough to stay in a core's cache
 
 
 # ---------------------------------------------------------------- methods in the span of the updates
@@ -366,10 +366,16 @@ def check_fit(anchor: Checkpoint, tuned: Sequence[Checkpoint]) -> None:
             )  # fmt: skip
 
 
-def _updates(origin: Tensor, tuned: Sequence[Tensor], start: int, stop: int) -> tuple[Float, list[Float]]:
-    """The anchor's slice and each update's, in float64."""
-    base = widen(origin.read(start, stop), origin.dtype)
-    return base, [widen(w.read(start, stop), w.dtype) - base for w in tuned]
+def _updates(origin: Tensor, tuned: Sequence[Tensor], start: int, stop: int) -> tuple[Array, list[Float]]:
+    """The anchor's slice, and each update's in float64; the subtraction widens as it goes, exactly."""
+    base = _plain(origin, start, stop)
+    return base, [np.subtract(_plain(w, start, stop), base, dtype=np.float64) for w in tuned]
+
+
+def _plain(tensor: Tensor, start: int, stop: int) -> Array:
+    """A slice in a dtype that numpy computes with."""
+    stored = tensor.read(start, stop)
+    return widen(stored, tensor.dtype) if tensor.dtype == "BF16" else stored
 
 
 def _slices(size: int, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -446,7 +452,8 @@ class Plan:
         elif METHODS[self.method].span:
             shares = self.coefficients[name]
             for row, start, stop in _slices(origin.size, len(shares)):
-                result, updates = _updates(origin, others, start, stop)
+                base, updates = _updates(origin, others, start, stop)
+                result = base.astype(np.float64)
                 for share, update in zip(shares[row], updates, strict=True):
                     update *= share
                     result += update

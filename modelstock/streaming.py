@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from modelstock import __version__
 from modelstock.checkpoints import STORED, open_checkpoint
 from modelstock.errors import MergeError, WeightsError
@@ -47,8 +49,8 @@ def merge_files(
 ) -> Plan:
     """Merge checkpoints into one safetensors file; every refusal comes before a byte of it is written.
 
-    The file has the anchor's metadata, and how it was made; it appears whole or not at all. Memory: about 40 MB a
-    worker (for methods that look at single values: the largest tensor, in float64, a few times).
+    The file has the anchor's metadata, and how it was made; it appears whole or not at all. Memory: a few
+    MB a worker (for methods that look at single values: the largest tensor, in float64, a few times).
 
     Raises:
         MergeError, WeightsError: as `plan_merge`; an output that exists or is an input; a disk that is too full.
@@ -118,7 +120,7 @@ def write_plan(plan: Plan, out: Path) -> None:
         def second_pass(name: str) -> None:
             size = STORED[plan.dtype_of(name)].itemsize
             for at, piece in plan.pieces(name):
-                raw, place = memoryview(piece.tobytes()), begins[name] + at * size
+                raw, place = np.ascontiguousarray(piece).view(np.uint8).data, begins[name] + at * size
                 while raw:
                     written = os.pwrite(descriptor, raw, place)
                     raw, place = raw[written:], place + written
