@@ -181,6 +181,8 @@ def test_an_ended_flow_leaves_no_process(project, server, number):
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.reproduce"], cwd=project, env={**server, "LOG": str(project / "log")},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        # Where the tests run in a shell's background, SIGINT is ignored, and children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not {("b", "begin"), ("c", "begin")} & (
