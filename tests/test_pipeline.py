@@ -270,4 +270,4 @@ def test_the_flow_runs_what_a_changed_param_touches_and_only_that(project, tmp_p
     names = {row.name for row in load_scores(project / "results/shapes.safetensors").rows}
     assert "wise_ft/0-1-2@0.75" in names
     assert "wise_ft/0-1-2@0.5" not in names
-    assert done.stderr.count("Cached(") == 5 + 2 + 3 + 2 + 3  # shards, the anchor's two, the seeds, what is beside them, the other methods
+    assert done.stderr.count("Cached(") == 5 + 2 + 3 + 2 + 3  # shards, anchor, seeds, beside them, methods
