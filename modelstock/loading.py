@@ -6,7 +6,9 @@ every number of devices. Within an epoch no example comes twice; those that do n
 """
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
@@ -26,6 +29,8 @@ from modelstock.shards import Manifest, example_places, read_all
 from modelstock.training import Batch, seed_step
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+_RATIO = (3 / 4, 4 / 3)  # least and greatest aspect ratio of a crop
+_LOG_RATIO = torch.log(torch.tensor(_RATIO)).tolist()
 
 
 class Examples(Protocol):
@@ -97,9 +102,12 @@ def open_examples(folder: Path, manifest: Manifest, *, in_memory: bool) -> Examp
     return InShards(folder, manifest)
 
 
+@lru_cache(maxsize=16)  # of a million examples, it takes as long as a step; an epoch's steps ask for one, a seed
 def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order in which an epoch visits `count` examples."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    order.flags.writeable = False  # many hold it
+    return order
 
 
 def batch_rows(step: int, *, count: int, batch_size: int, seed: int) -> NDArray[np.int64]:
@@ -109,23 +117,42 @@ def batch_rows(step: int, *, count: int, batch_size: int, seed: int) -> NDArray[
     return epoch_order(count, seed=seed, epoch=epoch)[position * batch_size : (position + 1) * batch_size]
 
 
-def crop_boxes(sizes: Sequence[tuple[int, int]], scale: tuple[float, float]) -> list[Box]:
-    """One RandomResizedCrop an image of (height, width), drawn from torch's generator.
+def crop_box(height: int, width: int, scale: tuple[float, float]) -> Box:
+    """One RandomResizedCrop of an image, drawn from torch's generator.
 
-    Source: torchvision's RandomResizedCrop; Szegedy et al., arXiv 1409.4842.
+    The numbers are those that torchvision's transform draws, in half the time: a step of a small tower is that short.
+    Source: torchvision's RandomResizedCrop.make_params; Szegedy et al., arXiv 1409.4842.
     """
-    boxes = []
-    draw = transforms.RandomResizedCrop(1, scale=scale).make_params
-    for height, width in sizes:
-        box = draw([torch.empty(3, height, width, device="meta")])
-        boxes.append((box["top"], box["left"], box["height"], box["width"]))
-    return boxes
+    number = torch.empty(1)
+    for _ in range(10):
+        area = height * width * number.uniform_(*scale).item()
+        ratio = torch.exp(number.uniform_(*_LOG_RATIO)).item()
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = (int(number.random_(0, most + 1).item()) for most in (height - h, width - w))
+            return top, left, h, w
+    w = min(width, round(height * _RATIO[1]))
+    h = min(height, round(width / _RATIO[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resized_crop(image: Tensor, box: Box, size: int) -> Tensor:
-    """The box of an image (3, H, W), resized to (3, size, size), bicubic with antialiasing."""
-    crop: Tensor = transforms.functional.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, True)
-    return crop
+def resized_crops(images: Sequence[NDArray[np.uint8]], boxes: Sequence[Box], preprocess: Mapping[str, Any]) -> Tensor:
+    """Each image's box, normalised, then resized to the model's size, bicubic with antialiasing: (B, 3, S, S).
+
+    Boxes of one height and width go together; an image's pixels do not depend on which others they are.
+    """
+    size = preprocess["size"]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for place, (_, _, height, width) in enumerate(boxes):
+        groups.setdefault((height, width), []).append(place)
+    out = torch.empty(len(images), 3, size, size)
+    for (height, width), places in groups.items():
+        corners = [(images[i], *boxes[i][:2]) for i in places]
+        pixels = normalise(np.stack([im[t : t + height, x : x + width] for im, t, x in corners]), preprocess)
+        if (height, width) != (size, size):
+            pixels = functional.interpolate(pixels, [size, size], mode="bicubic", antialias=True)
+        out[places] = pixels
+    return out
 
 
 def central(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -157,34 +184,29 @@ class Batches(Dataset[Batch]):
     ) -> None:  # fmt: skip
         self._examples, self._params, self._preprocess = examples, params, dict(preprocess)
         self._seed, self._name, self._rank, self._world_size = seed, name, world.rank, world.size
-        self._labels = torch.from_numpy(examples.labels)
+        self._count = len(examples.labels)
+        self._augment = transforms.RandAugment(params.rand_augment_operations, params.rand_augment_magnitude)
 
     def __getitem__(self, step: int) -> Batch:
-        params, size = self._params, self._preprocess["size"]
-        rows = batch_rows(step, count=len(self._labels), batch_size=params.batch_size, seed=self._seed)
+        params = self._params
+        rows = batch_rows(step, count=self._count, batch_size=params.batch_size, seed=self._seed)
         seed_step(self._seed, self._name, step)
-        boxes = crop_boxes([self._examples.size(row) for row in rows.tolist()], params.crop_scale)
+        boxes = [crop_box(*self._examples.size(row), params.crop_scale) for row in rows.tolist()]
         flips = (torch.rand(len(rows)) < 0.5).tolist() if params.flip else [False] * len(rows)
         weight = float(torch.distributions.Beta(params.mixup, params.mixup).sample()) if params.mixup else 1.0
         seeds = torch.randint(2**62, (len(rows),)).tolist() if params.rand_augment_operations else []
         share = len(rows) // self._world_size
         own = range(self._rank * share, (self._rank + 1) * share)
         pictures = [self._examples.image(int(rows[i])) for i in own]
-        augment = transforms.RandAugment(params.rand_augment_operations, params.rand_augment_magnitude)
-        for place, i in enumerate(own):
-            if seeds:
-                torch.manual_seed(seeds[i])
-                changed: Tensor = augment(torch.from_numpy(pictures[place]).permute(2, 0, 1))
-                pictures[place] = changed.permute(1, 2, 0).contiguous().numpy()
-        if len({p.shape for p in pictures}) == 1:
-            pixels: Sequence[Tensor] = list(normalise(np.stack(pictures), self._preprocess))
-        else:
-            pixels = [normalise(p[None], self._preprocess)[0] for p in pictures]
-        images = torch.stack([resized_crop(p, boxes[i], size) for p, i in zip(pixels, own, strict=True)])
+        for place, i in enumerate(own if seeds else ()):
+            torch.manual_seed(seeds[i])
+            changed: Tensor = self._augment(torch.from_numpy(pictures[place]).permute(2, 0, 1))
+            pictures[place] = changed.permute(1, 2, 0).contiguous().numpy()
+        images = resized_crops(pictures, boxes[own.start : own.stop], self._preprocess)
         turned = torch.tensor([flips[i] for i in own])
         if turned.any():
             images[turned] = images[turned].flip(-1)
-        labels = self._labels[torch.from_numpy(rows[own.start : own.stop])]
+        labels = torch.from_numpy(self._examples.labels[rows[own.start : own.stop]])
         return mixed_pairs(images, labels, weight) if params.mixup else (images, labels)
 
     def load(self, start: int, stop: int, *, workers: int, pin: bool) -> Iterator[Batch]:

@@ -5,6 +5,8 @@ import pytest
 import torch
 from conftest import make_split
 from test_training import RECIPE
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as transforms
 
 from modelstock.distributed import World
 from modelstock.errors import DataError
@@ -15,11 +17,11 @@ from modelstock.loading import (
     Scored,
     batch_rows,
     central,
-    crop_boxes,
+    crop_box,
     mixed_pairs,
-    resized_crop,
+    resized_crops,
 )
-from modelstock.models import TINY_PREPROCESS
+from modelstock.models import TINY_PREPROCESS, normalise
 from modelstock.shapes import NAMES
 from modelstock.shards import load_manifest, read_all, write_shards
 
@@ -51,15 +53,26 @@ def test_an_epoch_visits_every_example_once_and_epochs_and_seeds_differ():
     assert not np.array_equal(epoch(0, 1), epoch(0, 2))
 
 
-def test_a_crop_has_the_size_asked_for_and_the_crop_of_everything_is_the_image():
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.9, 1.0)])
+@pytest.mark.parametrize("size", [(32, 32), (20, 90), (90, 20), (375, 500)])
+def test_crops_are_drawn_as_torchvision_draws_them(size, scale):
+    transform = transforms.RandomResizedCrop(8, scale=scale)
     torch.manual_seed(0)
-    image = torch.rand(3, 32, 40)
-    assert torch.allclose(resized_crop(image[..., :32], (0, 0, 32, 32), 32), image[..., :32], atol=1e-6)
-    for top, left, height, width in crop_boxes([(32, 40)] * 50, (0.5, 0.6)):
-        assert 0.4 < height * width / (32 * 40) < 0.7
-        assert top + height <= 32
-        assert left + width <= 40
-        assert resized_crop(image, (top, left, height, width), 24).shape == (3, 24, 24)
+    found = [crop_box(*size, scale) for _ in range(100)]
+    torch.manual_seed(0)
+    known = [transform.make_params([torch.empty(3, *size)]) for _ in range(100)]
+    assert found == [(k["top"], k["left"], k["height"], k["width"]) for k in known]
+
+
+def test_a_batch_of_crops_is_each_crop_by_torchvision():
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (32, 40, 3), np.uint8) for _ in range(5)]
+    boxes = [(0, 0, 32, 32), (1, 2, 20, 30), (2, 1, 20, 30), (0, 8, 32, 32), (5, 5, 9, 8)]
+    found = resized_crops(images, boxes, TINY_PREPROCESS)
+    for crop, image, box in zip(found, images, boxes, strict=True):
+        normal = normalise(image[None], TINY_PREPROCESS)[0]
+        known = transforms.functional.resized_crop(normal, *box, [32, 32], InterpolationMode.BICUBIC, True)
+        assert torch.equal(crop, known)
 
 
 def test_the_middle_of_an_image_of_any_shape_by_hand():
