@@ -237,17 +237,16 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(project, tmp_path
     shard.unlink()
     shard.write_bytes(content[:-100])
     arguments = ["models/anchor.safetensors", "models/finetuned", "models/merged"]
+    shards = ["data/train", "data/held-out"]
     done = run(folder, "stages.evaluate", "data/shapes", *arguments, "new.safetensors")
     assert done.returncode == 1
     assert done.stderr.strip().startswith("error: data/shapes/000001.tar: got sha256")
     assert not (folder / "new.safetensors").exists()
-    done = run(
-        folder, "stages.merge", "uniform", "models/clip/clip.safetensors", "models/finetuned", "data/held-out", "out"
-    )
+    done = run(folder, "stages.merge", "uniform", "models/clip/clip.safetensors", *arguments[1:2], *shards, "out")
     assert done.returncode == 1
     assert "expected the tensors of models/clip/clip.safetensors" in done.stderr
     assert not (folder / "out").exists()
-    done = run(folder, "stages.merge", "unifrom", *arguments[:2], "data/held-out", "out")
+    done = run(folder, "stages.merge", "unifrom", *arguments[:2], *shards, "out")
     assert done.stderr == (
         "error: method: got 'unifrom'; expected model_stock, uniform, greedy, wise_ft; name one of merge.methods\n"
     )
