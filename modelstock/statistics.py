@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modelstock import __version__
 from modelstock.errors import DataError
@@ -76,7 +77,9 @@ def fisher(weights: WeightSet, images: Images, *, seed: int = 0, batch_size: int
         with torch.no_grad():
             chance = model(pixels).softmax(dim=1)
         labels = torch.multinomial(chance, 1, generator=generator)[:, 0]
-        for name, slope in by_example(state, pixels, labels).items():
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be batched over examples
+            slopes = by_example(state, pixels, labels)
+        for name, slope in slopes.items():
             total[name] += slope.square().sum(dim=0).double()
     return _statistic({n: v / len(images) for n, v in total.items()}, weights, "fisher", len(images))
 
