@@ -47,5 +47,5 @@ def row_of(weights: WeightSet) -> Row:
     members = tuple(int(m) for m in made["members"])  # type: ignore[attr-defined]
     method = str(made["method"])
     knobs: Mapping[str, object] = made["knobs"]  # type: ignore[assignment]
-    suffix = next((f"@{knobs[k]}" for k in ("alpha", "scale") if k in knobs), "")
+    suffix = next((f"@{knobs[k]}" for k in ("scale", "alpha") if k in knobs), "")
     return Row(f"{method}/{'-'.join(map(str, members))}{suffix}", weights.identity, method, members, knobs)

@@ -316,7 +316,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing_behind(files, tmp_path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("modelstock.streaming.os.pwrite", full)
-    with pytest.raises(MergeError, match="out.safetensors: got No space left on device; expected .* make room"):
+    with pytest.raises(MergeError, match=r"out\.safetensors: got No space left on device; expected .* make room"):
         merge_files("uniform", files[0], files[1:], tmp_path / "out.safetensors")
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in files}
 
