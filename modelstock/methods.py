@@ -217,9 +217,12 @@ def karcher(gram: Float, *, iterations: int = 100, tolerance: float = 1e-12) -> 
 
 def _largest(update: Float, share: float) -> NDArray[np.bool_]:
     """Which values belong to the `share` of largest magnitude; ties go to the earlier value."""
-    count = round(share * update.size)
-    kept = np.zeros(update.size, bool)
-    kept[np.argsort(-np.abs(update), kind="stable")[:count]] = True
+    count, size = round(share * update.size), np.abs(update)
+    if not 0 < count < update.size:
+        return np.full(update.size, count > 0)
+    least = np.partition(size, update.size - count)[update.size - count]
+    kept = size > least
+    kept[np.flatnonzero(size == least)[: count - int(kept.sum())]] = True
     return kept
 
 

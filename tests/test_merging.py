@@ -312,6 +312,16 @@ class TestOtherMethods:
         first, second = [4.0, -3.0, 1.0, 0.0], [-5.0, -2.0, 0.5, 1.0]
         np.testing.assert_allclose(one("ties", np.zeros(4), [first, second], density=0.5)[0], [-5, -2.5, 0, 0])
 
+    @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.9, 1.0])
+    def test_the_largest_values_are_those_of_a_stable_sort(self, share):
+        """Magnitudes with many ties, of which the earlier values are kept."""
+        update = np.random.default_rng(0).integers(-4, 5, 40).astype(np.float64)
+        expected = np.zeros(40)
+        first = np.argsort(-np.abs(update), kind="stable")[: round(share * 40)]
+        expected[first] = update[first]
+        found = METHODS["magnitude"].function(update[None], [None], density=share)
+        np.testing.assert_array_equal(found, expected)
+
     def test_breadcrumbs_by_hand(self):
         """Of ten values the largest (outliers .1) and all but the next five (density .5) are dropped."""
         update = np.array([10.0, 9, 8, 7, 6, 5, 4, 3, 2, 1])
