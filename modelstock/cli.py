@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -172,14 +173,20 @@ def methods(as_json: AsJson = False) -> None:
     """Every merge method: formula, knobs and source."""
     from modelstock.methods import METHODS
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, method in METHODS.items():
         text = " ".join((method.function.__doc__ or "").split())
-        source = text.rpartition("Source: ")[2].rstrip(".") if "Source: " in text else ""
-        knobs = ", ".join(f"{k}={v}" for k, v in method.knobs.items())
         formula = text.partition(" Source: ")[0].partition(" Raises: ")[0].partition(". ")[0].rstrip(".")
-        rows.append({"method": name, "formula": formula, "knobs": knobs, "source": source})
-    _show("methods", rows, as_json)
+        knobs = ", ".join(f"{k}={json.dumps(v)}" for k, v in method.knobs.items())
+        row = {"method": name, "formula": formula, "knobs": knobs, "source": text.rpartition("Source: ")[2].rstrip(".")}
+        rows.append({**row, "needs": method.needs} if method.needs not in ("", "depth") else row)
+    if as_json:
+        _show("methods", rows, True)
+        return
+    for row in rows:
+        print(row.pop("method"))
+        for key, value in row.items():
+            print(textwrap.fill(f"{key}: {value}", 100, initial_indent="    ", subsequent_indent="        "))
 
 
 @app.command()
