@@ -221,7 +221,7 @@ def _largest(update: Float, share: float) -> NDArray[np.bool_]:
     if not 0 < count < update.size:
         return np.full(update.size, count > 0)
     least = np.partition(size, update.size - count)[update.size - count]
-    kept = size > least
+    kept: NDArray[np.bool_] = size > least
     kept[np.flatnonzero(size == least)[: count - int(kept.sum())]] = True
     return kept
 
