@@ -155,6 +155,20 @@ def inner_products(origin: Tensor, tuned: Sequence[Tensor], run: Sequence[Slice]
     return gram
 
 
+def blended(
+    origin: Tensor, tuned: Sequence[Tensor], run: Sequence[Slice], shares: Float, dtype: str, *, of: str = "updates"
+) -> Iterator[tuple[int, Array]]:
+    """w0 + sum_i c_i v_i of a run of chunks, `shares` (rows, N): (start, stored values), good until the next one."""
+    updates, out = Updates(origin, tuned, of=of), np.empty(min(CHUNK, origin.size), STORED[dtype])
+    for piece in run:
+        result, chunk = updates(piece)
+        own = shares[piece.first : piece.last]
+        for i, update in enumerate(chunk.reshape(len(tuned), len(own), -1)):
+            update *= own[:, i, None]
+            result += update.reshape(-1)
+        yield piece.start, narrow(result, dtype, out[: len(result)])
+
+
 def _check_finite(name: str, sources: Sequence[tuple[str, Tensor]], gram: Float) -> None:
     """NaN and infinity show in the inner products; only then is the culprit looked for."""
     if np.isfinite(gram).all():
@@ -228,16 +242,7 @@ class Plan:
                 kept = origin.read(piece.start, piece.stop)
                 yield piece.start, kept if dtype == origin.dtype else narrow(widen(kept, origin.dtype), dtype)
         elif name in self.coefficients:
-            updates = Updates(origin, others, of=METHODS[self.method].of)
-            out = np.empty(min(CHUNK, origin.size), STORED[dtype])
-            for piece in run:
-                result, chunk = updates(piece)
-                shares = self.coefficients[name][piece.first : piece.last]
-                table = chunk.reshape(len(others), len(shares), -1)
-                for i, update in enumerate(table):
-                    update *= shares[:, i, None]
-                    result += update.reshape(-1)
-                yield piece.start, narrow(result, dtype, out[: len(result)])
+            yield from blended(origin, others, run, self.coefficients[name], dtype, of=METHODS[self.method].of)
         elif origin.size:
             yield 0, narrow(self._by_values(name, origin, others), dtype).reshape(-1)
 

@@ -32,7 +32,7 @@ class Optimization(Section):
     beta2: float = Field(default=0.999, ge=0.5, lt=1)
     warmup_steps: int = Field(ge=0)
     clip_norm: float = Field(gt=0)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     log_every: Positive = 5
 
 
@@ -44,12 +44,51 @@ class PretrainParams(Optimization):
 
 
 class FinetuneParams(Optimization):
-    """The recipe, the same for every seed."""
+    """The recipe, the same for every seed.
+
+    `micro_batch`: examples a device takes at a time; null: its whole share of the batch; auto: halved until it fits.
+    `layer_decay`: learning rate of a block over that of the next. `decay`: weight decay for all parameters, as in
+    WiSE-FT, or for those of two dimensions and more. `mixup`: alpha of Beta(alpha, alpha); 0: none. `rand_augment_*`:
+    operations an image (0: none) and magnitude (of 30), before the crop. `train_head`: false keeps the anchor's head.
+    `head_first_epochs`: epochs, before `epochs`, in which only the head learns, at `head_lr`. `devices`: processes that
+    share a batch. `ema`: decays; `lawa`: last epochs averaged (0: none); `snapshots`: every epoch's weights kept. Each
+    of these averages and snapshots is scored like any weight set.
+    """
 
     seeds: list[Seed] = Field(min_length=2)
     epochs: Positive
+    micro_batch: Positive | Literal["auto"] | None = None
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    decay: Literal["all", "matrices"] = "all"
     label_smoothing: float = Field(ge=0, lt=1)
+    mixup: float = Field(default=0.0, ge=0)
     crop_scale: tuple[float, float]
+    flip: bool = False
+    rand_augment_operations: int = Field(default=0, ge=0)
+    rand_augment_magnitude: int = Field(default=9, ge=0, le=30)
+    train_head: bool = True
+    head_first_epochs: int = Field(default=0, ge=0)
+    head_lr: float = Field(default=1e-3, gt=0, le=1)
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    devices: Positive = 1
+    ema: list[Annotated[float, Field(gt=0, lt=1)]] = []
+    lawa: int = Field(default=0, ge=0)
+    snapshots: bool = False
+
+    @model_validator(mode="after")
+    def _together(self) -> "FinetuneParams":
+        if self.head_first_epochs and not self.train_head:
+            raise ValueError("head_first_epochs needs train_head: true")
+        if self.lawa > self.epochs:
+            raise ValueError(f"lawa averages {self.lawa} epochs of {self.epochs}")
+        if self.batch_size % self.devices:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of devices {self.devices}")
+        if self.mixup and self.batch_size % (2 * self.devices):
+            raise ValueError(f"mixup pairs images: batch_size {self.batch_size} is odd on {self.devices} devices each")
+        if self.micro_batch == "auto" and self.devices > 1:
+            raise ValueError("micro_batch: auto is for one device; name a number for several")
+        return self
 
     @field_validator("seeds")
     @classmethod
@@ -64,6 +103,39 @@ class FinetuneParams(Optimization):
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError("two numbers with 0 < low <= high <= 1")
         return scale
+
+
+class PeriodicParams(Section):
+    """Seeds that train side by side and are merged by Model Stock on the way; beside each, one seed as long as all.
+
+    `sizes`: how many seeds, the first of finetune.seeds, with the recipe of `finetune`. `every_steps`: steps between
+    two merges; null: an epoch. `reset_moments`: AdamW's moments start at zero after each merge. `devices`: 1, or one a
+    seed. `pairwise`, `clip`: see modelstock.merging.model_stock.
+    """
+
+    sizes: list[Annotated[int, Field(ge=2)]] = Field(min_length=1)
+    every_steps: Positive | None = None
+    reset_moments: bool = False
+    devices: Positive = 1
+    pairwise: Literal["cosine", "angle"] = "cosine"
+    clip: Literal["unit", "none"] = "unit"
+
+    @model_validator(mode="after")
+    def _together(self) -> "PeriodicParams":
+        if self.devices != 1 and any(size != self.devices for size in self.sizes):
+            raise ValueError(f"devices is 1 or one a seed, not {self.devices} for sizes {self.sizes}")
+        return self
+
+
+class LoadingParams(Section):
+    """How training images are read; the same bytes come out either way.
+
+    `workers`: processes that make batches ahead, a seed; 0: the training process itself. `in_memory`: decoded once and
+    kept, or read from the shards at every use.
+    """
+
+    workers: int = Field(ge=0, le=256)
+    in_memory: bool
 
 
 class PrepareParams(Section):
@@ -216,9 +288,12 @@ class Params(Section):
     """The whole file."""
 
     threads: Positive
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    loading: LoadingParams
     prepare: PrepareParams
     pretrain: PretrainParams
     finetune: FinetuneParams
+    periodic: PeriodicParams
     merge: MergeParams
     evaluate: EvaluateParams
     compare: CompareParams
@@ -236,6 +311,8 @@ class Params(Section):
             problems += [f"{place} names {_hint(n, list(SPLITS))}" for n in names if n not in SPLITS]
         wanted = {"train", *self.evaluate.benchmarks}
         problems += [f"prepare.images lacks {n}" for n in sorted(wanted - set(self.prepare.images))]
+        seeds = len(self.finetune.seeds)
+        problems += [f"periodic.sizes wants {n} of {seeds} seeds" for n in self.periodic.sizes if n > seeds]
         roles = [SPLITS[n].role for n in self.evaluate.benchmarks if n in SPLITS]
         if roles.count("held-out") != 1 or roles.count("in-distribution") != 1 or "shift" not in roles:
             problems.append("evaluate.benchmarks needs held-out, one in-distribution set and at least one shift")
@@ -285,7 +362,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
                 lines.append(f"{place} is missing")
             else:
                 text = problem["msg"].removeprefix("Value error, ")
-                shown = "" if problem["loc"] == () else f" (got {problem['input']!r})"
+                shown = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
                 lines.append(f"{place}: {text}{shown}")
         raise ParamsError(
             path,

@@ -19,7 +19,8 @@ def fingerprint(*parts: Mapping[str, Any]) -> str:
     """
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     digest.update(version("torch").encode())
-    for module in ("models", "shapes", "training"):
+    for module in ("callbacks", "distributed", "finetuning", "loading", "merging", "models", "periodic", "pretraining",
+                   "shapes", "training"):  # fmt: skip
         digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
     return digest.hexdigest()[:24]
 

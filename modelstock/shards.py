@@ -184,6 +184,41 @@ def read_batches(
         )
 
 
+def example_places(folder: Path, manifest: Manifest) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each image's bytes are, in shard order: (shard, first byte, length) (N, 3), and the labels (N,).
+
+    Only the tar files' heads and the labels are read.
+
+    Raises:
+        DataError: an example without image or label, a label out of range, or a count that is not the manifest's.
+    """
+    places: list[tuple[int, int, int]] = []
+    labels: list[int] = []
+    for number, shard in enumerate(manifest.shards):
+        images: dict[str, tuple[int, int, int]] = {}
+        found: dict[str, int] = {}
+        with tarfile.open(folder / shard.name) as tar:
+            for entry in tar:
+                key, _, kind = entry.name.rpartition(".")
+                content = tar.extractfile(entry) if kind == "cls" else None
+                if content is not None:
+                    found[key] = int(content.read())
+                elif kind in ("png", "jpg", "jpeg", "webp"):
+                    images[key] = (number, entry.offset_data, entry.size)
+        bad = [key for key in images.keys() | found.keys() if key not in images
+               or not 0 <= found.get(key, -1) < len(manifest.labels)]  # fmt: skip
+        if bad or len(images) != shard.count:
+            raise DataError(
+                folder / shard.name,
+                got=f"{len(images)} images" + (f", {bad[0]} without image or valid label" if bad else ""),
+                expected=f"{shard.count} with a label below {len(manifest.labels)} each",
+                cure="run the stage prepare again",
+            )
+        places += images.values()
+        labels += [found[key] for key in images]
+    return np.array(places, np.int64).reshape(-1, 3), np.array(labels, np.int64)
+
+
 def read_all(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64], Manifest]:
     """Every image and label of a small split, in memory."""
     manifest = load_manifest(folder)

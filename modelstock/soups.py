@@ -5,6 +5,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
+from modelstock.params import Params
 from modelstock.scores import Row
 from modelstock.weights import WeightSet, load_weights
 
@@ -35,6 +36,16 @@ def finetuned(folder: Path, seeds: Sequence[int]) -> dict[int, WeightSet]:
     return {seed: load_weights(folder / str(seed) / "weights.safetensors") for seed in seeds}
 
 
+def beside(tuned_folder: Path, periodic: Path, longer: Path, params: Params) -> list[Path]:
+    """What training made beside the seeds: averages and snapshots of each, periodic merges, seeds trained longer."""
+    tuned = params.finetune
+    stems = [f"ema-{decay}" for decay in tuned.ema] + ["lawa"] * (tuned.lawa > 0)
+    stems += [f"epoch-{n}" for n in range(1, tuned.head_first_epochs + tuned.epochs) if tuned.snapshots]
+    paths = [tuned_folder / str(seed) / f"{stem}.safetensors" for seed in tuned.seeds for stem in stems]
+    sizes = params.periodic.sizes
+    return paths + [folder / str(size) / "weights.safetensors" for folder in (periodic, longer) for size in sizes]
+
+
 def row_of(weights: WeightSet) -> Row:
     """The row a weight set gets in tables: name, kind, members and knobs, from what its file says of itself."""
     made: Mapping[str, object] = weights.meta["made_by"]
@@ -43,7 +54,15 @@ def row_of(weights: WeightSet) -> Row:
         return Row("anchor", weights.identity, "anchor", (), {})
     if stage == "finetune":
         seed = int(str(made["seed"]))
-        return Row(f"seed-{seed}", weights.identity, "seed", (seed,), {})
+        average = made.get("average")
+        if average is None:
+            return Row(f"seed-{seed}", weights.identity, "seed", (seed,), {})
+        own: Mapping[str, object] = made["knobs"]  # type: ignore[assignment]
+        knob = {"ema": "decay", "lawa": "last", "snapshot": "epoch"}[str(average)]
+        return Row(f"{average}@{own[knob]}/{seed}", weights.identity, str(average), (seed,), {knob: own[knob]})
+    if stage == "longer":
+        return Row(f"longer@{made['factor']}/{made['seed']}", weights.identity, "longer", (int(str(made["seed"])),),
+                   {"factor": made["factor"]})  # fmt: skip
     members = tuple(int(m) for m in made["members"])  # type: ignore[attr-defined]
     method = str(made["method"])
     knobs: Mapping[str, object] = made["knobs"]  # type: ignore[assignment]

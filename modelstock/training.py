@@ -1,42 +1,30 @@
-"""Training that resumes bit for bit.
+"""The training loop: one seed, step by step, that stops and goes on without changing a bit.
 
-The randomness of step s is drawn from (seed, s) alone: data order, crops and dropout. A resume point therefore is
-the model, the optimizer and the step, and a run killed at any moment ends with the bytes of an uninterrupted one.
+The randomness of step s is drawn from (seed, s) alone: data order, augmentation and dropout. A resume point therefore
+is the model, the optimizer, the loss scaler, the step and the history, and a run killed at any moment ends with the
+bytes of an uninterrupted one. Whatever happens beside the steps is a callback (modelstock/callbacks.py).
 """
 
-import json
+import contextlib
 import math
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import v2 as transforms
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from modelstock import shapes
+from modelstock.distributed import ALONE, World
 from modelstock.errors import TrainingError
-from modelstock.files import atomic_path
-from modelstock.models import (
-    TINY_CLIP,
-    TINY_PREPROCESS,
-    Classifier,
-    build_clip,
-    normalise,
-    tokenizer,
-)
-from modelstock.params import FinetuneParams, Optimization, PretrainParams
+from modelstock.params import Optimization
 
-Row = dict[str, Any]
-SAVE_EVERY_S = 20.0  # a resume point of the tiny tower takes 0.03 s
+HistoryRow = dict[str, Any]
+Batch = tuple[Tensor, ...]  # tensors of equal first dimension: the examples
+MicroBatch = int | Literal["auto"] | None
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int) -> float:
@@ -53,44 +41,111 @@ def seed_step(seed: int, name: str, step: int) -> int:
     return int(mixed)
 
 
+def autocast(precision: str, device: str = "cpu") -> torch.autocast:
+    """Autocast to bfloat16 or float16, or a context that does nothing for float32."""
+    lower = torch.float16 if precision == "float16" else torch.bfloat16
+    return torch.autocast(device, dtype=lower, enabled=precision != "float32")
+
+
+def adamw(groups: Sequence[Mapping[str, Any]], options: Optimization, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over `groups`, each with `params` and, where wanted, `scale` (of the learning rate) and `weight_decay`.
+
+    Source: Loshchilov, Hutter, arXiv 1711.05101.
+    """
+    return torch.optim.AdamW(
+        [{"scale": 1.0, **group} for group in groups],
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        betas=(0.9, options.beta2),
+        fused=device.type == "cuda",  # on two CPU cores it saved 1 % of a step
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the CPU's allocator, refused memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class Callback:
+    """What happens beside the steps. Its state is part of the resume point, so that it resumes as exactly as they."""
+
+    def before_step(self, run: "Run") -> None:
+        """Before step `run.step`."""
+
+    def after_step(self, run: "Run") -> None:
+        """After a step; `run.step` counts it already."""
+
+    def state(self) -> dict[str, Any]:
+        """What must survive a stop: tensors, numbers, strings and containers of them."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+
+
 @dataclass
 class Run:
-    """A training run that can stop and go on: what changes is the model, the optimizer, `step` and `history`.
+    """A training run: what changes is the model, the optimizer, the scaler, `step`, `history` and the callbacks.
 
-    `folder` is its scratch place, one per fingerprint of everything the run depends on; the history there
-    (`history.jsonl`) grows while it trains, so that others can follow.
+    `objective`: (the model as it is called, one batch) -> mean loss over its examples. `schedule`: step -> learning
+    rate. `batches`: (first step, last step + 1) -> the batches of these steps, this process's share of each.
+    `micro_batch`: examples at a time, gradients summed; None: the whole share; "auto": halved until it fits.
     """
 
     name: str
     model: nn.Module
-    optimization: Optimization
+    optimizer: torch.optim.Optimizer
+    options: Optimization
     seed: int
     steps: int
-    folder: Path
+    objective: Callable[[nn.Module, Batch], Tensor]
+    schedule: Callable[[int], float]
+    batches: Callable[[int, int], Iterator[Batch]]
+    callbacks: Sequence["Callback"] = ()
+    micro_batch: MicroBatch = None
+    compile: bool = False
+    world: World = ALONE
     step: int = 0
-    history: list[Row] = field(default_factory=list)
+    history: list[HistoryRow] = field(default_factory=list)
+    saved_step: int = 0  # of the last resume point
+    last: dict[str, float] = field(default_factory=dict)  # loss, lr, grad_norm of the last step
 
     def __post_init__(self) -> None:
-        options = self.optimization
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            betas=(0.9, options.beta2),
-        )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._point = self.folder / "state.pt"
-        if self._point.exists():
-            state = torch.load(self._point, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.history = state["step"], json.loads(state["history"])
-        self._write_history()
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.options.precision == "float16")
+        self._found: int | None = None  # what "auto" has found
+        self.rewrap()
 
-    def _write_history(self) -> None:
-        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.history)
-        with atomic_path(self.folder / "history.jsonl") as temporary:
-            temporary.write_text(text)
+    def rewrap(self) -> None:
+        """Wrap the model for its calls anew: to be done when other parameters than before are to be trained."""
+        self.called: nn.Module = self.model
+        if self.compile:
+            self.called = torch.compile(self.called)  # type: ignore[assignment]
+        if self.world.size > 1:
+            ids = None if self.world.device.type == "cpu" else [self.world.device.index]
+            self.called = DistributedDataParallel(self.called, device_ids=ids)
+
+    def state(self) -> dict[str, Any]:
+        """The resume point."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "history": self.history,
+            "last": self.last,
+            "micro_batch": self._found,
+            "callbacks": [callback.state() for callback in self.callbacks],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a resume point."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.history, self._found = state["step"], list(state["history"]), state["micro_batch"]
+        self.last, self.saved_step = dict(state["last"]), self.step
+        for callback, own in zip(self.callbacks, state["callbacks"], strict=True):
+            callback.load_state(own)
 
     def log(self, row: Mapping[str, float]) -> None:
         """Add what is known at the present step to the history."""
@@ -99,187 +154,86 @@ class Run:
         else:
             self.history.append({"step": self.step, **row})
 
-    def save(self) -> None:
-        """Write the resume point, whole or not at all."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "history": json.dumps(self.history),
-        }
-        with atomic_path(self._point) as temporary:
-            torch.save(state, temporary)
-        self._write_history()
-
-    def train(
-        self, loss_of: Callable[[int], Tensor], *, every: int, at_epoch: Callable[[], Mapping[str, float]]
-    ) -> None:
-        """Step until `steps`; `loss_of(step)` is one batch's loss, `at_epoch` runs each `every` steps.
+    def train(self, until: int | None = None) -> None:
+        """Step until `until`, or to the end.
 
         Raises:
-            TrainingError: a loss or gradient that is not finite, with step, learning rate and the last resume point.
+            TrainingError: a loss or gradient that is not finite, with step, learning rate and the last resume point;
+                or memory that does not suffice, with what to change.
         """
-        options, saved_at, saved_step = self.optimization, time.monotonic(), self.step
-        losses: list[float] = []
-        with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=2, unit="step") as bar:
-            while self.step < self.steps:
-                rate = learning_rate(self.step, peak=options.lr, warmup=options.warmup_steps, steps=self.steps)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                seed_step(self.seed, self.name, self.step)
-                self.model.train()
-                loss = loss_of(self.step)
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
-                if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+        stop = self.steps if until is None else until
+        batches = self.batches(self.step, stop)
+        shown = self.world.rank == 0
+        with tqdm(
+            total=self.steps, initial=self.step, desc=self.name, mininterval=2, unit="step", disable=not shown,
+            leave=stop == self.steps,
+        ) as bar:  # fmt: skip
+            while self.step < stop:
+                for callback in self.callbacks:
+                    callback.before_step(self)
+                self._step(next(batches))
+                for callback in self.callbacks:
+                    callback.after_step(self)
+                bar.update()
+
+    def _step(self, batch: Batch) -> None:
+        rate = self.schedule(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        self.model.train()
+        loss = self._gradients(batch)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+        # A scaler that is still finding its scale skips the step of an overflowing gradient by itself.
+        skipped = self.scaler.is_enabled() and self.scaler.get_scale() > 1 and not bool(torch.isfinite(norm))
+        if not bool(torch.isfinite(loss)) or not (skipped or bool(torch.isfinite(norm))):
+            raise TrainingError(
+                f"{self.name}, step {self.step}",
+                got=f"loss {loss.item()}, gradient norm {norm.item()} at learning rate {rate:.3g}",
+                expected="finite numbers",
+                cure=f"lower lr or clip_norm; the last resume point is step {self.saved_step}",
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.last = {"loss": loss.item(), "lr": rate}
+        self.last |= {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
+        self.last |= {} if skipped else {"grad_norm": norm.item()}
+
+    def _gradients(self, batch: Batch) -> Tensor:
+        """Gradients of the batch's mean loss, and that loss; smaller micro-batches where memory says so."""
+        while True:
+            seed_step(self.seed, f"{self.name}/forward/{self.world.rank}", self.step)
+            size = self._found or (self.micro_batch if isinstance(self.micro_batch, int) else len(batch[0]))
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._accumulate(batch, min(size, len(batch[0])))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.micro_batch != "auto" or size == 1:
                     raise TrainingError(
                         f"{self.name}, step {self.step}",
-                        got=f"loss {loss.item()}, gradient norm {norm.item()} at learning rate {rate:.3g}",
-                        expected="finite numbers",
-                        cure=f"lower lr or clip_norm; the last resume point is step {saved_step}",
-                    )
-                self.optimizer.step()
-                self.step += 1
-                losses.append(loss.item())
-                bar.update()
-                if self.step % options.log_every == 0 or self.step % every == 0:
-                    # The last batch's loss: a mean since the last row would depend on where a run resumed.
-                    self.log({"loss": losses[-1], "lr": rate, "grad_norm": norm.item()})
-                if self.step % every == 0:
-                    self.model.eval()
-                    self.log(at_epoch())
-                    bar.set_postfix({k: f"{v:.3f}" for k, v in self.history[-1].items() if "/" in k})
-                if self.step == self.steps or time.monotonic() - saved_at > SAVE_EVERY_S:
-                    self.save()
-                    saved_at, saved_step = time.monotonic(), self.step
+                        got=f"not enough memory for {size} examples at a time",
+                        expected="a micro-batch that fits",
+                        cure=f"set micro_batch to {max(1, size // 2)} or auto (the batch stays the same), "
+                        "gradient_checkpointing to true, or precision to bfloat16",
+                    ) from error
+            # Outside of the handler, which keeps the failed step's tensors alive.
+            self._found = size // 2
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
 
-
-@torch.inference_mode()
-def top1(model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 500) -> float:
-    """Share of `images` (N, 3, S, S) whose largest logit is their label."""
-    hits = sum(
-        int((model(images[i : i + batch_size]).argmax(dim=1) == labels[i : i + batch_size]).sum())
-        for i in range(0, len(images), batch_size)
-    )
-    return hits / len(images)
-
-
-def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits `count` examples."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def batch_rows(step: int, *, count: int, batch_size: int, seed: int) -> NDArray[np.int64]:
-    """The examples of one step: whole batches of the epoch's order, the rest of an epoch left out as usual."""
-    per_epoch = count // batch_size
-    epoch, position = divmod(step, per_epoch)
-    return epoch_order(count, seed=seed, epoch=epoch)[position * batch_size : (position + 1) * batch_size]
-
-
-def random_resized_crops(images: Tensor, scale: tuple[float, float]) -> Tensor:
-    """One RandomResizedCrop an image, to the images' own size (bicubic), drawn from torch's generator."""
-    size = list(images.shape[-2:])
-    crops = []
-    for image in images:
-        box = transforms.RandomResizedCrop(size, scale=scale).make_params([image])
-        crops.append(
-            transforms.functional.resized_crop(
-                image,
-                box["top"],
-                box["left"],
-                box["height"],
-                box["width"],
-                size,
-                InterpolationMode.BICUBIC,
-                True,
-            )
-        )
-    return torch.stack(crops)
-
-
-def autocast(precision: str, device: str = "cpu") -> torch.autocast:
-    """Autocast to bfloat16, or a context that does nothing for float32."""
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def finetune(
-    model: Classifier,
-    train: tuple[Tensor, Tensor],
-    held_out: tuple[Tensor, Tensor],
-    params: FinetuneParams,
-    *,
-    seed: int,
-    folder: Path,
-) -> list[Row]:
-    """Fine-tune tower and head in place; returns the history.
-
-    `train`, `held_out`: normalised images (N, 3, S, S) float32 and labels (N,) int64. `held_out` is scored each
-    epoch and never trained on.
-
-    Raises:
-        TrainingError: fewer examples than a batch, or a loss that is not finite.
-    """
-    images, labels = train
-    if len(images) < params.batch_size:
-        raise TrainingError(
-            "finetune.batch_size",
-            got=params.batch_size,
-            expected=f"at most the {len(images)} training images",
-            cure="lower it",
-        )
-    per_epoch = len(images) // params.batch_size
-    run = Run(f"seed-{seed}", model, params, seed, per_epoch * params.epochs, folder)
-
-    def loss_of(step: int) -> Tensor:
-        rows = torch.from_numpy(batch_rows(step, count=len(images), batch_size=params.batch_size, seed=seed))
-        crops = random_resized_crops(images[rows], params.crop_scale)
-        with autocast(params.precision):
-            logits = model(crops)
-        return functional.cross_entropy(logits.float(), labels[rows], label_smoothing=params.label_smoothing)
-
-    run.train(loss_of, every=per_epoch, at_epoch=lambda: {"validation/top1": top1(model, *held_out)})
-    model.eval()
-    return run.history
-
-
-def shared_positives_loss(image: Tensor, text: Tensor, classes: Tensor, scale: Tensor) -> Tensor:
-    """Image-text contrast in which every caption of the same class is a positive, in both directions.
-
-    `image`, `text`: (B, D) normalised; `classes`: (B,). Source: UniCL, Yang et al., arXiv 2204.03610.
-    """
-    logits = scale * image @ text.T
-    same = (classes[:, None] == classes[None, :]).to(logits.dtype)
-    target = same / same.sum(dim=1, keepdim=True)
-    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
-
-
-def pretrain(params: PretrainParams, *, folder: Path) -> tuple[nn.Module, list[Row]]:
-    """Train the tiny CLIP on captioned draws of all styles; returns it and the history."""
-    torch.manual_seed(params.seed)
-    clip = build_clip(TINY_CLIP)
-    tokenize = tokenizer(TINY_CLIP)
-    steps = params.draws // params.batch_size
-    run = Run("pretrain", clip, params, params.seed, steps, folder)
-
-    def loss_of(step: int) -> Tensor:
-        indices = range(step * params.batch_size, (step + 1) * params.batch_size)
-        images, classes, captions = shapes.web(indices, seed=params.seed)
-        # Captions repeat within a batch: each text is encoded once.
-        texts = sorted(set(captions))
-        with autocast(params.precision):
-            image = clip.encode_image(normalise(images, TINY_PREPROCESS), normalize=True)  # type: ignore[operator]
-            text = clip.encode_text(tokenize(texts), normalize=True)  # type: ignore[operator]
-        place = {text: row for row, text in enumerate(texts)}
-        rows = torch.tensor([place[caption] for caption in captions])
-        scale = clip.logit_scale.exp().clamp(max=100)  # type: ignore[operator]
-        return shared_positives_loss(image.float(), text.float()[rows], torch.from_numpy(classes), scale)
-
-    run.train(loss_of, every=max(1, steps // 10), at_epoch=dict)
-    return clip.eval(), run.history
-
-
-def batches(count: int, size: int) -> Iterator[Sequence[int]]:
-    """Consecutive ranges of at most `size` that cover `count`."""
-    for start in range(0, count, size):
-        yield range(start, min(start + size, count))
+    def _accumulate(self, batch: Batch, size: int) -> Tensor:
+        count = len(batch[0])
+        total = torch.zeros((), device=self.world.device)
+        for start in range(0, count, size):
+            piece = tuple(part[start : start + size].to(self.world.device, non_blocking=True) for part in batch)
+            share = len(piece[0]) / count
+            last = start + size >= count
+            shared = self.called if isinstance(self.called, DistributedDataParallel) else None
+            with shared.no_sync() if shared is not None and not last else contextlib.nullcontext():
+                loss = self.objective(self.called, piece)
+                self.scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach() * share
+        return self.world.mean(total)

@@ -1,5 +1,6 @@
 """DVC's stages: one file, one reproducible step. Each reads params and inputs, makes one core call, writes outputs."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,8 @@ def run(main: Callable[..., Any]) -> None:
 
 def deterministic(threads: int) -> None:
     """Make torch repeat bit for bit: fixed thread count, deterministic kernels."""
+    # cuBLAS repeats only with a workspace of its own; it reads this when it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     torch.set_num_threads(threads)

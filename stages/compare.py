@@ -15,7 +15,7 @@ from modelstock.params import TrackingParams, load_params
 from modelstock.report import summary_lines, write_report
 from modelstock.scores import Scores, load_scores
 from modelstock.scratch import read_history, write_table
-from modelstock.soups import finetuned
+from modelstock.soups import beside, finetuned
 from modelstock.tracking import Tracker
 from modelstock.weights import WeightSet, load_weights
 from stages import run
@@ -71,7 +71,7 @@ def track(params: TrackingParams, results: list[Scores], files: dict[str, Path],
         history = file.with_name("history.jsonl")
         key = load_weights(file).meta["made_by"].get("key")
         tracker.record(
-            file, name=row.name, key=key, history=history if history.exists() else None,
+            file, name=row.name, key=key, history=history if key and history.exists() else None,
             tags=own, metrics=metrics, datasets=datasets,
         )  # fmt: skip
         tracker.register(
@@ -79,8 +79,10 @@ def track(params: TrackingParams, results: list[Scores], files: dict[str, Path],
         )
 
 
-def main(results: Path, anchor: Path, tuned: Path, merged: Path, out: Path) -> None:
-    """RESULTS: per-example results; ANCHOR, TUNED, MERGED: the weight sets; OUT: the folder for the report."""
+def main(
+    results: Path, anchor: Path, tuned: Path, merged: Path, periodic: Path, longer: Path, out: Path
+) -> None:
+    """RESULTS: per-example results; ANCHOR, and folders of weight sets: TUNED, ...; OUT: the folder for the report."""
     params = load_params()
     scores = [load_scores(results / f"{name}.safetensors") for name in params.evaluate.benchmarks]
     origin, seeds = load_weights(anchor), finetuned(tuned, params.finetune.seeds)
@@ -96,6 +98,7 @@ def main(results: Path, anchor: Path, tuned: Path, merged: Path, out: Path) -> N
     write_table(out / "held_out.csv", rows)
     paths = [anchor, *(tuned / str(seed) / "weights.safetensors" for seed in seeds)]
     paths += [p for method in params.merge.methods for p in sorted((merged / method).glob("*.safetensors"))]
+    paths += beside(tuned, periodic, longer, params)
     # Of equal tensors in two files, as a greedy soup of one seed gives, the first is the one that counts.
     try:
         track(params.tracking, scores, {load_weights(p).identity: p for p in reversed(paths)}, best.name)

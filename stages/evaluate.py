@@ -5,17 +5,18 @@ from pathlib import Path
 from modelstock.evaluation import collect, ensemble_identity, score
 from modelstock.params import load_params
 from modelstock.scores import Row, save_scores
-from modelstock.soups import finetuned, row_of, subsets
+from modelstock.soups import beside, finetuned, row_of, subsets
 from modelstock.weights import load_weights
 from stages import deterministic, run
 
 
-def main(data: Path, anchor: Path, tuned: Path, merged: Path, out: Path) -> None:
-    """DATA: shards; ANCHOR; TUNED: the seeds' folder; MERGED: the methods' folder; OUT: the results to write."""
+def main(data: Path, anchor: Path, tuned: Path, merged: Path, periodic: Path, longer: Path, out: Path) -> None:
+    """DATA: shards; ANCHOR; TUNED, MERGED, PERIODIC, LONGER: folders of weight sets; OUT: the results to write."""
     params = load_params()
     deterministic(params.threads)
     seeds = finetuned(tuned, params.finetune.seeds)
     files = [path for method in params.merge.methods for path in sorted((merged / method).glob("*.safetensors"))]
+    files += beside(tuned, periodic, longer, params)
     weights = [load_weights(anchor), *seeds.values(), *map(load_weights, files)]
     rows = [row_of(w) for w in weights]
     # Two, four and all seeds, as the soups have; of the pairs only the disjoint ones.

@@ -1,53 +1,118 @@
 """Fine-tunes one seed from the anchor; killed at any moment and run again, it ends with the same bytes."""
 
+import contextlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from modelstock import __version__
-from modelstock.models import build_classifier, normalise, tensors_of
-from modelstock.params import load_params
+from modelstock.distributed import World, processes
+from modelstock.files import atomic_path
+from modelstock.finetuning import finetune
+from modelstock.loading import Examples, open_examples
+from modelstock.models import build_classifier, tensors_of
+from modelstock.params import FinetuneParams, Params, load_params
 from modelstock.scratch import fingerprint, write_history
-from modelstock.shards import check_classes, read_all
+from modelstock.shards import check_classes, load_manifest
 from modelstock.tracking import Mirror, Tracker
-from modelstock.training import finetune
 from modelstock.weights import WeightSet, load_weights
 from stages import deterministic, run
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What training reads: the anchor, examples, and what identifies them."""
+
+    anchor: WeightSet
+    train: Examples
+    held_out: Examples
+    identities: Mapping[str, str]
+
+
+def read_inputs(params: Params, anchor: Path, train: Path, held_out: Path) -> Inputs:
+    """Read the anchor and both splits, and check that they belong together."""
+    start, manifest, held_manifest = load_weights(anchor), load_manifest(train), load_manifest(held_out)
+    check_classes(start, manifest, train)
+    examples = [
+        open_examples(folder, m, in_memory=params.loading.in_memory)
+        for folder, m in ((train, manifest), (held_out, held_manifest))
+    ]
+    identities = {"anchor": start.identity, "train": manifest.sha256, "held-out": held_manifest.sha256}
+    return Inputs(start, *examples, identities)
+
+
+def mirror(params: Params, world: World, folder: Path, key: str, name: str, facts: Mapping[str, Any]) -> Any:
+    """The live mirror in MLflow of the first process's history; nothing for the others."""
+    if world.rank:
+        return contextlib.nullcontext()
+    return Mirror(
+        lambda: Tracker(Path.cwd(), params.tracking.experiment), folder / "history.jsonl", key=key, name=name,
+        params=facts,
+    )  # fmt: skip
+
+
+def train_seed(
+    params: Params,
+    recipe: FinetuneParams,
+    made: Mapping[str, Any],
+    name: str,
+    paths: tuple[Path, Path, Path],
+    out: Path,
+) -> None:
+    """Train `made["seed"]` by `recipe`, and write its weight sets and history; `made` says what it is."""
+    deterministic(params.threads)
+    with processes(recipe.devices, params.device, f"stages.{made['stage']}") as world:
+        inputs = read_inputs(params, *paths)
+        knobs = recipe.model_dump(mode="json", exclude={"seeds"})
+        key = fingerprint(knobs, made, inputs.identities, {"threads": params.threads, "device": world.device.type})
+        meta = {**inputs.anchor.meta, "parents": [inputs.anchor.identity]}
+        made = {**made, "knobs": knobs, "version": __version__}
+        model, folder = build_classifier(inputs.anchor).to(world.device), Path("scratch") / made["stage"] / key
+
+        def snapshot(epoch: int) -> None:
+            about = {**made, "average": "snapshot", "knobs": {**knobs, "epoch": epoch}}
+            weights = WeightSet(tensors_of(model), {**meta, "made_by": about}, f"{name}, epoch {epoch}")
+            weights.save(folder / f"epoch-{epoch}.safetensors")
+
+        facts = {k: v for k, v in made.items() if k not in ("knobs", "version")}
+        facts |= {f"knobs.{k}": v for k, v in knobs.items()}
+        with mirror(params, world, folder, key, name, facts):
+            history, averages = finetune(
+                model,
+                inputs.train,
+                inputs.held_out,
+                recipe,
+                inputs.anchor.meta["preprocess"],
+                seed=made["seed"],
+                folder=folder,
+                workers=params.loading.workers,
+                world=world,
+                snapshot=snapshot if recipe.snapshots else None,
+            )
+        if world.rank:
+            return
+        final = tensors_of(model)
+        WeightSet(final, {**meta, "made_by": {**made, "key": key}}, name).save(out / "weights.safetensors")
+        for average in averages:
+            tensors = {**final, **{k: t.cpu().numpy() for k, t in average.tensors().items()}}
+            about = {**made, "average": average.name.split("-")[0], "knobs": {**knobs, **average.knobs}}
+            WeightSet(tensors, {**meta, "made_by": about}, name).save(out / f"{average.name}.safetensors")
+        for epoch in range(1, len(history) if recipe.snapshots else 0):
+            kept = folder / f"epoch-{epoch}.safetensors"
+            if kept.exists():
+                with atomic_path(out / kept.name) as temporary:
+                    shutil.copyfile(kept, temporary)
+        write_history(out, history)
+        print(f"{name}: held-out accuracy {100 * history[-1]['validation/top1']:.1f} %")
 
 
 def main(seed: int, anchor: Path, train: Path, held_out: Path, out: Path) -> None:
     """SEED; ANCHOR: a weight set; TRAIN, HELD_OUT: folders of shards; OUT: the folder to write."""
     params = load_params()
-    deterministic(params.threads)
-    start = load_weights(anchor)
-    images, labels, manifest = read_all(train)
-    held_images, held_labels, held_manifest = read_all(held_out)
-    check_classes(start, manifest, train)
-    recipe = params.finetune.model_dump(mode="json", exclude={"seeds"})
-    inputs = {"anchor": start.identity, "train": manifest.sha256, "held-out": held_manifest.sha256}
-    key = fingerprint(recipe, inputs, {"seed": seed, "threads": params.threads})
-    preprocess = start.meta["preprocess"]
-    made = {"stage": "finetune", "seed": seed, "knobs": recipe, "version": __version__, "key": key}
-    meta = {**start.meta, "parents": [start.identity], "made_by": made}
-    model, folder = build_classifier(start), Path("scratch/finetune") / key
-    with Mirror(
-        lambda: Tracker(Path.cwd(), params.tracking.experiment),
-        folder / "history.jsonl",
-        key=key,
-        name=f"seed-{seed}",
-        params={"stage": "finetune", "seed": seed, **{f"knobs.{k}": v for k, v in recipe.items()}},
-    ):
-        history = finetune(
-            model,
-            (normalise(images, preprocess), torch.from_numpy(labels)),
-            (normalise(held_images, preprocess), torch.from_numpy(held_labels)),
-            params.finetune,
-            seed=seed,
-            folder=folder,
-        )
-    WeightSet(tensors_of(model), meta, f"seed {seed}").save(out / "weights.safetensors")
-    write_history(out, history)
-    print(f"seed {seed}: held-out accuracy {100 * history[-1]['validation/top1']:.1f} %")
+    made = {"stage": "finetune", "seed": seed}
+    train_seed(params, params.finetune, made, f"seed-{seed}", (anchor, train, held_out), out)
 
 
 if __name__ == "__main__":

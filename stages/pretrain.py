@@ -5,8 +5,8 @@ from pathlib import Path
 from modelstock import __version__
 from modelstock.models import TINY_CLIP, TINY_PREPROCESS, tensors_of
 from modelstock.params import load_params
+from modelstock.pretraining import pretrain
 from modelstock.scratch import fingerprint, write_history
-from modelstock.training import pretrain
 from modelstock.weights import WeightSet
 from stages import deterministic, run
 

@@ -74,7 +74,7 @@ def test_a_stages_inputs_and_outputs_stand_on_its_command_line_and_its_params_ex
 def test_one_noun_names_the_stage_its_file_and_its_params():
     files = {p.stem for p in (ROOT / "stages").glob("*.py")} - {"__init__"}
     assert files == set(STAGES)
-    assert {"prepare", "pretrain", "finetune", "merge", "evaluate", "compare"} <= set(Params.model_fields)
+    assert {"prepare", "pretrain", "finetune", "periodic", "merge", "evaluate", "compare"} <= set(Params.model_fields)
 
 
 def test_what_a_recipe_sets_for_every_seed_is_what_the_fine_tuning_stage_depends_on():
@@ -88,7 +88,7 @@ SMALL = {
         "images": {"train": 64, "held-out": 48, "shapes": 60, "shapes-adversarial": 36, "shapes-objectnet": 52},
     },
     "pretrain": {"draws": 512, "batch_size": 64, "warmup_steps": 2},
-    "finetune": {"seeds": [0, 1, 2], "epochs": 2, "batch_size": 32, "warmup_steps": 1},
+    "finetune": {"seeds": [0, 1, 2], "epochs": 2, "batch_size": 32, "warmup_steps": 1, "lawa": 2, "snapshots": True},
     "merge": {
         "methods": ["model_stock", "uniform", "greedy", "wise_ft", "ties", "regmean", "oracle_scales"],
         "wise_ft": {"alphas": [0.25, 0.5]}, "ties": {"scales": [0.5, 1.0]},
@@ -154,6 +154,10 @@ def test_everything_is_there_after_dvc_repro(project):
     assert {"ensemble/0-1", "ensemble/0-1-2"} <= names
     assert {"regmean/0-1@1.0", "regmean/0-1-2@1.0", "oracle_scales/0-1", "oracle_scales/0-1-2"} <= names
     assert {n for n in names if n.startswith("ties/")} < {f"ties/{m}@{s}" for m in ("0-1", "0-1-2") for s in (0.5, 1.0)}
+    assert {"ema@0.99/0", "lawa@2/1", "snapshot@1/2", "periodic/0-1", "longer@2/0"} <= names
+    merges = json.loads((project / "models/periodic/2/report.json").read_text())
+    assert list(merges) == ["2", "4"]
+    assert merges["4"]["visual.proj"]["flag"] in ("", "clipped")
     report = json.loads((project / "models/merged/model_stock/report.json").read_text())
     assert 0 <= report["0-1"]["visual.proj"]["ratio"] <= 1
     shown = run(project, "dvc", "metrics", "show", "--json")
@@ -174,7 +178,7 @@ def test_nothing_runs_the_second_time(project):
 def test_a_stage_run_again_gives_the_same_bytes(project):
     before = hashes(project)
     shutil.rmtree(project / "scratch")
-    for stage in ("prepare@shapes-adversarial", "finetune@1", "merge@model_stock"):
+    for stage in ("prepare@shapes-adversarial", "finetune@1", "periodic@2", "longer@2", "merge@model_stock"):
         done = run(project, "dvc", "repro", "--force", "--single-item", stage)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "Running stage" in done.stdout
@@ -242,13 +246,13 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(project, tmp_path
     content = shard.read_bytes()
     shard.unlink()
     shard.write_bytes(content[:-100])
-    arguments = ["models/anchor.safetensors", "models/finetuned", "models/merged"]
+    arguments = [f"models/{name}" for name in ("anchor.safetensors", "finetuned", "merged", "periodic", "longer")]
     shards = ["data/train", "data/held-out"]
     done = run(folder, "stages.evaluate", "data/shapes", *arguments, "new.safetensors")
     assert done.returncode == 1
     assert done.stderr.strip().startswith("error: data/shapes/000001.tar: got sha256")
     assert not (folder / "new.safetensors").exists()
-    done = run(folder, "stages.merge", "uniform", "models/clip/clip.safetensors", *arguments[1:2], *shards, "out")
+    done = run(folder, "stages.merge", "uniform", "models/clip/clip.safetensors", arguments[1], *shards, "out")
     assert done.returncode == 1
     assert "expected the tensors of models/clip/clip.safetensors" in done.stderr
     assert not (folder / "out").exists()
@@ -272,4 +276,5 @@ def test_the_flow_runs_what_a_changed_param_touches_and_only_that(project, tmp_p
     names = {row.name for row in load_scores(project / "results/shapes.safetensors").rows}
     assert "wise_ft/0-1-2@0.75" in names
     assert "wise_ft/0-1-2@0.5" not in names
-    assert done.stderr.count("Cached(") == 5 + 2 + 3 + 6  # shards, the anchor's two, the seeds, the other methods
+    # shards, the anchor's two, the seeds, what is beside them, the other methods
+    assert done.stderr.count("Cached(") == 5 + 2 + 3 + 2 + 6

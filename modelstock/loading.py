@@ -1,0 +1,213 @@
+"""Training examples in the order of (seed, epoch), augmented by the randomness of (seed, step) alone.
+
+A step's whole batch, its crops and its mixing weight are settled before any image is read, so that any process can
+make any share of it: the batches are the same at every number of loader workers, and the global batch the same at
+every number of devices. Within an epoch no example comes twice; those that do not fill a last batch are left out.
+"""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as transforms
+
+from modelstock.distributed import ALONE, World
+from modelstock.models import normalise
+from modelstock.params import FinetuneParams
+from modelstock.shards import Manifest, example_places, read_all
+from modelstock.training import Batch, seed_step
+
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+
+
+class Examples(Protocol):
+    """Images with labels, by row."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Labels (N,)."""
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of an image."""
+
+    def image(self, row: int) -> NDArray[np.uint8]:
+        """An image (H, W, 3)."""
+
+
+class InMemory:
+    """Images (N, H, W, 3) uint8, decoded once; loader workers and seeds share them."""
+
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        self._images, self.labels = images, labels
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of an image."""
+        height, width = self._images.shape[1:3]
+        return height, width
+
+    def image(self, row: int) -> NDArray[np.uint8]:
+        """An image (H, W, 3)."""
+        image: NDArray[np.uint8] = self._images[row]
+        return image
+
+
+class InShards:
+    """Images read from their shards at every use, wherever in a shard they are; only their places are held."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._paths = [folder / shard.name for shard in manifest.shards]
+        self._places, self.labels = example_places(folder, manifest)
+        self._sizes: dict[int, tuple[int, int]] = {}
+
+    def _open(self, row: int) -> Image.Image:
+        shard, start, length = self._places[row].tolist()
+        with open(self._paths[shard], "rb") as file:
+            file.seek(start)
+            return Image.open(io.BytesIO(file.read(length)))
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of an image, from the head of its file."""
+        if row not in self._sizes:
+            width, height = self._open(row).size
+            self._sizes[row] = (height, width)
+        return self._sizes[row]
+
+    def image(self, row: int) -> NDArray[np.uint8]:
+        """An image (H, W, 3)."""
+        return np.array(self._open(row).convert("RGB"))
+
+
+def open_examples(folder: Path, manifest: Manifest, *, in_memory: bool) -> Examples:
+    """A folder's examples, decoded once or at every use.
+
+    Raises:
+        DataError: shards that do not hold what the manifest says.
+    """
+    if in_memory:
+        images, labels, _ = read_all(folder)
+        return InMemory(images, labels)
+    return InShards(folder, manifest)
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order in which an epoch visits `count` examples."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def batch_rows(step: int, *, count: int, batch_size: int, seed: int) -> NDArray[np.int64]:
+    """The examples of one step: whole batches of the epoch's order, the rest of an epoch left out as usual."""
+    per_epoch = count // batch_size
+    epoch, position = divmod(step, per_epoch)
+    return epoch_order(count, seed=seed, epoch=epoch)[position * batch_size : (position + 1) * batch_size]
+
+
+def crop_boxes(sizes: Sequence[tuple[int, int]], scale: tuple[float, float]) -> list[Box]:
+    """One RandomResizedCrop an image of (height, width), drawn from torch's generator.
+
+    Source: torchvision's RandomResizedCrop; Szegedy et al., arXiv 1409.4842.
+    """
+    boxes = []
+    draw = transforms.RandomResizedCrop(1, scale=scale).make_params
+    for height, width in sizes:
+        box = draw([torch.empty(3, height, width, device="meta")])
+        boxes.append((box["top"], box["left"], box["height"], box["width"]))
+    return boxes
+
+
+def resized_crop(image: Tensor, box: Box, size: int) -> Tensor:
+    """The box of an image (3, H, W), resized to (3, size, size), bicubic with antialiasing."""
+    crop: Tensor = transforms.functional.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, True)
+    return crop
+
+
+def central(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """An image (H, W, 3) with its shorter side resized to `size` and its middle kept, as it is scored."""
+    if images.shape[:2] == (size, size):
+        return images
+    pixels = torch.from_numpy(images).permute(2, 0, 1)
+    shorter = transforms.functional.resize(pixels, [size], InterpolationMode.BICUBIC, antialias=True)
+    middle: Tensor = transforms.functional.center_crop(shorter, [size, size])
+    return middle.permute(1, 2, 0).contiguous().numpy()
+
+
+def mixed_pairs(images: Tensor, labels: Tensor, weight: float) -> Batch:
+    """Mixup between neighbours 0-1, 2-3, ...: images, labels, the partners' labels, and each label's weight (B,).
+
+    Neighbours stay together however a batch is shared out. x_i <- weight x_i + (1 - weight) x_partner.
+    Source: Zhang et al., arXiv 1710.09412.
+    """
+    partner = torch.arange(len(images)).reshape(-1, 2).flip(1).reshape(-1)
+    return images.lerp(images[partner], 1 - weight), labels, labels[partner], torch.full((len(images),), weight)
+
+
+class Batches(Dataset[Batch]):
+    """One item a step: this process's share of the step's batch, augmented: (images (b, 3, S, S), labels (b,), ...)."""
+
+    def __init__(
+        self, examples: Examples, params: FinetuneParams, preprocess: Mapping[str, Any], *, seed: int, name: str,
+        world: World = ALONE,
+    ) -> None:  # fmt: skip
+        self._examples, self._params, self._preprocess = examples, params, dict(preprocess)
+        self._seed, self._name, self._rank, self._world_size = seed, name, world.rank, world.size
+        self._labels = torch.from_numpy(examples.labels)
+
+    def __getitem__(self, step: int) -> Batch:
+        params, size = self._params, self._preprocess["size"]
+        rows = batch_rows(step, count=len(self._labels), batch_size=params.batch_size, seed=self._seed)
+        seed_step(self._seed, self._name, step)
+        boxes = crop_boxes([self._examples.size(row) for row in rows.tolist()], params.crop_scale)
+        flips = (torch.rand(len(rows)) < 0.5).tolist() if params.flip else [False] * len(rows)
+        weight = float(torch.distributions.Beta(params.mixup, params.mixup).sample()) if params.mixup else 1.0
+        seeds = torch.randint(2**62, (len(rows),)).tolist() if params.rand_augment_operations else []
+        share = len(rows) // self._world_size
+        own = range(self._rank * share, (self._rank + 1) * share)
+        pictures = [self._examples.image(int(rows[i])) for i in own]
+        augment = transforms.RandAugment(params.rand_augment_operations, params.rand_augment_magnitude)
+        for place, i in enumerate(own):
+            if seeds:
+                torch.manual_seed(seeds[i])
+                changed: Tensor = augment(torch.from_numpy(pictures[place]).permute(2, 0, 1))
+                pictures[place] = changed.permute(1, 2, 0).contiguous().numpy()
+        if len({p.shape for p in pictures}) == 1:
+            pixels: Sequence[Tensor] = list(normalise(np.stack(pictures), self._preprocess))
+        else:
+            pixels = [normalise(p[None], self._preprocess)[0] for p in pictures]
+        images = torch.stack([resized_crop(p, boxes[i], size) for p, i in zip(pixels, own, strict=True)])
+        turned = torch.tensor([flips[i] for i in own])
+        if turned.any():
+            images[turned] = images[turned].flip(-1)
+        labels = self._labels[torch.from_numpy(rows[own.start : own.stop])]
+        return mixed_pairs(images, labels, weight) if params.mixup else (images, labels)
+
+    def load(self, start: int, stop: int, *, workers: int, pin: bool) -> Iterator[Batch]:
+        """The batches of steps `start` to `stop`, made ahead by `workers` processes, or one at a time by this one."""
+        loader: DataLoader[Batch] = DataLoader(
+            self, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin
+        )
+        return iter(loader)
+
+
+class Scored(Dataset[Batch]):
+    """One item a batch of at most `batch_size` examples in their order, their middles as they are scored."""
+
+    def __init__(self, examples: Examples, preprocess: Mapping[str, Any], batch_size: int = 500) -> None:
+        self._examples, self._preprocess, self._batch_size = examples, dict(preprocess), batch_size
+        self._labels = torch.from_numpy(examples.labels)
+
+    def __getitem__(self, number: int) -> Batch:
+        rows = range(len(self._labels))[number * self._batch_size : (number + 1) * self._batch_size]
+        size = self._preprocess["size"]
+        images = np.stack([central(self._examples.image(row), size) for row in rows])
+        return normalise(images, self._preprocess), self._labels[rows.start : rows.stop]
+
+    def load(self) -> Iterator[Batch]:
+        """All batches."""
+        return (self[number] for number in range(-(-len(self._labels) // self._batch_size)))

@@ -1,0 +1,149 @@
+"""Loading: every example once an epoch however it is shared out, and the same batches from every number of workers."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_split
+from test_training import RECIPE
+
+from modelstock.distributed import World
+from modelstock.errors import DataError
+from modelstock.loading import (
+    Batches,
+    InMemory,
+    InShards,
+    Scored,
+    batch_rows,
+    central,
+    crop_boxes,
+    mixed_pairs,
+    resized_crop,
+)
+from modelstock.models import TINY_PREPROCESS
+from modelstock.shapes import NAMES
+from modelstock.shards import load_manifest, read_all, write_shards
+
+EVERYTHING = {"mixup": 0.4, "rand_augment_operations": 2, "flip": True, "crop_scale": (0.3, 1.0)}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    make_split(folder, "train", 40, shard_size=15)
+    return folder
+
+
+def batches(examples, *, rank=0, size=1, seed=0, **changes):
+    recipe = RECIPE.model_copy(update=changes)
+    return Batches(examples, recipe, TINY_PREPROCESS, seed=seed, name="seed-0", world=World(rank, size))
+
+
+def same(first, second) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_an_epoch_visits_every_example_once_and_epochs_and_seeds_differ():
+    def epoch(number, seed):
+        return np.concatenate([batch_rows(number * 5 + i, count=20, batch_size=4, seed=seed) for i in range(5)])
+
+    assert sorted(epoch(0, 1)) == list(range(20))
+    assert not np.array_equal(epoch(0, 1), epoch(1, 1))
+    assert not np.array_equal(epoch(0, 1), epoch(0, 2))
+
+
+def test_a_crop_has_the_size_asked_for_and_the_crop_of_everything_is_the_image():
+    torch.manual_seed(0)
+    image = torch.rand(3, 32, 40)
+    assert torch.allclose(resized_crop(image[..., :32], (0, 0, 32, 32), 32), image[..., :32], atol=1e-6)
+    for top, left, height, width in crop_boxes([(32, 40)] * 50, (0.5, 0.6)):
+        assert 0.4 < height * width / (32 * 40) < 0.7
+        assert top + height <= 32
+        assert left + width <= 40
+        assert resized_crop(image, (top, left, height, width), 24).shape == (3, 24, 24)
+
+
+def test_the_middle_of_an_image_of_any_shape_by_hand():
+    image = np.zeros((8, 16, 3), np.uint8)
+    image[:, 4:12] = 200
+    assert np.array_equal(central(image, 8), np.full((8, 8, 3), 200, np.uint8))
+    assert central(image[:, :8], 8) is not None
+    assert central(image, 4).shape == (4, 4, 3)
+
+
+def test_mixup_of_neighbours_by_hand():
+    images, labels = torch.tensor([0.0, 1.0, 2.0, 4.0]).reshape(4, 1, 1, 1), torch.tensor([5, 6, 7, 8])
+    mixed, own, others, weights = mixed_pairs(images, labels, 0.75)
+    assert mixed.flatten().tolist() == [0.25, 0.75, 2.5, 3.5]
+    assert own.tolist() == [5, 6, 7, 8]
+    assert others.tolist() == [6, 5, 8, 7]
+    assert weights.tolist() == [0.75] * 4
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_batches_are_the_same_at_every_number_of_loader_workers(shards, workers):
+    images, labels, _ = read_all(shards)
+    data = batches(InMemory(images, labels), **EVERYTHING)
+    ahead = list(data.load(3, 12, workers=workers, pin=False))
+    assert len(ahead) == 9
+    assert all(same(found, data[step]) for found, step in zip(ahead, range(3, 12), strict=True))
+
+
+def test_reading_from_the_shards_gives_the_batches_of_memory(shards):
+    images, labels, manifest = read_all(shards)
+    stored = InShards(shards, manifest)
+    assert np.array_equal(stored.labels, labels)
+    assert all(np.array_equal(stored.image(row), images[row]) for row in range(40))
+    for changes in ({}, EVERYTHING):
+        first, second = (batches(e, **changes) for e in (InMemory(images, labels), stored))
+        assert all(same(first[step], second[step]) for step in range(7))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_the_shares_of_all_devices_are_the_batch_of_one_so_that_none_is_lost_or_doubled(shards, size, changes):
+    images, labels, _ = read_all(shards)
+    examples = InMemory(images, labels)
+    whole = batches(examples, **changes)
+    shares = [batches(examples, rank=rank, size=size, **changes) for rank in range(size)]
+    for step in range(10):
+        parts = [share[step] for share in shares]
+        assert all(len(part[0]) == 8 // size for part in parts)
+        assert same([torch.cat(column) for column in zip(*parts, strict=True)], whole[step])
+
+
+def test_an_epoch_over_devices_and_workers_holds_every_example_once(shards):
+    count = 40
+    marked = InMemory(np.zeros((count, 32, 32, 3), np.uint8), np.arange(count))
+    seen = [
+        int(label)
+        for rank in range(2)
+        for _, labels in batches(marked, rank=rank, size=2).load(0, 5, workers=2, pin=False)
+        for label in labels
+    ]
+    assert sorted(seen) == list(range(count))
+
+
+def test_images_of_different_sizes_make_one_batch(tmp_path):
+    random = np.random.default_rng(0)
+    sizes = [(40, 50), (32, 32), (64, 33), (50, 40)] * 2
+    pictures = [random.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    write_shards(
+        tmp_path, zip(pictures, range(8), strict=True), benchmark="train", role="train", labels=list(NAMES),
+        label_groups=[[i] for i in range(24)], classes=NAMES, shard_size=3,
+    )  # fmt: skip
+    stored = InShards(tmp_path, load_manifest(tmp_path))
+    assert [stored.size(row) for row in range(8)] == sizes
+    images, labels = batches(stored, **{**EVERYTHING, "mixup": 0.0})[0]
+    assert images.shape == (8, 3, 32, 32)
+    assert sorted(labels.tolist()) == list(range(8))
+    (scored, in_order), *rest = Scored(stored, TINY_PREPROCESS, batch_size=6).load()
+    assert scored.shape == (6, 3, 32, 32)
+    assert in_order.tolist() == list(range(6))
+    assert [len(labels) for _, labels in rest] == [2]
+
+
+def test_shards_that_do_not_hold_what_the_manifest_says_are_refused(shards):
+    manifest = load_manifest(shards)
+    fewer = manifest.model_copy(update={"labels": manifest.labels[:3]})
+    with pytest.raises(DataError, match=r"000000\.tar: got 15 images, \d+ without image or valid label; expected 15"):
+        InShards(shards, fewer)

@@ -1,0 +1,347 @@
+"""Periodic merging is merging by hand, bit for bit, in one process and under torchrun; and one seed over devices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_training import RECIPE, equal, examples, train
+
+from modelstock import callbacks, merging
+from modelstock.distributed import World, processes
+from modelstock.errors import ParamsError, TrainingError
+from modelstock.finetuning import new_run
+from modelstock.models import TINY_PREPROCESS, build_classifier, set_tensors, tensors_of
+from modelstock.params import PeriodicParams
+from modelstock.periodic import Periodic, blocks_of, merge_models, shares_of, train_periodic
+from modelstock.weights import WeightSet, load_weights
+
+ROOT = Path(__file__).parent.parent
+EVERY_EPOCH = PeriodicParams(sizes=[2])
+
+
+def run(anchor, folder, *, seeds=(0, 1), params=EVERY_EPOCH, world=None, workers=0, **changes):
+    """Periodic training on noise; returns tensors, history and reports."""
+    model, history, reports = train_periodic(
+        anchor, lambda: build_classifier(anchor), examples(), examples(), RECIPE.model_copy(update=changes), params,
+        seeds=seeds, folder=folder, workers=workers, world=world or World(),
+    )  # fmt: skip
+    return tensors_of(model), history, reports
+
+
+# ---------------------------------------------------------------- one merge
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("knobs", [{}, {"pairwise": "angle", "clip": "none"}])
+def test_a_merge_of_models_is_the_merge_of_their_weight_sets_bit_for_bit_in_any_order(anchor, variants, count, knobs):
+    chosen = variants[:count]
+    expected, facts = merging.merge("model_stock", anchor, chosen, **knobs)
+    for order in (chosen, chosen[::-1]):
+        models = [build_classifier(w) for w in order]
+        report = merge_models(anchor, models, PeriodicParams(sizes=[2], **knobs))
+        assert all(equal(tensors_of(model), expected.tensors) for model in models)
+        assert report.keys() == facts.keys()
+        for name, known in facts.items():
+            assert {k: report[name][k] for k in ("norms", "cosine", "ratio", "flag")} == known
+
+
+def test_a_tensor_that_no_seed_changed_keeps_the_anchors_values(anchor, variants):
+    frozen = [WeightSet({**w.tensors, "head.bias": anchor.tensors["head.bias"]}, anchor.meta) for w in variants[:2]]
+    models = [build_classifier(w) for w in frozen]
+    report = merge_models(anchor, models, EVERY_EPOCH)
+    assert report["head.bias"]["flag"] == "zero"
+    assert np.array_equal(tensors_of(models[0])["head.bias"], anchor.tensors["head.bias"])
+
+
+def test_blocks_are_those_of_the_merge_engine_and_processes_share_them_out_in_order(monkeypatch):
+    monkeypatch.setattr(merging, "CHUNK", 10)
+    monkeypatch.setattr(merging, "BLOCK", 20)
+    blocks = blocks_of([3, 41, 1])
+    expected = [(0, 0, 3), (1, 3, 23), (1, 23, 43), (1, 43, 44), (2, 44, 45)]
+    assert [(b.tensor, b.start, b.stop) for b in blocks] == expected
+    for processes_ in (1, 2, 5):
+        assert [b for share in shares_of(blocks, processes_) for b in share] == blocks
+    values = [sum(b.stop - b.start for b in share) for share in shares_of(blocks_of([10**4]), 2)]
+    assert abs(values[0] - values[1]) <= 2 * 20
+
+
+def test_a_merge_cut_into_many_blocks_is_still_that_of_the_engine(anchor, variants, monkeypatch):
+    monkeypatch.setattr(merging, "CHUNK", 1000)
+    monkeypatch.setattr(merging, "BLOCK", 3000)
+    expected, _ = merging.merge("model_stock", anchor, variants)
+    models = [build_classifier(w) for w in variants]
+    merge_models(anchor, models, PeriodicParams(sizes=[3]))
+    assert equal(tensors_of(models[0]), expected.tensors)
+
+
+# ---------------------------------------------------------------- a run
+
+
+def by_hand(anchor, *, seeds=(0, 1), every=3, reset=False):
+    """Seeds trained one after the other to each merge, merged as files are, and sent on from there."""
+    runs = [new_run(build_classifier(anchor), examples(), RECIPE, TINY_PREPROCESS, seed=s) for s in seeds]
+    merged = anchor
+    for target in [*range(every, 9, every), 9]:
+        for one in runs:
+            one.train(until=target)
+        tuned = [WeightSet(tensors_of(one.model), anchor.meta, str(s)) for one, s in zip(runs, seeds, strict=True)]
+        merged, _ = merging.merge("model_stock", anchor, tuned)
+        for one in runs:
+            set_tensors(one.model, merged)
+            if reset:
+                one.optimizer.state.clear()
+    return merged.tensors
+
+
+@pytest.mark.parametrize(
+    ("params", "how"),
+    [
+        ({}, {}),
+        ({"every_steps": 2}, {"every": 2}),
+        ({"every_steps": 4, "reset_moments": True}, {"every": 4, "reset": True}),
+    ],
+)
+def test_a_periodic_run_is_seeds_trained_and_merged_by_hand(tmp_path, anchor, params, how):
+    found, history, reports = run(anchor, tmp_path, params=PeriodicParams(sizes=[2], **params))
+    assert equal(found, by_hand(anchor, **how))
+    merges = [row["step"] for row in history]
+    every = how.get("every", 3)
+    assert merges == [*range(every, 9, every), 9]
+    assert list(reports) == [str(step) for step in merges]
+    assert all(set(r) == set(anchor.tensors) for r in reports.values())
+    assert 0 <= reports["9"]["visual.proj"]["ratio"] <= 1
+    scored = [row["step"] for row in history if "validation/top1" in row]
+    assert scored == {3: [3, 6, 9], 2: [4, 6, 9], 4: [4, 8, 9]}[every]
+
+
+def test_moments_reset_and_moments_kept_end_elsewhere_and_so_do_no_merges(tmp_path, anchor):
+    kept, _, _ = run(anchor, tmp_path / "kept")
+    reset, _, _ = run(anchor, tmp_path / "reset", params=PeriodicParams(sizes=[2], reset_moments=True))
+    single, _, _ = train(anchor, tmp_path / "single")
+    assert not equal(kept, reset)
+    assert not equal(kept, single)
+
+
+def test_three_seeds_and_loader_workers_change_nothing_in_the_rule(tmp_path, anchor):
+    found, history, _ = run(anchor, tmp_path, seeds=(4, 0, 7), workers=1)
+    assert equal(found, by_hand(anchor, seeds=(4, 0, 7)))
+    assert {"loss/0", "loss/1", "loss/2"} <= history[-1].keys()
+
+
+def test_stopped_after_any_save_and_started_again_it_ends_with_the_same_bytes(tmp_path, anchor, monkeypatch):
+    expected = run(anchor, tmp_path / "whole")
+    monkeypatch.setattr(callbacks, "SAVE_EVERY_S", -1.0)  # after every step of every seed, and after every merge
+    save = Periodic.save
+    for stop in range(1, 19, 2):
+        left = [stop]
+
+        def until(self, left=left):
+            save(self)
+            left[0] -= 1
+            if left[0] == 0:
+                raise InterruptedError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Periodic, "save", until)
+            with pytest.raises(InterruptedError):
+                run(anchor, tmp_path / f"stop-{stop}")
+        found = run(anchor, tmp_path / f"stop-{stop}")
+        assert equal(found[0], expected[0])
+        assert found[1:] == expected[1:]
+        assert len(list((tmp_path / f"stop-{stop}").glob("*.pt"))) == 2  # older points are removed
+
+
+def test_a_number_of_processes_that_fits_no_seeds_is_refused(tmp_path, anchor):
+    with pytest.raises(TrainingError, match="got 3 processes for 2 seeds; expected 1, or one a seed"):
+        run(anchor, tmp_path, world=World(0, 3))
+
+
+def test_a_torchrun_of_another_size_and_a_device_that_is_not_there_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ParamsError, match="torchrun: got 3 processes; expected 2"), processes(2, "cpu", "none"):
+        pass
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ParamsError, match="device: got cuda; expected a device"), processes(1, "cuda", "none"):
+        pass
+
+
+# ---------------------------------------------------------------- real processes
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+from test_periodic import keep, run
+from modelstock import callbacks
+from modelstock.weights import load_weights
+torch.set_num_threads(1)
+callbacks.SAVE_EVERY_S = -1.0
+anchor, out = load_weights(Path(sys.argv[1])), Path(sys.argv[2])
+
+def child(folder, delay=None):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            keep(folder, run(anchor, folder, epochs=6))
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+assert child(out / "whole") == 0
+moments, kills, runs = random.Random(0), 0, 0
+while kills < 15:
+    end = None
+    while end != 0:
+        end = child(out / f"killed-{{runs}}", moments.uniform(0.02, 0.6) if kills < 15 else None)
+        assert end in (0, signal.SIGKILL), end
+        kills += end == signal.SIGKILL
+    runs += 1
+print(runs)
+"""
+
+
+def keep(folder: Path, results) -> None:
+    """Write a run's results for another process to compare."""
+    tensors, history, reports = results
+    WeightSet(tensors, {}).save(folder / "weights.safetensors")
+    (folder / "results.json").write_text(json.dumps([history, reports], sort_keys=True))
+
+
+def files(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in ("weights.safetensors", "results.json")]
+
+
+def started(script: Path, text: str, *arguments: object, code: int = 0) -> str:
+    """Run a script in a process of its own; returns what it printed."""
+    script.write_text(text.format(tests=str(Path(__file__).parent)))
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=script.parent, capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert (done.returncode == 0) == (code == 0), done.stderr[-3000:]
+    return done.stdout
+
+
+def test_kill_9_at_random_moments_changes_no_byte(tmp_path, anchor):
+    anchor.save(tmp_path / "anchor.safetensors")
+    runs = int(started(tmp_path / "killed.py", KILLED, tmp_path / "anchor.safetensors", tmp_path))
+    for number in range(runs):
+        assert files(tmp_path / f"killed-{number}") == files(tmp_path / "whole")
+
+
+TWO = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+sys.path.insert(0, str(Path(__file__).parent))
+import torch
+from test_periodic import keep, run
+from test_training import train
+from modelstock import callbacks
+from modelstock.distributed import processes
+from modelstock.weights import load_weights
+
+def main():
+    with processes(2, "cpu", "two") as world:
+        torch.set_num_threads(1)
+        callbacks.SAVE_EVERY_S = -1.0
+        anchor, out, what = load_weights(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
+        if what == "killed" and world.rank == 0:  # dies between two steps, its fourth resume point just written
+            save = callbacks.ResumePoint._save
+            def die(self, run):
+                save(self, run)
+                if run.step == 4:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            callbacks.ResumePoint._save = die
+        found = train(anchor, out / ("shared-whole" if what == "whole" else "shared-killed"), world=world, devices=2,
+                      mixup=0.3, micro_batch=2)
+        if world.rank == 0:
+            keep(out / ("shared-whole" if what == "whole" else "shared-killed"), (*found[:2], {{}}))
+        found = run(anchor, out / ("two" if what == "whole" else "resumed"), world=world)
+        keep(out / (("two" if what == "whole" else "resumed") + "-" + str(world.rank)), found)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, anchor):
+    """What two processes under torchrun made of both: periodic merging, one each, and one seed over both."""
+    folder = tmp_path_factory.mktemp("two")
+    anchor.save(folder / "anchor.safetensors")
+    for name in ("two-0", "two-1", "resumed-0", "resumed-1"):
+        (folder / name).mkdir()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    keep(folder_of(folder, "one"), run(anchor, folder / "one"))
+    keep(folder_of(folder, "shared-one"), (*train(anchor, folder / "shared-one", mixup=0.3)[:2], {}))
+    # A run of one process that stopped on its way, with saves at merges alone, for two processes to go on with.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks, "SAVE_EVERY_S", 1e9)
+        patch.setattr(Periodic, "_note", stop_at(6))
+        patch.setattr(callbacks.Clock, "due", lambda self: False)
+        with pytest.raises(InterruptedError):
+            run(anchor, folder / "resumed")
+    torch.set_num_threads(threads)
+    started(folder / "two.py", TWO, folder / "anchor.safetensors", folder, "whole")
+    started(folder / "two.py", TWO, folder / "anchor.safetensors", folder, "killed", code=1)
+    started(folder / "two.py", TWO, folder / "anchor.safetensors", folder, "again")
+    return folder
+
+
+def folder_of(folder: Path, name: str) -> Path:
+    (folder / name).mkdir(exist_ok=True)
+    return folder / name
+
+
+def stop_at(step: int):
+    """Periodic._note that saves after the merge before `step`, and stops at it."""
+    note = Periodic._note
+
+    def stopping(self, target, report):
+        if target == step:
+            raise InterruptedError
+        note(self, target, report)
+        self.merged = target
+        self.save()
+
+    return stopping
+
+
+@pytest.mark.timeout(300)
+def test_one_process_a_seed_under_torchrun_gives_the_bytes_of_one_process(two):
+    assert files(two / "two-0") == files(two / "one")
+    assert files(two / "two-1")[0] == files(two / "one")[0]
+
+
+def test_what_one_process_left_unfinished_two_processes_finish_with_the_same_bytes(two):
+    assert files(two / "resumed-0") == files(two / "one")
+
+
+def test_one_seed_over_two_devices_takes_the_steps_of_one_device_up_to_rounding(two, anchor):
+    (one, shared), (first, second) = (
+        [load_weights(two / name / "weights.safetensors").tensors for name in ("shared-one", "shared-whole")],
+        [json.loads((two / name / "results.json").read_text())[0] for name in ("shared-one", "shared-whole")],
+    )
+    for name, tensor in one.items():
+        moved = np.linalg.norm(tensor - anchor.tensors[name])
+        assert np.linalg.norm(shared[name] - tensor) < 0.05 * moved
+    assert [row["step"] for row in first] == [row["step"] for row in second]
+    assert [row["lr"] for row in first] == [row["lr"] for row in second]
+    np.testing.assert_allclose([r["loss"] for r in first], [r["loss"] for r in second], rtol=1e-3)
+
+
+def test_one_seed_over_two_devices_killed_and_started_again_gives_the_same_bytes(two):
+    assert files(two / "shared-killed") == files(two / "shared-whole")
