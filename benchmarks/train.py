@@ -1,0 +1,173 @@
+"""Training the embedded benchmark's tower: images per second beside a bare loop, and what each extra costs.
+
+    python benchmarks/train.py [--steps N] [--rounds N] [--batch-size N] [--threads N]
+
+- bare: forward, backward, clipping and AdamW on normalised images already in memory; no crops, no checks, no history.
+- ours: the stage's loop, with crops, checks and history, its batches made in the training process (`workers` 0) or
+  ahead by one process.
+- each extra: the loop with workers 0 and that extra. EMA and LAWA as in params.yaml, LAWA summing every 20 steps (in
+  the pipeline: every epoch). Tracking is the live mirror into a SQLite store, sending every 5 seconds.
+
+Variants take turns, `rounds` times; a figure is the median over rounds of the ratio to the bare loop of its round.
+Resume points are timed by themselves: seconds a save, and its share of the time at the pipeline's pace.
+"""
+
+import argparse
+import contextlib
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from modelstock import callbacks
+from modelstock.callbacks import Ema, Lawa, Log, ResumePoint
+from modelstock.finetuning import new_run
+from modelstock.loading import InMemory, epoch_order
+from modelstock.models import TINY_CLIP, TINY_PREPROCESS, Classifier, build_clip, normalise
+from modelstock.params import load_params
+from modelstock.shapes import NAMES, draw
+from modelstock.tracking import Mirror, Tracker
+from modelstock.training import Batch, Callback, Run
+
+ROOT = Path(__file__).parent.parent
+
+
+def tower() -> Classifier:
+    """The embedded benchmark's classifier with random weights."""
+    torch.manual_seed(0)
+    return Classifier(build_clip(TINY_CLIP).visual, len(NAMES), 128)
+
+
+def bare(images: torch.Tensor, labels: torch.Tensor, batch_size: int, steps: int) -> float:
+    """Seconds for `steps` of a loop that does nothing but train."""
+    model, order = tower(), epoch_order(len(images), seed=0, epoch=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    model.train()
+    batches = len(images) // batch_size
+    begun = time.perf_counter()
+    for step in range(steps):
+        at = step % batches * batch_size
+        rows = torch.from_numpy(order[at : at + batch_size])
+        loss = functional.cross_entropy(model(images[rows]), labels[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return time.perf_counter() - begun
+
+
+class Waited:
+    """Counts the seconds spent waiting for batches."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, batches: Callable[[int, int], Iterator[Batch]]) -> Callable[[int, int], Iterator[Batch]]:
+        """The same batches, each waited for with a stop watch."""
+
+        def watched(start: int, stop: int) -> Iterator[Batch]:
+            inner = batches(start, stop)
+            while True:
+                begun = time.perf_counter()
+                batch = next(inner, None)
+                self.seconds += time.perf_counter() - begun
+                if batch is None:
+                    return
+                yield batch
+
+        return watched
+
+
+def main() -> None:
+    """Let the variants take turns and print the table as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    pixels, numbers = draw("train", range(1500), seed=0)
+    images, labels = normalise(pixels, TINY_PREPROCESS), torch.from_numpy(numbers.astype(np.int64))
+    examples = InMemory(pixels, numbers)
+    epochs = -(-options.steps // (len(pixels) // options.batch_size))
+    recipe = load_params(ROOT / "params.yaml").finetune.model_copy(
+        update={"batch_size": options.batch_size, "epochs": epochs, "warmup_steps": 1}
+    )
+    folder = Path(tempfile.mkdtemp())
+
+    def ours(
+        workers: int = 0, extras: Callable[[Classifier], Sequence[Callback]] = lambda model: [], track: bool = False
+    ) -> tuple[float, float, Run]:
+        """Seconds for the steps, seconds of them waiting for data, and the run."""
+        model, waited = tower(), Waited()
+        log = Log(recipe.log_every, 10**9)
+        run = new_run(
+            model, examples, recipe, TINY_PREPROCESS, seed=0, workers=workers, callbacks=[log, *extras(model)]
+        )
+        run.batches = waited.around(run.batches)
+        mirror: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if track:
+            (folder / "history.jsonl").write_text("")
+            tracker = Tracker(folder)  # made before the clock starts, as it is once a run
+            mirror = Mirror(lambda: tracker, folder / "history.jsonl", key="benchmark", name="benchmark", params={})
+
+        class Growing(Callback):
+            """Lets the mirror see new rows, as resume points do in the pipeline."""
+
+            def after_step(self, run: Run) -> None:
+                if track and run.step % 20 == 0:
+                    callbacks.write_growing_history(folder, run.history)
+
+        run.callbacks = [*run.callbacks, Growing()]
+        with mirror:
+            begun = time.perf_counter()
+            run.train(until=options.steps)
+            seconds = time.perf_counter() - begun
+        return seconds, waited.seconds, run
+
+    variants: dict[str, Callable[[], tuple[float, float, Run]]] = {
+        "ours, workers 0": ours,
+        "ours, workers 1": lambda: ours(workers=1),
+        "with EMA": lambda: ours(extras=lambda model: [Ema(0.99, model)]),
+        "with LAWA": lambda: ours(extras=lambda model: [Lawa(5, 20, options.steps)]),
+        "with tracking": lambda: ours(track=True),
+    }
+    for warm in (lambda: bare(images, labels, options.batch_size, 10), ours):
+        warm()
+    speed: dict[str, list[float]] = {name: [] for name in variants}
+    waiting: dict[str, list[float]] = {name: [] for name in variants}
+    floor, saves = [], []
+    for _ in range(options.rounds):
+        base = bare(images, labels, options.batch_size, options.steps)
+        floor.append(options.steps * options.batch_size / base)
+        for name, variant in variants.items():
+            seconds, waited, run = variant()
+            speed[name].append(base / seconds)
+            waiting[name].append(waited / seconds)
+        point = ResumePoint(folder / "point")
+        point.resume(run)
+        begun = time.perf_counter()
+        point._save(run)
+        saves.append(time.perf_counter() - begun)
+    print(f"\n{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, Python "
+          f"{platform.python_version()}, torch {torch.__version__}, batch {options.batch_size}, {options.steps} steps, "
+          f"medians of {options.rounds}; bare: {statistics.median(floor):,.0f} images a second\n")  # fmt: skip
+    print("| | of the bare loop's speed | of the time waiting for data |\n|---|---:|---:|\n| bare | 1.00 | |")
+    for name in variants:
+        print(f"| {name} | {statistics.median(speed[name]):.3f} | {100 * statistics.median(waiting[name]):.1f} % |")
+    save = statistics.median(saves)
+    pace = max(callbacks.SAVE_EVERY_S, save / callbacks.SAVE_SHARE)
+    print(f"\nA resume point takes {1000 * save:.0f} ms, one every {pace:.0f} s: {100 * save / (pace + save):.2f} %.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Presets: composed as DVC composes them, valid as they are, and used by `dvc exp run` and then by `dvc repro`."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from modelstock.params import load_params
+
+ROOT = Path(__file__).parent.parent
+PRESETS = sorted(p.stem for p in (ROOT / "conf/preset").glob("*.yaml"))
+
+
+def composed(folder: Path, *overrides: str) -> Path:
+    """A params file made by DVC's own composition."""
+    from dvc.utils.hydra import compose_and_dump
+
+    compose_and_dump(folder / "params.yaml", str(ROOT / "conf"), None, "config", str(folder), list(overrides))
+    return folder / "params.yaml"
+
+
+def test_the_default_preset_is_params_yaml(tmp_path):
+    assert PRESETS == ["shapes", "vit-b-16", "vit-b-32", "vit-l-14"]
+    read = YAML(typ="safe").load
+    assert read(composed(tmp_path).read_text()) == read((ROOT / "params.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_valid_and_says_source_expectation_and_cost(tmp_path, name):
+    params = load_params(composed(tmp_path, f"preset={name}"))
+    head = (ROOT / f"conf/preset/{name}.yaml").read_text()
+    assert all(word in head for word in ("# Source:", "# Expected", "# Cost:"))
+    if name != "shapes":
+        assert "Not in this version" in head
+        assert params.finetune.precision == "bfloat16"
+
+
+def test_the_recipes_are_those_of_their_sources(tmp_path):
+    found = {name: load_params(composed(tmp_path, f"preset={name}")).finetune for name in PRESETS}
+    b32, b16, l14 = (found[f"vit-{name}"] for name in ("b-32", "b-16", "l-14"))
+    assert (b32.lr, b32.epochs, b32.batch_size, b32.weight_decay, b32.warmup_steps) == (3e-5, 10, 512, 0.1, 500)
+    assert (b16.lr, b16.epochs, b16.batch_size, b16.weight_decay, b16.warmup_steps) == (1e-5, 10, 256, 0.0, 5000)
+    assert (b16.crop_scale, b16.flip) == ((0.08, 1.0), True)
+    assert (l14.lr, l14.epochs, l14.batch_size) == (2e-5, 8, 256)
+
+
+@pytest.mark.timeout(200)
+def test_an_experiment_writes_the_preset_to_params_yaml_and_repro_goes_on_from_there(tmp_path):
+    folder = tmp_path / "project"
+    for name in ("modelstock", "stages", "conf"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / ".dvc").mkdir()
+    shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
+    who = {f"GIT_{role}_{what}": "test@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    env = {**os.environ, **who, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+           "PYTHONPATH": str(folder), "DVC_NO_ANALYTICS": "1"}  # fmt: skip
+
+    def call(*command: str) -> str:
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    call("git", "init", "-q")
+    call("git", "add", ".")
+    call("git", "commit", "-q", "-m", "start")
+    dvc, stage = (sys.executable, "-m", "dvc"), "prepare@held-out"
+    done = call(*dvc, "exp", "run", "-S", "preset=vit-b-32", "-S", "finetune.epochs=9",
+                "-S", "prepare.images.held-out=48", stage)  # fmt: skip
+    assert f"Running stage '{stage}'" in done
+    params = load_params(folder / "params.yaml")
+    assert (params.finetune.lr, params.finetune.epochs, params.prepare.images["held-out"]) == (3e-5, 9, 48)
+    written = (folder / "params.yaml").read_bytes()
+    assert "up to date" in call(*dvc, "repro", stage)
+    assert (folder / "params.yaml").read_bytes() == written
