@@ -128,6 +128,8 @@ def parse_header(path: Path) -> tuple[dict[str, Any], int]:
             raise _bad(path, f"{size} bytes")
         (length,) = struct.unpack("<Q", start)
         if length > min(size - 8, _MOST_HEADER):
+            if start[:4] == b"PK\x03\x04":
+                raise _bad(path, "a zip archive, as torch.save writes", cure="rename it to .pt")
             raise _bad(path, f"a header of {length} bytes in a file of {size}")
         raw = file.read(length)
     try:

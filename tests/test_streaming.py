@@ -269,6 +269,12 @@ def test_no_index_makes_the_reader_fail_otherwise_or_leave_its_folder(tmp_path_f
         assert open_checkpoint(folder).tensors == {}
 
 
+def test_a_file_of_torchs_under_the_wrong_name_says_so(files, tmp_path):
+    torch.save(torch_state(files[1]), tmp_path / "renamed.safetensors")
+    with pytest.raises(WeightsError, match=r"renamed\.safetensors: got a zip archive, .*; rename it to \.pt"):
+        open_checkpoint(tmp_path / "renamed.safetensors")
+
+
 def test_a_malicious_pickle_does_not_run_and_a_pickled_module_says_what_to_do(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
