@@ -8,10 +8,10 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,33 +30,50 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 _MOST_HEADER = 100_000_000
 
 
-def widen(stored: Array, dtype: str) -> NDArray[np.float64]:
-    """Stored numbers of a floating dtype as float64, exactly."""
-    if dtype == "BF16":
-        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return stored.astype(np.float64)
+def widen(stored: Array, dtype: str, out: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    """Stored numbers of a floating dtype as float64, exactly; into `out` where it is given."""
+    out = np.empty(stored.shape) if out is None else out
+    np.copyto(out, (stored.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else stored)
+    return out
 
 
-def narrow(values: NDArray[np.float64], dtype: str) -> Array:
-    """float64 as the stored form of a floating dtype, rounded to nearest, ties to even."""
-    if dtype != "BF16":
-        return values.astype(STORED[dtype])
+def narrow(values: NDArray[np.float64], dtype: str, out: Array | None = None) -> Array:
+    """float64 as the stored form of a floating dtype, rounded to nearest, ties to even; into `out` where given.
+
+    Raises:
+        FloatingPointError: values beyond the dtype's range.
+    """
+    out = np.empty(values.shape, STORED[dtype]) if out is None else out
+    with np.errstate(over="raise"):
+        if dtype != "BF16":
+            np.copyto(out, values, casting="same_kind")
+            return out
+        single = values.astype(np.float32)
     # float64 -> float32 would round twice; rounding to odd first keeps the second rounding right.
-    single = values.astype(np.float32)
     bits = single.view(np.uint32)
     inexact = single.astype(np.float64) != values
     outward = np.abs(single.astype(np.float64)) > np.abs(values)
     bits = np.where(inexact, np.where(outward, bits - 1, bits) | 1, bits)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    np.copyto(out, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, casting="same_kind")
+    if ((out & 0x7F80) == 0x7F80).any():
+        raise FloatingPointError("overflow encountered in rounding to bfloat16")
+    return out
+
+
+class Reader(Protocol):
+    """Reads values [start, stop) of a tensor in C order, (stop - start,), into `scratch` if that saves memory."""
+
+    def __call__(self, start: int, stop: int, scratch: NDArray[np.uint8] | None = None) -> Array:
+        """The stored values; they hold until `scratch` is used again."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A named array somewhere: `read(start, stop)` gives a slice of its stored values in C order, (stop - start,)."""
+    """An array somewhere: `read` gives a slice of its stored values."""
 
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[int, int], Array]
+    read: Reader
 
     @property
     def size(self) -> int:
@@ -73,6 +90,11 @@ class Checkpoint:
     source: str = "weights in memory"
 
 
+def _from(flat: Array) -> Reader:
+    """Reads an array in memory, without a copy."""
+    return lambda start, stop, scratch=None: flat[start:stop]
+
+
 def in_memory(tensors: Mapping[str, Array], meta: Mapping[str, Any], source: str) -> Checkpoint:
     """Arrays as a checkpoint."""
     names = {dtype: name for name, dtype in STORED.items() if name != "BF16"}
@@ -83,7 +105,7 @@ def in_memory(tensors: Mapping[str, Array], meta: Mapping[str, Any], source: str
                 f"{source}, tensor {name}", got=f"dtype {array.dtype}", expected=", ".join(STORED), cure="convert it"
             )
         flat = np.asarray(array, order="C").reshape(-1)
-        return Tensor(names[array.dtype.newbyteorder("<")], array.shape, lambda start, stop: flat[start:stop])
+        return Tensor(names[array.dtype.newbyteorder("<")], array.shape, _from(flat))
 
     return Checkpoint({name: entry(name, array) for name, array in tensors.items()}, meta, source)
 
@@ -106,6 +128,8 @@ def parse_header(path: Path) -> tuple[dict[str, Any], int]:
             raise _bad(path, f"{size} bytes")
         (length,) = struct.unpack("<Q", start)
         if length > min(size - 8, _MOST_HEADER):
+            if start[:4] == b"PK\x03\x04":
+                raise _bad(path, "a zip archive, as torch.save writes", cure="rename it to .pt")
             raise _bad(path, f"a header of {length} bytes in a file of {size}")
         raw = file.read(length)
     try:
@@ -148,16 +172,13 @@ class _File:
     def __init__(self, path: Path) -> None:
         self._path, self._descriptor = path, os.open(path, os.O_RDONLY)
 
-    def read(self, offset: int, size: int) -> bytes:
+    def read(self, offset: int, into: NDArray[np.uint8]) -> None:
         # Read rather than mapped: pages of a map count as this process's memory until the system takes them away.
-        parts = []
-        while size:
-            part = os.pread(self._descriptor, size, offset)
-            if not part:
+        while into.size:
+            got = os.preadv(self._descriptor, [into.data], offset)
+            if not got:
                 raise _bad(self._path, "a file that was cut while it was read")
-            parts.append(part)
-            offset, size = offset + len(part), size - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            offset, into = offset + got, into[got:]
 
     def __del__(self) -> None:
         os.close(self._descriptor)
@@ -176,8 +197,11 @@ def _safetensors(path: Path) -> Checkpoint:
         stored = STORED[described["dtype"]]
         begin = offset + described["data_offsets"][0]
 
-        def read(start: int, stop: int) -> Array:
-            return np.frombuffer(file.read(begin + start * stored.itemsize, (stop - start) * stored.itemsize), stored)
+        def read(start: int, stop: int, scratch: NDArray[np.uint8] | None = None) -> Array:
+            size = (stop - start) * stored.itemsize
+            into = np.empty(size, np.uint8) if scratch is None else scratch[:size]
+            file.read(begin + start * stored.itemsize, into)
+            return into.view(stored)
 
         return Tensor(described["dtype"], tuple(described["shape"]), read)
 
@@ -245,7 +269,7 @@ def _pickled(path: Path) -> Checkpoint:
             )
         flat = tensor.detach().contiguous().reshape(-1)
         array = flat.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else flat.numpy()
-        return Tensor(names[tensor.dtype], tuple(tensor.shape), lambda start, stop: array[start:stop])
+        return Tensor(names[tensor.dtype], tuple(tensor.shape), _from(array))
 
     return Checkpoint({n.removeprefix(stripped): entry(n, t) for n, t in loaded.items()}, {}, str(path))
 

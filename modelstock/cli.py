@@ -2,6 +2,10 @@
 
 import json
 import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +51,53 @@ def _knobs(settings: list[str]) -> dict[str, Any]:
     return knobs
 
 
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, and nothing elsewhere: call it with what is done, and of how much."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit="value", unit_scale=True, mininterval=0.2, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _held_out(method: str, shards: Path | None) -> dict[str, Any]:
+    """The score or the gradient that a searching method asks for, on held-out shards; needs torch."""
+    from modelstock.methods import METHODS
+
+    needs = METHODS[method].needs if method in METHODS else ""
+    if needs not in ("score", "gradient"):
+        if shards is not None:
+            raise MergeError(
+                f"method {method}", got="--held-out", expected="a method that searches", cure="leave it out"
+            )
+        return {}
+    if shards is None:
+        return {}
+    from modelstock.evaluation import score
+    from modelstock.statistics import loss_gradient, sample
+    from modelstock.weights import WeightSet
+
+    def accuracies(weights: Sequence[WeightSet]) -> list[float]:
+        found = score(shards, weights)
+        return [float(found[w.identity].correct.mean()) for w in weights]
+
+    def gradient(weights: WeightSet) -> Any:
+        if not cut:
+            cut.append(loss_gradient(*sample(shards, weights, examples=10**6)))
+        return cut[0](weights)
+
+    cut: list[Any] = []
+    return {"score": accuracies} if needs == "score" else {"gradient": gradient}
+
+
 @app.command()
 def merge(
     weights: Annotated[list[Path], typer.Argument(help="Fine-tuned checkpoints.")],
@@ -59,43 +110,83 @@ def merge(
     include: Annotated[list[str] | None, typer.Option(help="Glob of tensors to merge.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of tensors to keep from the anchor.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float64, float32, float16 or bfloat16.")] = None,
+    statistics: Annotated[
+        list[Path] | None, typer.Option(help="fisher, regmean: a file of `modelstock statistics` a checkpoint.")
+    ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="greedy and the oracles: held-out shards that merges are scored on.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write each tensor's cosine, ratio, norms and flags.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+    identify: Annotated[bool, typer.Option("--identify", help="Record the inputs' sha256 in the output.")] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="knob=value")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge checkpoints into one safetensors file."""
-    from modelstock.files import write_json
+    from modelstock.methods import find_method
     from modelstock.streaming import merge_files
 
     if dtype is not None and dtype not in DTYPES:
         raise MergeError("--dtype", got=repr(dtype), expected=", ".join(DTYPES), cure="name one of these")
     knobs = _knobs(settings or []) | {k: v for k, v in (("pairwise", pairwise), ("clip", clip)) if v is not None}
-    plan = merge_files(
-        method, anchor, weights, out, granularity=granularity,  # type: ignore[arg-type]
-        include=include or [], exclude=exclude or [], dtype=DTYPES[dtype] if dtype else None, overwrite=overwrite,
-        **knobs,
-    )  # fmt: skip
-    if report is not None:
-        write_json(report, plan.report)
-    flags = [f for facts in plan.report.values() for f in ([facts["flag"]] if facts.get("flag") else [])]
+    find_method(method, knobs)  # before a knob could be taken for something else
+    with _bar("merging") as progress:
+        plan = merge_files(
+            method, anchor, weights, out, granularity=granularity,  # type: ignore[arg-type]
+            include=include or [], exclude=exclude or [], dtype=DTYPES[dtype] if dtype else None, report=report,
+            statistics=statistics or [], overwrite=overwrite, identify=identify, progress=progress, **knobs,
+            **_held_out(method, held_out),
+        )  # fmt: skip
+    flags: Counter[str] = Counter()
+    for facts in plan.report.values():
+        flags.update({facts["flag"]: 1} if facts.get("flag") else facts.get("flags", {}))
     summary = {"out": str(out), "method": method, "checkpoints": len(weights), "tensors": len(plan.report)}
-    _show("merged", [{**summary, **{f: flags.count(f) for f in sorted(set(flags))}}], as_json)
+    _show("merged", [{**summary, **dict(sorted(flags.items()))}], as_json)
+
+
+@app.command()
+def statistics(
+    what: Annotated[str, typer.Argument(help="fisher (for fisher) or inner (for regmean).")],
+    weights: Annotated[Path, typer.Argument(help="A weight set made by modelstock.")],
+    data: Annotated[Path, typer.Option(help="Shards of the training set.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The safetensors file to write.")],
+    examples: Annotated[int, typer.Option(min=1, help="How many images, drawn at random.")] = 1000,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+) -> None:
+    """Measure what fisher and regmean weigh by, for one weight set."""
+    if what not in ("fisher", "inner"):
+        raise MergeError("statistics", got=repr(what), expected="fisher or inner", cure="name one of these")
+    if out.exists() and not overwrite:
+        raise MergeError(out, got="a file that exists", expected="a new one", cure="use --overwrite or another name")
+    from modelstock import statistics as measured
+    from modelstock.weights import load_weights
+
+    loaded = load_weights(weights)
+    images, _ = measured.sample(data, loaded, examples=examples)
+    found = (measured.fisher if what == "fisher" else measured.inner)(loaded, images)
+    found.save(out)
+    print(f"{out}: {what} of {len(found.tensors)} tensors on {len(images)} images")
 
 
 @app.command()
 def methods(as_json: AsJson = False) -> None:
     """Every merge method: formula, knobs and source."""
-    from modelstock.merging import METHODS
+    from modelstock.methods import METHODS
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, method in METHODS.items():
         text = " ".join((method.function.__doc__ or "").split())
-        source = text.rpartition("Source: ")[2].rstrip(".") if "Source: " in text else ""
-        knobs = ", ".join(f"{k}={v}" for k, v in method.knobs.items())
         formula = text.partition(" Source: ")[0].partition(" Raises: ")[0].partition(". ")[0].rstrip(".")
-        rows.append({"method": name, "formula": formula, "knobs": knobs, "source": source})
-    _show("methods", rows, as_json)
+        knobs = ", ".join(f"{k}={json.dumps(v)}" for k, v in method.knobs.items())
+        row = {"method": name, "formula": formula, "knobs": knobs, "source": text.rpartition("Source: ")[2].rstrip(".")}
+        rows.append({**row, "needs": method.needs} if method.needs not in ("", "depth") else row)
+    if as_json:
+        _show("methods", rows, True)
+        return
+    for row in rows:
+        print(row.pop("method"))
+        for key, value in row.items():
+            print(textwrap.fill(f"{key}: {value}", 100, initial_indent="    ", subsequent_indent="        "))
 
 
 @app.command()
@@ -104,14 +195,18 @@ def inspect(file: Path, as_json: AsJson = False) -> None:
     import numpy as np
 
     from modelstock.checkpoints import FLOATS, open_checkpoint, widen
+    from modelstock.merging import slices
 
     found, rows = open_checkpoint(file), []
     for name, tensor in sorted(found.tensors.items()):
-        stored = tensor.read(0, tensor.size)
-        values = widen(stored, tensor.dtype) if tensor.dtype in FLOATS else stored.astype(np.float64)
-        finite = bool(np.isfinite(values).all())
-        norm = float(np.sqrt(values @ values)) if finite else None
+        square, finite = 0.0, True
+        for piece in slices(tensor.size, 1):
+            stored = tensor.read(piece.start, piece.stop)
+            values = widen(stored, tensor.dtype) if tensor.dtype in FLOATS else stored.astype(np.float64)
+            square += float(np.einsum("k,k->", values, values))
+            finite = finite and bool(np.isfinite(values).all())
         shape = "x".join(map(str, tensor.shape))
+        norm = float(np.sqrt(square)) if finite else None
         rows.append({"tensor": name, "dtype": tensor.dtype, "shape": shape, "norm": norm, "finite": finite})
     if as_json:
         print(json.dumps({"file": str(file), "meta": found.meta, "tensors": rows}, indent=1))
@@ -119,9 +214,8 @@ def inspect(file: Path, as_json: AsJson = False) -> None:
     _show(str(file), rows, False)
     total, bad = sum(t.size for t in found.tensors.values()), [r for r in rows if not r["finite"]]
     print(f"{len(rows)} tensors, {total:,} values, {len(bad)} tensors not finite")
-    for key in ("made_by", "parents"):
-        if key in found.meta:
-            print(f"{key}: {json.dumps(found.meta[key])}")
+    print(f"parents: {json.dumps(found.meta.get('parents', 'not recorded'))}")
+    print(f"made by: {json.dumps(found.meta.get('made_by', 'not recorded'))}")
 
 
 @app.command()
@@ -134,22 +228,25 @@ def diff(
     """Per tensor the distance of two checkpoints and, with an anchor, their updates' norms and cosine."""
     import numpy as np
 
-    from modelstock.checkpoints import FLOATS, open_checkpoint, widen
-    from modelstock.merging import check_fit
+    from modelstock.checkpoints import FLOATS, Tensor, open_checkpoint
+    from modelstock.merging import check_fit, inner_products, slices
+    from modelstock.methods import cosines
+
+    def products(origin: Tensor, *others: Tensor) -> Any:
+        return inner_products(origin, others, list(slices(origin.size, 1)) if origin.size else [])
 
     first, second = open_checkpoint(a), open_checkpoint(b)
     origin = open_checkpoint(anchor) if anchor else None
     check_fit(origin or first, [first, second] if origin else [second])
     rows = []
     for name in sorted(n for n, t in first.tensors.items() if t.dtype in FLOATS):
-        whole = [widen(c.tensors[name].read(0, c.tensors[name].size), c.tensors[name].dtype) for c in (first, second)]
-        row: dict[str, Any] = {"tensor": name, "distance": float(np.linalg.norm(whole[0] - whole[1]))}
+        one, two = first.tensors[name], second.tensors[name]
+        row: dict[str, Any] = {"tensor": name, "distance": float(np.sqrt(products(two, one).sum()))}
         if origin:
-            base = widen(origin.tensors[name].read(0, origin.tensors[name].size), origin.tensors[name].dtype)
-            one, two = whole[0] - base, whole[1] - base
-            norms = float(np.linalg.norm(one)), float(np.linalg.norm(two))
-            row |= {"|a - w0|": norms[0], "|b - w0|": norms[1]}
-            row["cosine"] = float((one / norms[0]) @ (two / norms[1])) if all(norms) else None
+            gram = products(origin.tensors[name], one, two).sum(axis=0)
+            norms = np.sqrt(np.diag(gram))
+            row |= {"|a - w0|": float(norms[0]), "|b - w0|": float(norms[1])}
+            row["cosine"] = float(cosines(gram)[0, 1]) if norms.all() else None
         rows.append(row)
     _show(f"{a} against {b}", rows, as_json)
 

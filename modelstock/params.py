@@ -148,33 +148,119 @@ class PrepareParams(Section):
     reference_epochs: Positive
 
 
-class ModelStockParams(Section):
-    """See modelstock.merging.model_stock."""
+Scales = Annotated[list[Annotated[float, Field(gt=0, le=10)]], Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class MethodParams(Section):
+    """`sets`: which seeds merge together, see modelstock.soups.subsets."""
+
+    sets: Literal["ring", "pairs", "brief", "all"]
+
+
+class ModelStockParams(MethodParams):
+    """See modelstock.methods.model_stock."""
 
     pairwise: Literal["cosine", "angle"] = "cosine"
     clip: Literal["unit", "none"] = "unit"
     granularity: Literal["tensor", "filter", "model"] = "tensor"
 
 
-class WiseFtParams(Section):
+class WiseFtParams(MethodParams):
     """alpha is chosen from `alphas` on the held-out cut; the whole curve is evaluated for all seeds together."""
 
     alphas: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
 
 
-class NoKnobs(Section):
-    """A method without settings."""
+class ScaledParams(MethodParams):
+    """The scale of the whole update is chosen from `scales` on the held-out cut."""
+
+    scales: Scales
+
+
+class LinesParams(ScaledParams):
+    """See modelstock.methods.lines."""
+
+    alpha: Share
+
+
+class TiesParams(ScaledParams):
+    """`density`: the share of values that is kept."""
+
+    density: Share
+
+
+class DareParams(ScaledParams):
+    """`drop`: the chance of a value to be dropped."""
+
+    drop: Annotated[float, Field(ge=0, lt=1)]
+
+
+class BreadcrumbsParams(ScaledParams):
+    """`outliers`: the share of the largest values that is dropped; `density`: the share that is kept."""
+
+    density: Share
+    outliers: Share
+
+
+class DellaParams(ScaledParams):
+    """`drop`: the mean chance of a value to be dropped; `window`: how far it goes with magnitude."""
+
+    drop: Annotated[float, Field(ge=0, lt=1)]
+    window: Share
+
+
+class FisherParams(ScaledParams):
+    """Fisher information is measured on `examples` images of the training set."""
+
+    examples: Positive
+
+
+class RegmeanParams(FisherParams):
+    """Inner products are measured on `examples` images of the training set; off-diagonals are multiplied by `alpha`."""
+
+    alpha: Share
+
+
+class OracleScaleParams(MethodParams):
+    """The best of `steps` + 1 scales up to `high` on the held-out cut."""
+
+    high: Annotated[float, Field(gt=0, le=10)]
+    steps: Positive
+
+
+class OracleScalesParams(MethodParams):
+    """One scale a tensor by L-BFGS on the loss of `examples` images of the held-out cut."""
+
+    high: Annotated[float, Field(gt=0, le=10)]
+    iterations: Positive
+    examples: Positive
 
 
 class MergeParams(Section):
-    """The methods that run, and the knobs of each."""
+    """The methods that run, and the knobs of each; README says what each is, `modelstock methods` its formula."""
 
-    methods: list[Literal["model_stock", "uniform", "greedy", "wise_ft"]] = Field(min_length=1)
-    pairs: Literal["ring", "all"]
+    methods: list[
+        Literal[
+            "model_stock", "uniform", "greedy", "wise_ft", "lines", "karcher", "ties", "dare_linear", "dare_ties",
+            "breadcrumbs", "della", "fisher", "regmean", "oracle_scale", "oracle_scales",
+        ]
+    ] = Field(min_length=1)  # fmt: skip
     model_stock: ModelStockParams
-    uniform: NoKnobs
-    greedy: NoKnobs
+    uniform: MethodParams
+    greedy: MethodParams
     wise_ft: WiseFtParams
+    lines: LinesParams
+    karcher: ScaledParams
+    ties: TiesParams
+    dare_linear: DareParams
+    dare_ties: DareParams
+    breadcrumbs: BreadcrumbsParams
+    della: DellaParams
+    fisher: FisherParams
+    regmean: RegmeanParams
+    oracle_scale: OracleScaleParams
+    oracle_scales: OracleScalesParams
 
 
 class EvaluateParams(Section):

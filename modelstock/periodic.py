@@ -2,8 +2,8 @@
 
 In one process the seeds take turns and share the decoded data; with one process a seed, each gets a part of every
 update, so that of the weights only these parts, the inner products and the merged parts travel: as much as one
-all-reduce. Inner products are summed chunk by chunk in float64, in one order, so both ways, and `merging.merge` of the
-same weights, give the same bits on CPUs.
+all-reduce. Inner products are summed block by block as `merging` sums them, in one order, so both ways, and
+`merging.merge` of the same weights, give the same bits on CPUs.
 """
 
 import json
@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modelstock.callbacks import Clock, Log, read_state, write_growing_history, write_state
+from modelstock.checkpoints import Tensor as TensorAt
+from modelstock.checkpoints import in_memory
 from modelstock.distributed import ALONE, World
 from modelstock.errors import TrainingError
 from modelstock.files import write_json
 from modelstock.finetuning import accuracy, new_run, steps_an_epoch
 from modelstock.loading import Examples
-from modelstock.merging import CHUNK, model_stock
+from modelstock.merging import blended, blocks, inner_products, slices
+from modelstock.methods import model_stock
 from modelstock.models import Classifier
 from modelstock.params import FinetuneParams, PeriodicParams
 from modelstock.training import Callback, Run
@@ -34,7 +37,7 @@ Report = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Block:
     """Values `start` to `stop` of the flat vector of all tensors; they belong to tensor number `tensor`."""
 
     tensor: int
@@ -42,21 +45,20 @@ class Chunk:
     stop: int
 
 
-def chunks_of(sizes: Sequence[int]) -> list[Chunk]:
-    """Every tensor in chunks of at most CHUNK values, as `merging` takes them; none reaches into the next tensor."""
-    chunks, offset = [], 0
+def blocks_of(sizes: Sequence[int]) -> list[Block]:
+    """Every tensor in the blocks that `merging` takes it in; none reaches into the next tensor."""
+    found, offset = [], 0
     for number, size in enumerate(sizes):
-        for start in range(0, size, CHUNK):
-            chunks.append(Chunk(number, offset + start, offset + min(start + CHUNK, size)))
+        found += [Block(number, offset + run[0].start, offset + run[-1].stop) for run in blocks(size, 1) if run]
         offset += size
-    return chunks
+    return found
 
 
-def shares_of(chunks: Sequence[Chunk], processes: int) -> list[Sequence[Chunk]]:
-    """Consecutive chunks for each process, about as many values for each."""
-    total = chunks[-1].stop
-    owners = [min(chunk.start * processes // total, processes - 1) for chunk in chunks]
-    return [[c for c, owner in zip(chunks, owners, strict=True) if owner == rank] for rank in range(processes)]
+def shares_of(found: Sequence[Block], processes: int) -> list[Sequence[Block]]:
+    """Consecutive blocks for each process, about as many values for each."""
+    total = found[-1].stop
+    owners = [min(block.start * processes // total, processes - 1) for block in found]
+    return [[c for c, owner in zip(found, owners, strict=True) if owner == rank] for rank in range(processes)]
 
 
 def flat(model: torch.nn.Module) -> Tensor:
@@ -74,8 +76,8 @@ def merge_models(
     Source: Jang, Yun, Han, arXiv 2403.19522, eq. 3 and its periodic merging.
     """
     names = sorted(n for n, t in anchor.tensors.items() if t.dtype.kind == "f")
-    chunks = chunks_of([anchor.tensors[n].size for n in names])
-    shares = shares_of(chunks, world.size)
+    found = blocks_of([anchor.tensors[n].size for n in names])
+    shares = shares_of(found, world.size)
     counts = [sum(c.stop - c.start for c in share) for share in shares]
     mine = shares[world.rank]
     first = mine[0].start if mine else 0
@@ -83,11 +85,14 @@ def merge_models(
     parts = [part for model in models for part in world.exchange(flat(model), counts)]
     held = [part.cpu().numpy() for part in parts]
 
-    def updates(chunk: Chunk) -> list[Float]:
-        base, place = origin[chunk.start : chunk.stop], slice(chunk.start - first, chunk.stop - first)
-        return [np.subtract(part[place], base, dtype=np.float64) for part in held]
+    def tensors(block: Block) -> tuple[TensorAt, list[TensorAt]]:
+        """The anchor's values of a block, and each model's."""
+        place = slice(block.start - first, block.stop - first)
+        arrays = {"": origin[block.start : block.stop]} | {str(i): part[place] for i, part in enumerate(held)}
+        base, *others = in_memory(arrays, {}, "models in training").tensors.values()
+        return base, others
 
-    grams = _grams(updates, mine, shares, len(held), len(names), world)
+    grams = _grams(tensors, mine, shares, len(held), len(names), world)
     # The order by the updates' norms that `merging` takes too: a sum then has one order, whichever seed comes first.
     squares = np.diagonal(grams, axis1=1, axis2=2)
     order = sorted(range(len(held)), key=lambda i: squares[:, i].tolist())
@@ -95,14 +100,11 @@ def merge_models(
     blends = [model_stock(gram, pairwise=params.pairwise, clip=params.clip) for gram in grams]
 
     merged = np.empty(counts[world.rank], np.float32)
-    for chunk in mine:
-        result = origin[chunk.start : chunk.stop].astype(np.float64)
-        found = updates(chunk)
-        for share, i in zip(blends[chunk.tensor].coefficients, order, strict=True):
-            update = found[i]
-            update *= share
-            result += update
-        merged[chunk.start - first : chunk.stop - first] = result
+    for block in mine:
+        base, others = tensors(block)
+        shared, at = blends[block.tensor].coefficients[None], block.start - first
+        for start, piece in blended(base, [others[i] for i in order], list(slices(base.size, 1)), shared, "F32"):
+            merged[at + start : at + start + piece.size] = piece
     longest = torch.zeros(max(counts), device=world.device)
     longest[: merged.size] = torch.from_numpy(merged).to(world.device)
     whole = torch.cat([part[:count] for part, count in zip(world.gather(longest), counts, strict=True)])
@@ -119,25 +121,22 @@ def merge_models(
 
 
 def _grams(
-    updates: Callable[[Chunk], list[Float]],
-    mine: Sequence[Chunk],
-    shares: Sequence[Sequence[Chunk]],
+    tensors: Callable[[Block], tuple[TensorAt, list[TensorAt]]],
+    mine: Sequence[Block],
+    shares: Sequence[Sequence[Block]],
     count: int,
-    tensors: int,
+    number: int,
     world: World,
 ) -> Float:
-    """Inner products (tensors, N, N): each chunk's are found where it is held, then all are summed in one order."""
-    longest = max(len(share) for share in shares)
-    own = torch.zeros(longest, count, count, dtype=torch.float64)
-    for number, chunk in enumerate(mine):
-        found = updates(chunk)
-        for i, one in enumerate(found):
-            for j, other in enumerate(found[: i + 1]):
-                own[number, i, j] = own[number, j, i] = float(one @ other)
-    grams = np.zeros((tensors, count, count))
+    """Inner products (tensors, N, N): each block's are found where it is held, then all are summed in one order."""
+    own = torch.zeros(max(len(share) for share in shares), count, count, dtype=torch.float64)
+    for i, block in enumerate(mine):
+        base, others = tensors(block)
+        own[i] = torch.from_numpy(inner_products(base, others, list(slices(base.size, 1)))[0])
+    grams = np.zeros((number, count, count))
     for share, products in zip(shares, world.gather(own.to(world.device)), strict=True):
-        for chunk, product in zip(share, products.cpu().numpy(), strict=False):
-            grams[chunk.tensor] += product
+        for block, product in zip(share, products.cpu().numpy(), strict=False):
+            grams[block.tensor] += product
     return grams
 
 

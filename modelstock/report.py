@@ -29,7 +29,10 @@ th:first-child,td:first-child{text-align:left}img{max-width:100%;background:#fff
 MARKS = {
     "anchor": ("*", "black"), "seed": ("o", "tab:gray"), "uniform": ("s", "tab:blue"),
     "model_stock": ("D", "tab:red"), "greedy": ("^", "tab:green"), "wise_ft": ("", "tab:orange"),
-    "ensemble": ("P", "tab:purple"),
+    "ensemble": ("P", "tab:purple"), "lines": ("<", "tab:cyan"), "karcher": (">", "tab:cyan"),
+    "ties": ("v", "tab:brown"), "dare_linear": ("<", "tab:brown"), "dare_ties": (">", "tab:brown"),
+    "breadcrumbs": ("d", "tab:brown"), "della": ("h", "tab:brown"), "fisher": ("p", "tab:olive"),
+    "regmean": ("H", "tab:olive"), "oracle_scale": ("x", "black"), "oracle_scales": ("X", "black"),
 }  # fmt: skip
 
 
@@ -159,6 +162,8 @@ def figure(comparison: Comparison) -> bytes:
         if not mark:
             continue
         small = row.kind not in ("anchor", "seed", "greedy") and len(row.members) < most
+        if small and row.kind not in ("uniform", "model_stock", "ensemble"):
+            continue  # the table has them
         key = (row.kind, small)
         what = f"{row.kind} of fewer" if small else row.kind
         x, y = place(row)

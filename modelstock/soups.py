@@ -9,15 +9,24 @@ from modelstock.params import Params
 from modelstock.scores import Row
 from modelstock.weights import WeightSet, load_weights
 
+Sets = Literal["ring", "pairs", "brief", "all"]
 
-def subsets(seeds: Sequence[int], pairs: Literal["ring", "all"]) -> list[tuple[int, ...]]:
-    """Pairs, then fours, then all seeds, none twice.
 
-    `pairs`: "ring" is every seed with the next, so each takes part twice; "all" is every pair. Fours are disjoint.
+def subsets(seeds: Sequence[int], sets: Sets) -> list[tuple[int, ...]]:
+    """Which seeds merge together: some pairs, fours, and all of them; none twice.
+
+    "ring": every seed with the next, so each takes part in two pairs, and disjoint fours; "pairs": every pair, and
+    disjoint fours; "brief": disjoint pairs; "all": no pairs or fours. All seeds together come last everywhere.
     """
-    ring = [(seeds[i], seeds[(i + 1) % len(seeds)]) for i in range(len(seeds))]
-    chosen: list[tuple[int, ...]] = list(combinations(seeds, 2)) if pairs == "all" else [*ring]
-    chosen += [tuple(seeds[i : i + 4]) for i in range(0, len(seeds) - 3, 4)]
+    chosen: list[tuple[int, ...]] = []
+    if sets == "ring":
+        chosen = [(seeds[i], seeds[(i + 1) % len(seeds)]) for i in range(len(seeds))]
+    elif sets == "pairs":
+        chosen = list(combinations(seeds, 2))
+    elif sets == "brief":
+        chosen = [(seeds[i], seeds[i + 1]) for i in range(0, len(seeds) - 1, 2)]
+    if sets in ("ring", "pairs"):
+        chosen += [tuple(seeds[i : i + 4]) for i in range(0, len(seeds) - 3, 4)]
     chosen += [tuple(seeds)]
     return list(dict.fromkeys(tuple(sorted(members)) for members in chosen))
 
@@ -57,5 +66,5 @@ def row_of(weights: WeightSet) -> Row:
     members = tuple(int(m) for m in made["members"])  # type: ignore[attr-defined]
     method = str(made["method"])
     knobs: Mapping[str, object] = made["knobs"]  # type: ignore[assignment]
-    suffix = f"@{knobs['alpha']}" if "alpha" in knobs else ""
+    suffix = next((f"@{knobs[k]}" for k in ("scale", "alpha") if k in knobs), "")
     return Row(f"{method}/{'-'.join(map(str, members))}{suffix}", weights.identity, method, members, knobs)

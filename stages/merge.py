@@ -4,29 +4,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from modelstock import statistics
 from modelstock.errors import MergeError
 from modelstock.evaluation import score
 from modelstock.files import write_json
-from modelstock.merging import greedy_soup, merge
+from modelstock.merging import merge
+from modelstock.methods import METHODS
 from modelstock.params import load_params
 from modelstock.soups import finetuned, subsets
 from modelstock.weights import WeightSet, load_weights
 from stages import deterministic, run
 
 
-def main(method: str, anchor: Path, tuned: Path, held_out: Path, out: Path) -> None:
-    """METHOD: one of merge.methods; ANCHOR; TUNED: the seeds' folder; HELD_OUT: shards; OUT: the folder to write."""
+def main(method: str, anchor: Path, tuned: Path, train: Path, held_out: Path, out: Path) -> None:
+    """METHOD: one of merge.methods; ANCHOR; TUNED: the seeds' folder; TRAIN, HELD_OUT: shards; OUT: the folder."""
     params = load_params()
     if method not in params.merge.methods:
         raise MergeError(
             "method", got=repr(method), expected=", ".join(params.merge.methods), cure="name one of merge.methods"
         )
     deterministic(params.threads)
-    origin = load_weights(anchor)
-    seeds = finetuned(tuned, params.finetune.seeds)
+    origin, seeds = load_weights(anchor), finetuned(tuned, params.finetune.seeds)
+    section, needs = getattr(params.merge, method), METHODS[method].needs
+    knobs = section.model_dump(exclude={"alphas", "scales", "examples", "sets"})
     report: dict[str, Any] = {}
 
-    def accuracy(weights: Sequence[WeightSet]) -> list[float]:
+    def accuracies(weights: Sequence[WeightSet]) -> list[float]:
         outcomes = score(held_out, weights, cache=Path("scratch/scores"), batch_size=params.evaluate.batch_size)
         return [float(outcomes[w.identity].correct.mean()) for w in weights]
 
@@ -36,31 +39,35 @@ def main(method: str, anchor: Path, tuned: Path, held_out: Path, out: Path) -> N
         WeightSet(weights.tensors, {**weights.meta, "made_by": made}, name).save(out / f"{name}.safetensors")
         report[name] = facts
 
-    if method == "greedy":
-        # One pass over the held-out cut scores all seeds, best first; the trials after it are one soup each.
-        accuracy(list(seeds.values()))
-        soup, chosen = greedy_soup(origin, list(seeds.values()), lambda w: accuracy([w])[0])
-        identities = {w.identity for w in chosen}
-        members = [seed for seed, w in seeds.items() if w.identity in identities]
-        keep(soup, members, {"held-out/top1": accuracy([soup])[0]})
-    elif method == "wise_ft":
-        alphas = params.merge.wise_ft.alphas
-        for members in subsets(params.finetune.seeds, params.merge.pairs):
-            chosen = [seeds[m] for m in members]
-            curve = [merge("wise_ft", origin, chosen, alpha=alpha)[0] for alpha in alphas]
-            held = accuracy(curve)
-            best = max(range(len(alphas)), key=lambda i: (held[i], -i))
-            facts = {"held-out/top1": dict(zip(map(str, alphas), held, strict=True)), "alpha": alphas[best]}
-            if len(members) == len(seeds):  # the whole curve is drawn for all seeds together
-                for alpha, weights in zip(alphas, curve, strict=True):
-                    keep(weights, members, facts, f"@{alpha}")
-            else:
-                keep(curve[best], members, facts, f"@{alphas[best]}")
-    else:
-        knobs = getattr(params.merge, method).model_dump()
-        for members in subsets(params.finetune.seeds, params.merge.pairs):
-            weights, facts = merge(method, origin, [seeds[m] for m in members], **knobs)
-            keep(weights, members, facts)
+    measured: dict[int, WeightSet] = {}
+    if needs in ("fisher", "inner"):
+        measure = statistics.fisher if needs == "fisher" else statistics.inner
+        images, _ = statistics.sample(train, origin, examples=section.examples)
+        measured = {seed: measure(weights, images) for seed, weights in seeds.items()}
+    elif needs == "score":
+        knobs["score"] = accuracies
+    elif needs == "gradient":
+        knobs["gradient"] = statistics.loss_gradient(*statistics.sample(held_out, origin, examples=section.examples))
+
+    # What is chosen on the held-out cut: WiSE-FT's alpha, or the scale of the whole update.
+    knob = "alpha" if hasattr(section, "alphas") else "scale"
+    choices = list(getattr(section, f"{knob}s", []))
+    for members in subsets(params.finetune.seeds, section.sets):
+        given = {"statistics": [measured[m] for m in members]} if measured else {}
+        chosen = [seeds[m] for m in members]
+        trials = [merge(method, origin, chosen, **given, **knobs, **{knob: value}) for value in choices]
+        if not trials:
+            weights, facts = merge(method, origin, chosen, **given, **knobs)
+            kept = next(iter(facts.values())).get("chosen")
+            keep(weights, [m for m in members if seeds[m].source in kept] if kept else members, facts)
+            continue
+        held = accuracies([weights for weights, _ in trials])
+        best = max(range(len(choices)), key=lambda i: (held[i], -i))
+        curve = {"held-out/top1": dict(zip(map(str, choices), held, strict=True)), knob: choices[best]}
+        # WiSE-FT's whole curve is drawn for all seeds together.
+        whole = knob == "alpha" and len(members) == len(seeds)
+        for i in range(len(choices)) if whole else [best]:
+            keep(trials[i][0], members, curve, f"@{choices[i]}")
     write_json(out / "report.json", report)
     print(f"{method}: {len(report)} weight sets")
 

@@ -30,7 +30,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
         tmp_path,
         ("label_smoothing: 0.0", "label_smoothin: 0.0"),
         ("draws: 100000", "draws: 0"),
-        ("pairs: ring", "pairs: rings"),
+        ("uniform: {sets: ring}", "uniform: {sets: rings}"),
     )
     with pytest.raises(ParamsError) as caught:
         load_params(path)
@@ -39,7 +39,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
     assert "finetune.label_smoothin is not a setting: 'label_smoothin' (did you mean 'label_smoothing'?)" in message
     assert "finetune.label_smoothing is missing" in message
     assert "pretrain.draws: Input should be greater than or equal to 1 (got 0)" in message
-    assert "merge.pairs: Input should be 'ring' or 'all' (got 'rings')" in message
+    assert "merge.uniform.sets: Input should be 'ring', 'pairs', 'brief' or 'all' (got 'rings')" in message
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
         ("    shapes-sketch: 2000\n", "", "prepare.images lacks shapes-sketch"),
         ("[model_stock, uniform,", "[model_stok, uniform,", "merge.methods.0: Input should be 'model_stock'"),
         ("seeds: [0, 1, 2, 3, 4, 5, 6, 7]", "seeds: [0, 0]", "finetune.seeds: name each seed once"),
+        ("density: 0.2, scales: [0.4,", "density: 1.2, scales: [0.4,", "merge.ties.density: Input should be less than"),
         ("crop_scale: [0.9, 1.0]", "crop_scale: [1.0, 0.9]", "two numbers with 0 < low <= high <= 1"),
         ("lr: 1.0e-3", "lr: 2", "finetune.lr: Input should be less than or equal to 1"),
         ("threads: 2", "threads: 0", "threads: Input should be greater than or equal to 1"),

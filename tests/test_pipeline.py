@@ -89,7 +89,11 @@ SMALL = {
     },
     "pretrain": {"draws": 512, "batch_size": 64, "warmup_steps": 2},
     "finetune": {"seeds": [0, 1, 2], "epochs": 2, "batch_size": 32, "warmup_steps": 1, "lawa": 2, "snapshots": True},
-    "merge": {"wise_ft": {"alphas": [0.25, 0.5]}},
+    "merge": {
+        "methods": ["model_stock", "uniform", "greedy", "wise_ft", "ties", "regmean", "oracle_scales"],
+        "wise_ft": {"alphas": [0.25, 0.5]}, "ties": {"scales": [0.5, 1.0]},
+        "regmean": {"examples": 40, "scales": [1.0]}, "oracle_scales": {"iterations": 2},
+    },
     "evaluate": {"benchmarks": ["held-out", "shapes", "shapes-adversarial", "shapes-objectnet"]},
     "compare": {"draws": 200},
 }  # fmt: skip
@@ -148,6 +152,8 @@ def test_everything_is_there_after_dvc_repro(project):
     names = {row.name for row in scores.rows}
     assert {"anchor", "seed-2", "model_stock/0-1", "uniform/0-2", "uniform/0-1-2", "wise_ft/0-1-2@0.25"} <= names
     assert {"ensemble/0-1", "ensemble/0-1-2"} <= names
+    assert {"regmean/0-1@1.0", "regmean/0-1-2@1.0", "oracle_scales/0-1", "oracle_scales/0-1-2"} <= names
+    assert {n for n in names if n.startswith("ties/")} < {f"ties/{m}@{s}" for m in ("0-1", "0-1-2") for s in (0.5, 1.0)}
     assert {"ema@0.99/0", "lawa@2/1", "snapshot@1/2", "periodic/0-1", "longer@2/0"} <= names
     merges = json.loads((project / "models/periodic/2/report.json").read_text())
     assert list(merges) == ["2", "4"]
@@ -241,19 +247,19 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(project, tmp_path
     shard.unlink()
     shard.write_bytes(content[:-100])
     arguments = [f"models/{name}" for name in ("anchor.safetensors", "finetuned", "merged", "periodic", "longer")]
+    shards = ["data/train", "data/held-out"]
     done = run(folder, "stages.evaluate", "data/shapes", *arguments, "new.safetensors")
     assert done.returncode == 1
     assert done.stderr.strip().startswith("error: data/shapes/000001.tar: got sha256")
     assert not (folder / "new.safetensors").exists()
-    done = run(
-        folder, "stages.merge", "uniform", "models/clip/clip.safetensors", "models/finetuned", "data/held-out", "out"
-    )
+    done = run(folder, "stages.merge", "uniform", "models/clip/clip.safetensors", arguments[1], *shards, "out")
     assert done.returncode == 1
     assert "expected the tensors of models/clip/clip.safetensors" in done.stderr
     assert not (folder / "out").exists()
-    done = run(folder, "stages.merge", "unifrom", *arguments[:2], "data/held-out", "out")
+    done = run(folder, "stages.merge", "unifrom", *arguments[:2], *shards, "out")
     assert done.stderr == (
-        "error: method: got 'unifrom'; expected model_stock, uniform, greedy, wise_ft; name one of merge.methods\n"
+        "error: method: got 'unifrom'; expected model_stock, uniform, greedy, wise_ft, ties, regmean, oracle_scales; "
+        "name one of merge.methods\n"
     )
     write_params(folder, {"finetune": {"lr": 7}})
     done = run(folder, "stages.prepare", "shapes", "out")
@@ -270,4 +276,5 @@ def test_the_flow_runs_what_a_changed_param_touches_and_only_that(project, tmp_p
     names = {row.name for row in load_scores(project / "results/shapes.safetensors").rows}
     assert "wise_ft/0-1-2@0.75" in names
     assert "wise_ft/0-1-2@0.5" not in names
-    assert done.stderr.count("Cached(") == 5 + 2 + 3 + 2 + 3  # shards, anchor, seeds, beside them, methods
+    # shards, the anchor's two, the seeds, what is beside them, the other methods
+    assert done.stderr.count("Cached(") == 5 + 2 + 3 + 2 + 6

@@ -22,7 +22,8 @@ from safetensors.torch import save_file as save_torch
 import modelstock.merging as merging
 from modelstock.checkpoints import FLOATS, narrow, open_checkpoint, parse_header, widen
 from modelstock.errors import MergeError, ModelstockError, WeightsError
-from modelstock.merging import METHODS, merge
+from modelstock.merging import merge
+from modelstock.methods import METHODS
 from modelstock.streaming import merge_files
 from modelstock.weights import WeightSet, load_weights
 
@@ -31,7 +32,14 @@ ROOT = Path(__file__).parent.parent
 
 def arrays(seed: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
-    shapes = {"conv.weight": (4, 3, 2, 2), "big": (70, 50), "bias": (5,), "scale": (), "empty": (0, 3)}
+    shapes = {
+        "conv.weight": (4, 3, 2, 2),
+        "big": (70, 50),
+        "bias": (5,),
+        "scale": (),
+        "empty": (0, 3),
+        "block.1.w": (3, 4),
+    }
     base = {k: random.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
     return base | {"half": random.standard_normal(7).astype(np.float16), "steps": np.array([7])}
 
@@ -55,8 +63,30 @@ def files(tmp_path):
 def test_streamed_equals_in_memory_bit_for_bit_at_any_number_of_workers(files, tmp_path, method, workers, monkeypatch):
     monkeypatch.setattr(merging, "CHUNK", 1000)  # so that tensors are really cut
     knobs = {"weights": [1, 2]} if method == "weighted" else {}
-    merge_files(method, files[0], files[1:], tmp_path / "out.safetensors", workers=workers, **knobs)
-    expected, _ = merge(method, load_weights(files[0]), [load_weights(f) for f in files[1:]], **knobs)
+    needs, tuned = METHODS[method].needs, [load_weights(f) for f in files[1:]]
+    kept: dict[str, list] = {}
+    if needs in ("fisher", "inner"):
+        random = np.random.default_rng(0)
+        shapes = {k: v.shape for k, v in tuned[0].tensors.items() if needs == "fisher" and v.dtype.kind == "f"}
+        made = [
+            {k: random.random(s).astype(np.float32) for k, s in (shapes or {"big": (50, 50)}).items()} for _ in tuned
+        ]
+        paths = [tmp_path / f"statistics{i}.safetensors" for i in range(2)]
+        for path, tensors in zip(paths, made, strict=True):
+            WeightSet(tensors).save(path)
+        kept = {"on disk": paths, "in memory": [load_weights(p) for p in paths]}
+    elif needs == "score":
+        knobs["score"] = lambda trials: [-float(np.square(w.tensors["big"] - 0.3).sum()) for w in trials]
+    elif needs == "gradient":
+        knobs["gradient"] = lambda w: (
+            sum(float(np.square(v - 0.3).sum()) for v in w.tensors.values() if v.dtype.kind == "f"),
+            {k: 2 * (v - 0.3) for k, v in w.tensors.items() if v.dtype.kind == "f"},
+        )
+    merge_files(
+        method, files[0], files[1:], tmp_path / "out.safetensors", workers=workers,
+        statistics=kept.get("on disk", []), **knobs,
+    )  # fmt: skip
+    expected, _ = merge(method, load_weights(files[0]), tuned, statistics=kept.get("in memory", []), **knobs)
     found = load_weights(tmp_path / "out.safetensors")
     assert found.identity == expected.identity
     assert found.meta["made_by"]["method"] == method
@@ -126,7 +156,7 @@ def test_every_form_of_checkpoint_reads_as_the_same_tensors(files, tmp_path, for
 def test_bfloat16_is_widened_exactly_and_rounded_as_torch_rounds(tmp_path):
     random = np.random.default_rng(0)
     values = np.concatenate(
-        [random.standard_normal(2000), random.standard_normal(500) * 1e-40, [0.0, -0.0, 1.0, 3.4e38]]
+        [random.standard_normal(2000), random.standard_normal(500) * 1e-40, [0.0, -0.0, 1.0, 3.38e38]]
     )
     stored = narrow(values, "BF16")
     expected = torch.from_numpy(values).to(torch.float32).to(torch.bfloat16)
@@ -137,6 +167,12 @@ def test_bfloat16_is_widened_exactly_and_rounded_as_torch_rounds(tmp_path):
         tensor = open_checkpoint(tmp_path / name).tensors["w"]
         assert tensor.dtype == "BF16"
         np.testing.assert_array_equal(widen(tensor.read(0, tensor.size), "BF16"), expected.double().numpy())
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("BF16", 3.4e38), ("F16", 65530.0), ("F32", 1e39)])
+def test_rounding_to_infinity_is_an_error(dtype, value):
+    with pytest.raises(FloatingPointError):
+        narrow(np.array([1.0, value]), dtype)
 
 
 def test_rounding_to_bfloat16_is_one_rounding_not_two():
@@ -233,6 +269,12 @@ def test_no_index_makes_the_reader_fail_otherwise_or_leave_its_folder(tmp_path_f
         assert open_checkpoint(folder).tensors == {}
 
 
+def test_a_file_of_torchs_under_the_wrong_name_says_so(files, tmp_path):
+    torch.save(torch_state(files[1]), tmp_path / "renamed.safetensors")
+    with pytest.raises(WeightsError, match=r"renamed\.safetensors: got a zip archive, .*; rename it to \.pt"):
+        open_checkpoint(tmp_path / "renamed.safetensors")
+
+
 def test_a_malicious_pickle_does_not_run_and_a_pickled_module_says_what_to_do(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
@@ -275,6 +317,37 @@ def test_a_full_disk_is_found_before_writing(files, tmp_path, monkeypatch):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing_behind(files, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("modelstock.streaming.os.pwrite", full)
+    with pytest.raises(MergeError, match=r"out\.safetensors: got No space left on device; expected .* make room"):
+        merge_files("uniform", files[0], files[1:], tmp_path / "out.safetensors")
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in files}
+
+
+@pytest.mark.parametrize("place", ["exists.json", "w1.safetensors", "out.safetensors", "folder"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(files, tmp_path, place):
+    (tmp_path / "exists.json").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(MergeError, match=place):
+        merge_files("uniform", files[0], files[1:], tmp_path / "out.safetensors", report=tmp_path / place)
+    assert not (tmp_path / "out.safetensors").exists()
+    assert (tmp_path / "exists.json").read_text() == "mine"
+
+
+def test_progress_grows_to_the_whole(files, tmp_path):
+    told = []
+    merge_files(
+        "uniform", files[0], files[1:], tmp_path / "out.safetensors", progress=lambda *now: told.append(now), workers=3
+    )
+    total = sum(t.size for t in open_checkpoint(files[0]).tensors.values())
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert {of for _, of in told} == {2 * total}
+    assert 2 * total - told[-1][0] <= 1  # integer buffers are read once, when they are compared
+
+
 def test_killed_while_writing_leaves_no_file_or_the_whole_one(tmp_path):
     random = np.random.default_rng(0)
     for i in range(3):
@@ -314,11 +387,17 @@ def test_the_command_merges_inspects_and_compares(files, tmp_path):
         tmp_path, "merge", "--anchor", files[0], *files[1:], "-o", "out.safetensors", "--report", "r.json", "--json"
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)[0]["tensors"] == 6
+    assert json.loads(done.stdout)[0]["tensors"] == 7
     report = json.loads((tmp_path / "r.json").read_text())
     assert set(report["big"]) >= {"norms", "cosine", "ratio", "flag"}
     shown = json.loads(command(tmp_path, "inspect", "out.safetensors", "--json").stdout)
-    assert set(shown["meta"]["made_by"]["files"]) == {"w1.safetensors", "w2.safetensors"}
+    assert shown["meta"]["made_by"]["files"] == [{"name": f.name, "bytes": f.stat().st_size} for f in files]
+    assert "parents" not in shown["meta"]  # to hash foreign files takes longer than to merge them
+    done = command(tmp_path, "merge", "--identify", "--anchor", files[0], *files[1:], "-o", "known.safetensors")
+    known = json.loads(command(tmp_path, "inspect", "known.safetensors", "--json").stdout)["meta"]["parents"]
+    own = [load_weights(f).identity for f in files]
+    assert known == [own[0], *sorted(own[1:])]
+    assert own[0] in command(tmp_path, "inspect", "known.safetensors").stdout
     assert all(row["finite"] for row in shown["tensors"])
     rows = json.loads(command(tmp_path, "diff", files[1], files[2], "--anchor", files[0], "--json").stdout)
     big = next(row for row in rows if row["tensor"] == "big")
@@ -340,6 +419,10 @@ def test_the_command_merges_inspects_and_compares(files, tmp_path):
         (["--set", "alfa=0.3", "--method", "wise_ft"], "did you mean alpha?"),
         (["--set", "alpha"], "error: --set: got 'alpha'; expected knob=value"),
         (["--clip", "never"], "knob clip: got 'never'; expected unit or none"),
+        (["--set", "workers=7"], "method model_stock, knob workers: got no such knob"),
+        (["--set", "scale=big"], "knob scale: got 'big'; expected a number"),
+        (["--method", "weighted", "--set", "weights=5"], "knob weights: got 5; expected a list of numbers"),
+        (["--method", "slerp", "--granularity", "layer"], "granularity: got 'layer'; expected tensor, filter or model"),
         (["--dtype", "float8"], "error: --dtype: got 'float8'"),
     ],
 )
