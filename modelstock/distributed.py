@@ -74,6 +74,11 @@ def processes(count: int, device: str, module: str) -> Iterator[World]:
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
         raise ParamsError("device", got="cuda", expected="a device that torch can use", cure="set it to cpu or auto")
+    if kind == "cuda" and torch.cuda.device_count() < count:
+        raise ParamsError(
+            "devices", got=count, expected=f"at most the {torch.cuda.device_count()} GPUs this process sees",
+            cure="lower it, or widen CUDA_VISIBLE_DEVICES; the flow gives a stage one GPU, `dvc repro` all",
+        )  # fmt: skip
     size, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 0), ("RANK", 0), ("LOCAL_RANK", 0)))
     if size and size != count:
         raise ParamsError(

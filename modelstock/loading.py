@@ -72,16 +72,19 @@ class InShards:
         self._places, self.labels = example_places(folder, manifest)
         self._sizes: dict[int, tuple[int, int]] = {}
 
-    def _open(self, row: int) -> Image.Image:
+    def _open(self, row: int, most: int | None = None) -> Image.Image:
         shard, start, length = self._places[row].tolist()
         with open(self._paths[shard], "rb") as file:
             file.seek(start)
-            return Image.open(io.BytesIO(file.read(length)))
+            return Image.open(io.BytesIO(file.read(min(length, most or length))))
 
     def size(self, row: int) -> tuple[int, int]:
-        """Height and width of an image, from the head of its file."""
+        """Height and width of an image, from the head of its file; a batch's crops need those of other shares too."""
         if row not in self._sizes:
-            width, height = self._open(row).size
+            try:
+                width, height = self._open(row, 1 << 14).size
+            except OSError:  # a long preface, such as a thumbnail, is cut off
+                width, height = self._open(row).size
             self._sizes[row] = (height, width)
         return self._sizes[row]
 

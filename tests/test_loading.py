@@ -1,9 +1,13 @@
 """Loading: every example once an epoch however it is shared out, and the same batches from every number of workers."""
 
+import io
+import tarfile
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_split
+from PIL import Image
 from test_training import RECIPE
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
@@ -160,3 +164,22 @@ def test_shards_that_do_not_hold_what_the_manifest_says_are_refused(shards):
     fewer = manifest.model_copy(update={"labels": manifest.labels[:3]})
     with pytest.raises(DataError, match=r"000000\.tar: got 15 images, \d+ without image or valid label; expected 15"):
         InShards(shards, fewer)
+
+
+def test_a_jpeg_with_a_long_preface_has_its_size_too(tmp_path):
+    (tmp_path / "shards").mkdir()
+    make_split(tmp_path / "shards", "train", 1)
+    manifest = load_manifest(tmp_path / "shards")
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 40_000  # a description longer than the head that is read
+    Image.fromarray(np.full((30, 50, 3), 9, np.uint8)).save(buffer, "jpeg", exif=exif)
+    with tarfile.open(tmp_path / "shards/000000.tar", "w") as tar:
+        for name, content in (("a.cls", b"3"), ("a.jpg", buffer.getvalue())):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    stored = InShards(tmp_path / "shards", manifest)
+    assert stored.size(0) == (30, 50)
+    assert stored.image(0).shape == (30, 50, 3)
+    assert stored.labels.tolist() == [3]

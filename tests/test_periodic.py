@@ -165,6 +165,11 @@ def test_a_torchrun_of_another_size_and_a_device_that_is_not_there_are_refused(m
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ParamsError, match="torchrun: got 3 processes; expected 2"), processes(2, "cpu", "none"):
         pass
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ParamsError, match="devices: got 2; expected at most the 1 GPUs"), processes(2, "auto", "none"):
+        pass
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ParamsError, match="device: got cuda; expected a device"), processes(1, "cuda", "none"):
         pass
