@@ -156,7 +156,8 @@ def read_batches(
 
     urls = [str(folder / shard.name) for shard in manifest.shards]
     stream = webdataset.WebDataset(
-        urls, shardshuffle=False, nodesplitter=webdataset.single_node_only, empty_check=False
+        # Each process reads everything: who trains on what is settled by rows, in modelstock/loading.py.
+        urls, shardshuffle=False, nodesplitter=iter, empty_check=False
     ).decode("rgb8")
     images: list[NDArray[np.uint8]] = []
     labels: list[int] = []

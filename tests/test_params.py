@@ -58,6 +58,15 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
         ("crop_scale: [0.9, 1.0]", "crop_scale: [1.0, 0.9]", "two numbers with 0 < low <= high <= 1"),
         ("lr: 1.0e-3", "lr: 2", "finetune.lr: Input should be less than or equal to 1"),
         ("threads: 2", "threads: 0", "threads: Input should be greater than or equal to 1"),
+        ("lawa: 5", "lawa: 15", "finetune: lawa averages 15 epochs of 14"),
+        ("compile: false\n  devices: 1", "devices: 3", "batch_size 64 is not a multiple of devices 3"),
+        ("train_head: true\n  head_first_epochs: 0", "train_head: false\n  head_first_epochs: 1",
+         "head_first_epochs needs train_head: true"),
+        ("micro_batch: null", "micro_batch: half", "finetune.micro_batch.literal['auto']: Input should be 'auto'"),
+        ("mixup: 0.0", "mixup: -1", "finetune.mixup: Input should be greater than or equal to 0"),
+        ("ema: [0.99]", "ema: [1.0]", "finetune.ema.0: Input should be less than 1"),
+        ("sizes: [2]", "sizes: [9]", "periodic.sizes wants 9 of 8 seeds"),
+        ("reset_moments: false\n  devices: 1", "devices: 3", "devices is 1 or one a seed, not 3 for sizes [2]"),
     ],
 )
 def test_each_bad_value_is_named(tmp_path, old, new, message):

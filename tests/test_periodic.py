@@ -9,15 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_split
+from ruamel.yaml import YAML
 from test_training import RECIPE, equal, examples, train
 
 from modelstock import callbacks, merging
 from modelstock.distributed import World, processes
 from modelstock.errors import ParamsError, TrainingError
 from modelstock.finetuning import new_run
+from modelstock.loading import InMemory
 from modelstock.models import TINY_PREPROCESS, build_classifier, set_tensors, tensors_of
-from modelstock.params import PeriodicParams
+from modelstock.params import PeriodicParams, load_params
 from modelstock.periodic import Periodic, blocks_of, merge_models, shares_of, train_periodic
+from modelstock.scratch import read_history
+from modelstock.shards import read_all
+from modelstock.soups import row_of
 from modelstock.weights import WeightSet, load_weights
 
 ROOT = Path(__file__).parent.parent
@@ -137,7 +143,7 @@ def test_stopped_after_any_save_and_started_again_it_ends_with_the_same_bytes(tm
     expected = run(anchor, tmp_path / "whole")
     monkeypatch.setattr(callbacks, "SAVE_EVERY_S", -1.0)  # after every step of every seed, and after every merge
     save = Periodic.save
-    for stop in range(1, 19, 2):
+    for stop in (1, 4, 7, 8, 14):
         left = [stop]
 
         def until(self, left=left):
@@ -350,3 +356,36 @@ def test_one_seed_over_two_devices_takes_the_steps_of_one_device_up_to_rounding(
 
 def test_one_seed_over_two_devices_killed_and_started_again_gives_the_same_bytes(two):
     assert files(two / "shared-killed") == files(two / "shared-whole")
+
+
+def test_the_stage_starts_a_process_a_seed_by_itself_and_gives_the_bytes_of_one_process(tmp_path, anchor):
+    for name in ("train", "held-out"):
+        make_split(tmp_path / "data" / name, name, 24)
+    anchor.save(tmp_path / "anchor.safetensors")
+    yaml = YAML(typ="safe")
+    settings = yaml.load((ROOT / "params.yaml").read_text())
+    settings |= {"threads": 1, "device": "cpu"}
+    settings["finetune"] |= {"batch_size": 8, "epochs": 2, "warmup_steps": 2, "ema": [], "lawa": 0}
+    settings["periodic"] |= {"devices": 2}
+    with open(tmp_path / "params.yaml", "w") as file:
+        yaml.dump(settings, file)
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.periodic", "2", "anchor.safetensors", "data/train", "data/held-out", "out"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("periodic/0-1: 2 merges, held-out accuracy") == 1
+    params = load_params(tmp_path / "params.yaml")
+    train, held_out = (InMemory(*read_all(tmp_path / "data" / name)[:2]) for name in ("train", "held-out"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model, history, reports = train_periodic(
+        anchor, lambda: build_classifier(anchor), train, held_out, params.finetune, params.periodic, seeds=[0, 1],
+        folder=tmp_path / "one",
+    )  # fmt: skip
+    torch.set_num_threads(threads)
+    found = load_weights(tmp_path / "out/weights.safetensors")
+    assert equal(found.tensors, tensors_of(model))
+    assert row_of(found).name == "periodic/0-1"
+    assert read_history(tmp_path / "out/history.jsonl") == history
+    assert json.loads((tmp_path / "out/report.json").read_text()) == reports
