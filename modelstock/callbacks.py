@@ -69,7 +69,7 @@ class Ema(Average):
     """
 
     def __init__(self, decay: float, run_model: torch.nn.Module) -> None:
-        self.decay, self.name, self.knobs = decay, f"ema-{decay}", {"decay": decay}
+        self.decay, self.name, self.knobs = decay, f"ema-{decay}", {"ema_decay": decay}
         start = run_model.state_dict()
         self._mean = {name: t.detach().clone() for name, t in start.items() if t.is_floating_point()}
 
@@ -101,7 +101,7 @@ class Lawa(Average):
 
     def __init__(self, last: int, epoch: int, steps: int) -> None:
         self.last, self.epoch, self.first = last, epoch, steps - (last - 1) * epoch
-        self.name, self.knobs = "lawa", {"last": last}
+        self.name, self.knobs = "lawa", {"lawa_last": last}
         self._sum: dict[str, Tensor] = {}
         self._count = 0
 

@@ -58,7 +58,7 @@ def row_of(weights: WeightSet) -> Row:
         if average is None:
             return Row(f"seed-{seed}", weights.identity, "seed", (seed,), {})
         own: Mapping[str, object] = made["knobs"]  # type: ignore[assignment]
-        knob = {"ema": "decay", "lawa": "last", "snapshot": "epoch"}[str(average)]
+        knob = {"ema": "ema_decay", "lawa": "lawa_last", "snapshot": "epoch"}[str(average)]
         return Row(f"{average}@{own[knob]}/{seed}", weights.identity, str(average), (seed,), {knob: own[knob]})
     if stage == "longer":
         return Row(f"longer@{made['factor']}/{made['seed']}", weights.identity, "longer", (int(str(made["seed"])),),

@@ -99,11 +99,10 @@ def train_seed(
             tensors = {**final, **{k: t.cpu().numpy() for k, t in average.tensors().items()}}
             about = {**made, "average": average.name.split("-")[0], "knobs": {**knobs, **average.knobs}}
             WeightSet(tensors, {**meta, "made_by": about}, name).save(out / f"{average.name}.safetensors")
-        for epoch in range(1, len(history) if recipe.snapshots else 0):
+        for epoch in range(1, recipe.head_first_epochs + recipe.epochs if recipe.snapshots else 0):
             kept = folder / f"epoch-{epoch}.safetensors"
-            if kept.exists():
-                with atomic_path(out / kept.name) as temporary:
-                    shutil.copyfile(kept, temporary)
+            with atomic_path(out / kept.name) as temporary:
+                shutil.copyfile(kept, temporary)
         write_history(out, history)
         print(f"{name}: held-out accuracy {100 * history[-1]['validation/top1']:.1f} %")
 
