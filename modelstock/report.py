@@ -33,6 +33,8 @@ MARKS = {
     "ties": ("v", "tab:brown"), "dare_linear": ("<", "tab:brown"), "dare_ties": (">", "tab:brown"),
     "breadcrumbs": ("d", "tab:brown"), "della": ("h", "tab:brown"), "fisher": ("p", "tab:olive"),
     "regmean": ("H", "tab:olive"), "oracle_scale": ("x", "black"), "oracle_scales": ("X", "black"),
+    "periodic": ("D", "tab:pink"), "longer": ("^", "tab:pink"), "ema": (".", "tab:green"), "lawa": (".", "tab:cyan"),
+    "snapshot": (".", "silver"),
 }  # fmt: skip
 
 
@@ -140,7 +142,7 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any]) -> str:
 
 def figure(comparison: Comparison) -> bytes:
     """In-distribution accuracy against mean shift accuracy, as PNG bytes."""
-    drawing = Figure(figsize=(9, 6), dpi=110, layout="constrained")
+    drawing = Figure(figsize=(11, 6), dpi=110, layout="constrained")
     axes = drawing.subplots()
 
     def place(row: Row) -> tuple[float, float]:
@@ -161,7 +163,9 @@ def figure(comparison: Comparison) -> bytes:
         mark, colour = MARKS.get(row.kind, ("v", "tab:brown"))
         if not mark:
             continue
-        small = row.kind not in ("anchor", "seed", "greedy") and len(row.members) < most
+        point = row.kind in ("seed", "ema", "lawa", "snapshot")
+        whole = point or row.kind in ("anchor", "greedy", "periodic", "longer")
+        small = not whole and len(row.members) < most
         if small and row.kind not in ("uniform", "model_stock", "ensemble"):
             continue  # the table has them
         key = (row.kind, small)
@@ -169,21 +173,21 @@ def figure(comparison: Comparison) -> bytes:
         x, y = place(row)
         inside = comparison.accuracy[row.name][comparison.in_distribution]
         outside = comparison.shift_mean[row.name]
-        if not small and row.kind != "seed":
+        if not small and not point:
             axes.errorbar(
                 x, y, fmt="none", ecolor=colour, alpha=0.4,
                 xerr=[[x - 100 * inside.low], [100 * inside.high - x]],
                 yerr=[[y - 100 * outside.low], [100 * outside.high - y]],
             )  # fmt: skip
         axes.scatter(
-            x, y, marker=mark, color=colour, s=25 if small or row.kind == "seed" else 110,
+            x, y, marker=mark, color=colour, s=25 if small or point else 110,
             alpha=0.55 if small else 1, label=None if key in named else what, zorder=2,
         )  # fmt: skip
         named.add(key)
     axes.set_xlabel(f"{comparison.in_distribution}: top-1 accuracy, %")
     axes.set_ylabel(f"mean of {len(comparison.shifts)} shifts: top-1 accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     buffer = io.BytesIO()
     drawing.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

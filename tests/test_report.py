@@ -73,7 +73,7 @@ def test_the_page_needs_no_other_file_and_no_network(folder):
 def test_the_figure_shows_something(folder):
     with Image.open(folder / "figure.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    assert picture.size == (990, 660)
+    assert picture.size == (1210, 660)
     assert len(np.unique(pixels, axis=0)) > 100
 
 
