@@ -33,11 +33,11 @@ def pair(random: np.random.Generator, size: int, cosine: float, rms: float) -> t
     return (rms * first).astype(np.float32), (rms * second).astype(np.float32)
 
 
-def ratio(a: np.ndarray, b: np.ndarray, *, clamp: float = 0.0, added: float = 0.0) -> float:
-    """t for two updates, from exactly rounded sums; `clamp` and `added` are what peers do to the product of norms."""
+def ratio(a: np.ndarray, b: np.ndarray, *, added: float = 0.0) -> float:
+    """t for two updates, from exactly rounded sums; `added` is what peers add to the product of norms."""
     dot = math.fsum((a.astype(np.float64) * b).tolist())
     norms = [math.sqrt(math.fsum((v.astype(np.float64) ** 2).tolist())) for v in (a, b)]
-    cosine = dot / (max(norms[0] * norms[1], clamp) + added)
+    cosine = dot / (norms[0] * norms[1] + added)
     return 2 * cosine / (1 + cosine)
 
 
@@ -82,9 +82,9 @@ def main() -> None:
     theirs = by_mergekit(options.mergekit, sets, False) if options.mergekit else None
     print("| rms of 768 updates | exact | modelstock | mergekit | 1e-8 added |\n|---|---:|---:|---:|---:|")
     for name, (a, b) in small.items():
-        cells = [ratio(a, b), applied(ours.tensors[name], a, b),
-                 applied(theirs.tensors[name], a, b) if theirs else math.nan, ratio(a, b, added=1e-8)]  # fmt: skip
-        print(f"| {name.removeprefix('rms ')} | " + " | ".join(f"{c:.4f}" for c in cells) + " |")
+        exact, own, added = ratio(a, b), applied(ours.tensors[name], a, b), ratio(a, b, added=1e-8)
+        shown = f"{applied(theirs.tensors[name], a, b):.4f}" if theirs else "not run"
+        print(f"| {name.removeprefix('rms ')} | {exact:.4f} | {own:.4f} | {shown} | {added:.4f} |")
 
     ours = merge("model_stock", sets[0], sets[1:], granularity="filter")[0]
     theirs = by_mergekit(options.mergekit, sets, True) if options.mergekit else None

@@ -156,8 +156,9 @@ def statistics(
     """Measure what fisher and regmean weigh by, for one weight set."""
     if what not in ("fisher", "inner"):
         raise MergeError("statistics", got=repr(what), expected="fisher or inner", cure="name one of these")
-    if out.exists() and not overwrite:
-        raise MergeError(out, got="a file that exists", expected="a new one", cure="use --overwrite or another name")
+    from modelstock.streaming import check_paths
+
+    check_paths([weights], [out], overwrite)
     from modelstock import statistics as measured
     from modelstock.weights import load_weights
 

@@ -76,7 +76,7 @@ def merge_files(
         MergeError, WeightsError: as `plan_merge`; an output that exists or is an input; a disk that is too full.
     """
     inputs, out = [Path(anchor), *map(Path, tuned), *map(Path, statistics)], Path(out)
-    _check_paths(inputs, [p for p in (out, report) if p is not None], overwrite)
+    check_paths(inputs, [p for p in (out, report) if p is not None], overwrite)
     check_options(
         method, len(tuned), granularity=granularity, dtype=dtype, statistics=len(statistics), knobs=knobs
     )  # fmt: skip
@@ -119,8 +119,15 @@ def _size(path: Path) -> int:
     return sum(p.stat().st_size for p in path.iterdir() if p.is_file()) if path.is_dir() else path.stat().st_size
 
 
-def _check_paths(inputs: Sequence[Path], outputs: Sequence[Path], overwrite: bool) -> None:
-    """Refuse missing inputs, the same one twice, and outputs that are inputs, exist, or have nowhere to go."""
+def check_paths(inputs: Sequence[Path], outputs: Sequence[Path], overwrite: bool) -> None:
+    """Refuse missing inputs, the same one twice, and outputs that are inputs, exist, or have nowhere to go.
+
+    The first output is the safetensors file.
+
+    Raises:
+        WeightsError: an input that does not exist.
+        MergeError: everything else.
+    """
     for path in inputs:
         if not path.exists():
             raise WeightsError(path, got="no such file", expected="a checkpoint", cure="check the path")

@@ -184,37 +184,27 @@ def test_a_torchrun_of_another_size_and_a_device_that_is_not_there_are_refused(m
 # ---------------------------------------------------------------- real processes
 
 KILLED = """
-import os, random, signal, sys, time
+import random, signal, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
 from test_periodic import keep, run
+from test_training import child
 from modelstock import callbacks
 from modelstock.weights import load_weights
 torch.set_num_threads(1)
 callbacks.SAVE_EVERY_S = -1.0
 anchor, out = load_weights(Path(sys.argv[1])), Path(sys.argv[2])
 
-def child(folder, delay=None):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            keep(folder, run(anchor, folder, epochs=6))
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)
-    return os.waitpid(pid, 0)[1]
+def train(folder):
+    keep(folder, run(anchor, folder, epochs=6))
 
-assert child(out / "whole") == 0
+assert child(lambda: train(out / "whole")) == 0
 moments, kills, runs = random.Random(0), 0, 0
 while kills < 15:
     end = None
     while end != 0:
-        end = child(out / f"killed-{{runs}}", moments.uniform(0.02, 0.6) if kills < 15 else None)
+        end = child(lambda: train(out / f"killed-{{runs}}"), moments.uniform(0.02, 0.6) if kills < 15 else None)
         assert end in (0, signal.SIGKILL), end
         kills += end == signal.SIGKILL
     runs += 1

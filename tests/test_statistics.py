@@ -184,4 +184,8 @@ def test_the_command_measures_statistics_and_merges_by_them(anchor, variants, tr
     assert "a method that searches" in said.err
     code, said = command("statistics", "fischer", "a.safetensors", "--data", train, "-o", "x.safetensors")
     assert "expected fisher or inner" in said.err
+    before = (tmp_path / "a.safetensors").read_bytes()
+    code, said = command("statistics", "inner", "a.safetensors", "--data", train, "-o", "a.safetensors", "--overwrite")
+    assert "got an input as output" in said.err
+    assert (tmp_path / "a.safetensors").read_bytes() == before
     assert not (tmp_path / "g.safetensors").exists()

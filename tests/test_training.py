@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -211,12 +214,28 @@ def test_resume_points_take_two_percent_of_the_time_at_most(monkeypatch):
         assert clock.due()
 
 
+def child(work: Callable[[], object], delay: float | None = None) -> int:
+    """Run `work` in a forked process, killed after `delay` seconds where that is given; returns its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+
 SCRIPT = """
-import json, os, random, signal, sys, time
+import json, os, random, signal, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
-from test_training import RECIPE, dropping, examples
+from test_training import RECIPE, child, dropping, examples
 from modelstock import callbacks
 from modelstock.finetuning import finetune
 from modelstock.models import TINY_PREPROCESS, build_classifier, tensors_of
@@ -243,30 +262,17 @@ def train(folder, dies_in_save=None):
     for name, tensors in [*sets.items(), ("weights", tensors_of(model))]:
         WeightSet(tensors, {{"history": history}}).save(folder / f"{{name}}.safetensors")
 
-def child(folder, delay=None, **how):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            train(folder, **how)
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)
-    return os.waitpid(pid, 0)[1]
-
-assert child(out / "whole") == 0
+assert child(lambda: train(out / "whole")) == 0
 moments, wanted = random.Random(workers), int(sys.argv[4])
 kills, runs = 0, 0
 while kills < wanted:
     folder, end = out / f"killed-{{runs}}", None
     while end != 0:  # killed and started again, until it is through
         if moments.random() < 0.2:
-            end = child(folder, dies_in_save=moments.randrange(3))
+            saves = moments.randrange(3)
+            end = child(lambda: train(folder, saves))
         else:
-            end = child(folder, delay=moments.uniform(0.02, 0.5) if kills < wanted else None)
+            end = child(lambda: train(folder), moments.uniform(0.02, 0.5) if kills < wanted else None)
         assert end in (0, signal.SIGKILL), end
         kills += end == signal.SIGKILL
     runs += 1
