@@ -36,11 +36,54 @@ class Optimization(Section):
     log_every: Positive = 5
 
 
-class PretrainParams(Optimization):
-    """How the tiny CLIP of the embedded benchmark is pre-trained."""
+class TinyPretraining(Optimization):
+    """The embedded benchmark's tiny CLIP, pre-trained here on `draws` captioned draws."""
 
+    source: Literal["shapes"]
     seed: Seed
     draws: Positive
+
+
+class OpenClipPretraining(Section):
+    """A CLIP of open_clip: the name of its config, and one of its tags, a file or folder on disk, or `random`.
+
+    `seed`: that of random weights.
+    """
+
+    source: Literal["open_clip"]
+    architecture: str = Field(min_length=1)
+    pretrained: str = Field(min_length=1)
+    seed: Seed = 0
+
+
+PretrainParams = Annotated[TinyPretraining | OpenClipPretraining, Field(discriminator="source")]
+
+
+class ClassesParams(Section):
+    """What the head tells apart, and the prompts of its zero-shot start.
+
+    `names`: the class names of `shapes` or of ImageNet, a list of names (which are the folders' names too), or a
+    mapping of folder to name; the order is that of the head. `templates`: those of `shapes`, OpenAI's 80 for
+    ImageNet, or a list of texts with {} for the name.
+    """
+
+    names: Literal["shapes", "imagenet"] | list[str] | dict[str, str]
+    templates: Literal["shapes", "openai"] | list[str]
+
+    @field_validator("names")
+    @classmethod
+    def _several(cls, names: Any) -> Any:
+        given = list(names.values()) if isinstance(names, dict) else names
+        if isinstance(given, list) and (len(given) < 2 or len(set(given)) < len(given)):
+            raise ValueError("two names or more, each once")
+        return names
+
+    @field_validator("templates")
+    @classmethod
+    def _placed(cls, templates: Any) -> Any:
+        if isinstance(templates, list) and (not templates or any(t.count("{}") != 1 for t in templates)):
+            raise ValueError("one template or more, each with one {} for the class name")
+        return templates
 
 
 class FinetuneParams(Optimization):
@@ -113,7 +156,7 @@ class PeriodicParams(Section):
     seed. `pairwise`, `clip`: see modelstock.merging.model_stock.
     """
 
-    sizes: list[Annotated[int, Field(ge=2)]] = Field(min_length=1)
+    sizes: list[Annotated[int, Field(ge=2)]]
     every_steps: Positive | None = None
     reset_moments: bool = False
     devices: Positive = 1
@@ -138,14 +181,68 @@ class LoadingParams(Section):
     in_memory: bool
 
 
+class DrawnSplit(Section):
+    """A split of the embedded benchmark, of this many images."""
+
+    source: Literal["shapes"]
+    images: Positive
+
+
+class FilesSplit(Section):
+    """Images on disk.
+
+    `path`: a folder, a .tar, .tar.gz or .zip archive, a folder of webdataset shards (used where they are) or a folder
+    of the library `datasets`. `labels`: what folders and labels mean; `classes`: the names in params, else one of the
+    published layouts (modelstock.sources). `role`: what a test set stands for; `train` and `held-out` have theirs by
+    their names. `part`: all images, or those that are (`held-out`) or are not (`train`) in the cut of
+    `held_out_per_class` images a class. `devkit`: ImageNet's development kit, for labels of the flat validation set.
+    `mappings`: ObjectNet's folder of that name, where it is not beside the images. `password`: of a zip archive.
+    """
+
+    source: Literal["files"]
+    path: str = Field(min_length=1)
+    labels: Literal[
+        "classes", "imagenet", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet"
+    ] = "classes"  # fmt: skip
+    role: Literal["in-distribution", "shift"] | None = None
+    part: Literal["all", "train", "held-out"] = "all"
+    devkit: str | None = None
+    mappings: str | None = None
+    password: str | None = None
+
+
+Split = Annotated[DrawnSplit | FilesSplit, Field(discriminator="source")]
+
+
 class PrepareParams(Section):
-    """Images a split of the embedded benchmark."""
+    """Every split's source, and how it becomes shards.
+
+    `workers`: processes; they change no byte. `short_side`: null keeps files as they are; a number re-encodes images
+    whose shorter side is longer than that, as JPEG of `quality`. `held_out_per_class`: see `FilesSplit.part`.
+    `unreadable`: the share of a split's images that may be left out because they cannot be read.
+    """
 
     seed: Seed
     shard_size: Positive
-    images: dict[str, Positive]
+    workers: Positive = 1
+    short_side: Positive | None = None
+    quality: int = Field(default=95, ge=1, le=100)
+    held_out_per_class: Positive = 26
+    unreadable: float = Field(default=0.001, ge=0, lt=1)
+    splits: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")], Split]
     reference_draws: Positive
     reference_epochs: Positive
+
+    def role(self, split: str) -> str:
+        """What a split stands for: train, held-out, in-distribution or shift."""
+        if split in ("train", "held-out"):
+            return split
+        source = self.splits[split]
+        if isinstance(source, FilesSplit):
+            return source.role or "none"
+        from modelstock.shapes import SPLITS
+
+        return SPLITS[split].role
 
 
 Scales = Annotated[list[Annotated[float, Field(gt=0, le=10)]], Field(min_length=1)]
@@ -264,10 +361,17 @@ class MergeParams(Section):
 
 
 class EvaluateParams(Section):
-    """Which sets are scored; the held-out cut is one of them, and the only one that anything is chosen on."""
+    """Which sets are scored; the held-out cut is one of them, and the only one that anything is chosen on.
+
+    `precision`: of the towers; heads and everything after them are float32. `workers`: processes that decode; 0: the
+    scoring process itself. `resident`: weight sets that are on the device at a time; auto: as many as fit.
+    """
 
     benchmarks: list[str] = Field(min_length=2)
     batch_size: Positive
+    precision: Literal["float32", "bfloat16"] = "float32"
+    workers: int = Field(default=0, ge=0, le=256)
+    resident: Positive | Literal["auto"] = "auto"
 
 
 class CompareParams(Section):
@@ -290,6 +394,7 @@ class Params(Section):
     threads: Positive
     device: Literal["auto", "cpu", "cuda"] = "auto"
     loading: LoadingParams
+    classes: ClassesParams
     prepare: PrepareParams
     pretrain: PretrainParams
     finetune: FinetuneParams
@@ -303,19 +408,32 @@ class Params(Section):
     def _splits(self) -> "Params":
         from modelstock.shapes import SPLITS
 
-        problems = []
-        for place, names in (
-            ("prepare.images", self.prepare.images),
-            ("evaluate.benchmarks", self.evaluate.benchmarks),
-        ):
-            problems += [f"{place} names {_hint(n, list(SPLITS))}" for n in names if n not in SPLITS]
-        wanted = {"train", *self.evaluate.benchmarks}
-        problems += [f"prepare.images lacks {n}" for n in sorted(wanted - set(self.prepare.images))]
+        splits, wanted = self.prepare.splits, self.evaluate.benchmarks
+        drawn = [name for name, split in splits.items() if isinstance(split, DrawnSplit)]
+        problems = [f"prepare.splits names {_hint(n, list(SPLITS))}" for n in drawn if n not in SPLITS]
+        problems += [f"evaluate.benchmarks names {_hint(n, list(splits))}" for n in wanted if n not in splits]
+        problems += [f"prepare.splits lacks {n}" for n in ("train", "held-out") if n not in splits]
+        for name, split in splits.items():
+            if isinstance(split, FilesSplit) and (name in ("train", "held-out")) != (split.role is None):
+                problems.append(f"prepare.splits.{name}.role: say it for test sets, and only for them")
+        if not problems:
+            train, held_out = splits["train"], splits["held-out"]
+            if (
+                isinstance(train, FilesSplit)
+                and isinstance(held_out, FilesSplit)
+                and train.path == held_out.path
+                and (train.part, held_out.part) != ("train", "held-out")
+            ):
+                problems.append("prepare.splits: train and held-out share a path, so each must say its part")
+            roles = [self.prepare.role(name) for name in wanted]
+            if roles.count("held-out") != 1 or roles.count("in-distribution") != 1 or "train" in roles:
+                problems.append("evaluate.benchmarks needs held-out and one in-distribution set, and no training set")
+        if self.classes.names == "shapes" and len(drawn) < len(splits):
+            problems.append("classes.names is shapes, but prepare.splits has files")
+        if drawn and self.classes.names != "shapes":
+            problems.append(f"classes.names: shapes, for the drawn splits {', '.join(drawn)}")
         seeds = len(self.finetune.seeds)
         problems += [f"periodic.sizes wants {n} of {seeds} seeds" for n in self.periodic.sizes if n > seeds]
-        roles = [SPLITS[n].role for n in self.evaluate.benchmarks if n in SPLITS]
-        if roles.count("held-out") != 1 or roles.count("in-distribution") != 1 or "shift" not in roles:
-            problems.append("evaluate.benchmarks needs held-out, one in-distribution set and at least one shift")
         if problems:
             raise ValueError("; ".join(problems))
         return self

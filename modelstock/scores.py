@@ -14,6 +14,8 @@ from safetensors.numpy import save
 from modelstock.errors import DataError
 from modelstock.files import atomic_path
 
+ARRAYS = ("truth", "correct", "correct5", "prediction", "confidence", "nll")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -32,15 +34,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Scores:
-    """Results on one benchmark. `role`: "held-out", "in-distribution" or "shift"; arrays are (rows, examples)."""
+    """Results on one benchmark. `role`: "held-out", "in-distribution" or "shift"; arrays are (rows, examples).
+
+    A label is a class or several classes of the head; the softmax is over the labels. `labels`: the labels' names.
+    """
 
     benchmark: str
     role: str
     data: str  # sha256 of the data
     rows: tuple[Row, ...]
+    labels: tuple[str, ...]
+    truth: NDArray[np.int32]  # (examples,): places in `labels`
     correct: NDArray[np.bool_]
+    correct5: NDArray[np.bool_]  # the truth is among the five most probable labels
     prediction: NDArray[np.int32]
     confidence: NDArray[np.float32]  # softmax of the prediction
+    nll: NDArray[np.float32]  # minus the logarithm of the truth's softmax, in nats
 
 
 def save_scores(path: Path, scores: Scores) -> None:
@@ -49,6 +58,7 @@ def save_scores(path: Path, scores: Scores) -> None:
         "benchmark": scores.benchmark,
         "role": scores.role,
         "data": scores.data,
+        "labels": list(scores.labels),
         "rows": [
             {
                 "name": r.name,
@@ -60,7 +70,7 @@ def save_scores(path: Path, scores: Scores) -> None:
             for r in scores.rows
         ],
     }
-    arrays = {"prediction": scores.prediction, "confidence": scores.confidence, "correct": scores.correct}
+    arrays = {name: getattr(scores, name) for name in ARRAYS}
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(arrays, metadata={"modelstock": json.dumps(facts, sort_keys=True)}))
 
@@ -74,7 +84,7 @@ def load_scores(path: Path) -> Scores:
     try:
         with safe_open(path, framework="numpy") as file:
             facts = json.loads(file.metadata()["modelstock"])
-            arrays = [file.get_tensor(k) for k in ("correct", "prediction", "confidence")]
+            arrays = [file.get_tensor(name) for name in ARRAYS]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             path,
@@ -83,4 +93,4 @@ def load_scores(path: Path) -> Scores:
             cure="run the stage evaluate",
         ) from error
     rows = tuple(Row(**{**row, "members": tuple(row["members"])}) for row in facts["rows"])
-    return Scores(facts["benchmark"], facts["role"], facts["data"], rows, *arrays)
+    return Scores(facts["benchmark"], facts["role"], facts["data"], rows, tuple(facts["labels"]), *arrays)

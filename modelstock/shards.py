@@ -27,13 +27,18 @@ class Shard(BaseModel):
     """One tar file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+\.tar$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar$")
     count: int = Field(ge=1)
     sha256: str
 
 
 class Manifest(BaseModel):
-    """What a folder of shards holds."""
+    """What a folder of shards holds.
+
+    `root`: the folder of the shards, where it is not the manifest's own (shards that are used in place). `border`:
+    pixels to cut off each side of every image before anything else. `unreadable`: images of the source that were left
+    out because they cannot be read.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     benchmark: str
@@ -44,6 +49,14 @@ class Manifest(BaseModel):
     count: int
     shards: list[Shard]
     sha256: str
+    root: str | None = None
+    border: int = Field(default=0, ge=0)
+    unreadable: list[str] = []
+
+    def paths(self, folder: Path) -> list[Path]:
+        """The shards' files; `folder` is the manifest's."""
+        root = folder if self.root is None else Path(self.root)
+        return [root / shard.name for shard in self.shards]
 
 
 def _png(image: NDArray[np.uint8]) -> bytes:
