@@ -20,8 +20,7 @@ def wnids(name: str = "imagenet") -> list[str]:
     Source: timm's tables of them.
     """
     timm = find_spec("timm")  # its files only: importing it costs seconds
-    assert timm is not None and timm.origin is not None
-    return (Path(timm.origin).parent / f"data/_info/{_SYNSETS[name]}_synsets.txt").read_text().split()
+    return (Path(str(timm and timm.origin)).parent / f"data/_info/{_SYNSETS[name]}_synsets.txt").read_text().split()
 
 
 def class_names(params: ClassesParams) -> list[str]:
