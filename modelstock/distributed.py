@@ -61,6 +61,18 @@ class World:
 ALONE = World()
 
 
+def device_kind(device: str) -> str:
+    """"cuda" or "cpu"; "auto" is a GPU where there is one.
+
+    Raises:
+        ParamsError: no such device.
+    """
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ParamsError("device", got=device, expected="a device that torch can use", cure="set it to cpu or auto")
+    return kind
+
+
 @contextlib.contextmanager
 def processes(count: int, device: str, module: str) -> Iterator[World]:
     """This process's place among `count` that train together; one that torchrun did not start becomes torchrun.
@@ -71,9 +83,7 @@ def processes(count: int, device: str, module: str) -> Iterator[World]:
     Raises:
         ParamsError: no such device, or a torchrun of another size.
     """
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ParamsError("device", got="cuda", expected="a device that torch can use", cure="set it to cpu or auto")
+    kind = device_kind(device)
     if kind == "cuda" and torch.cuda.device_count() < count:
         raise ParamsError(
             "devices", got=count, expected=f"at most the {torch.cuda.device_count()} GPUs this process sees",

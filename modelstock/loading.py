@@ -5,7 +5,6 @@ make any share of it: the batches are the same at every number of loader workers
 every number of devices. Within an epoch no example comes twice; those that do not fill a last batch are left out.
 """
 
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -19,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 
 from modelstock.distributed import ALONE, World
+from modelstock.images import Framing, InShards
 from modelstock.models import normalise
 from modelstock.params import FinetuneParams
-from modelstock.shards import Manifest, example_places, read_all
+from modelstock.shards import Manifest, read_all
 from modelstock.training import Batch, seed_step
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
@@ -62,35 +61,6 @@ class InMemory:
         """An image (H, W, 3)."""
         image: NDArray[np.uint8] = self._images[row]
         return image
-
-
-class InShards:
-    """Images read from their shards at every use, wherever in a shard they are; only their places are held."""
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._paths = [folder / shard.name for shard in manifest.shards]
-        self._places, self.labels = example_places(folder, manifest)
-        self._sizes: dict[int, tuple[int, int]] = {}
-
-    def _open(self, row: int, most: int | None = None) -> Image.Image:
-        shard, start, length = self._places[row].tolist()
-        with open(self._paths[shard], "rb") as file:
-            file.seek(start)
-            return Image.open(io.BytesIO(file.read(min(length, most or length))))
-
-    def size(self, row: int) -> tuple[int, int]:
-        """Height and width of an image, from the head of its file; a batch's crops need those of other shares too."""
-        if row not in self._sizes:
-            try:
-                width, height = self._open(row, 1 << 14).size
-            except OSError:  # a long preface, such as a thumbnail, is cut off
-                width, height = self._open(row).size
-            self._sizes[row] = (height, width)
-        return self._sizes[row]
-
-    def image(self, row: int) -> NDArray[np.uint8]:
-        """An image (H, W, 3)."""
-        return np.array(self._open(row).convert("RGB"))
 
 
 def open_examples(folder: Path, manifest: Manifest, *, in_memory: bool) -> Examples:
@@ -158,16 +128,6 @@ def resized_crops(images: Sequence[NDArray[np.uint8]], boxes: Sequence[Box], pre
     return out
 
 
-def central(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """An image (H, W, 3) with its shorter side resized to `size` and its middle kept, as it is scored."""
-    if images.shape[:2] == (size, size):
-        return images
-    pixels = torch.from_numpy(images).permute(2, 0, 1)
-    shorter = transforms.functional.resize(pixels, [size], InterpolationMode.BICUBIC, antialias=True)
-    middle: Tensor = transforms.functional.center_crop(shorter, [size, size])
-    return middle.permute(1, 2, 0).contiguous().numpy()
-
-
 def mixed_pairs(images: Tensor, labels: Tensor, weight: float) -> Batch:
     """Mixup between neighbours 0-1, 2-3, ...: images, labels, the partners' labels, and each label's weight (B,).
 
@@ -221,7 +181,7 @@ class Batches(Dataset[Batch]):
 
 
 class Scored(Dataset[Batch]):
-    """One item a batch of at most `batch_size` examples in their order, their middles as they are scored."""
+    """One item a batch of at most `batch_size` examples in their order, framed as they are scored."""
 
     def __init__(self, examples: Examples, preprocess: Mapping[str, Any], batch_size: int = 500) -> None:
         self._examples, self._preprocess, self._batch_size = examples, dict(preprocess), batch_size
@@ -229,8 +189,8 @@ class Scored(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         rows = range(len(self._labels))[number * self._batch_size : (number + 1) * self._batch_size]
-        size = self._preprocess["size"]
-        images = np.stack([central(self._examples.image(row), size) for row in rows])
+        framing = Framing.of(self._preprocess)
+        images = np.stack([framing(Image.fromarray(self._examples.image(row))) for row in rows])
         return normalise(images, self._preprocess), self._labels[rows.start : rows.stop]
 
     def load(self) -> Iterator[Batch]:

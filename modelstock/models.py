@@ -83,8 +83,13 @@ class Classifier(nn.Module):
         self.visual = visual
         self.head = nn.Linear(width, classes)
 
+    def features(self, images: Tensor) -> Tensor:
+        """The tower's pooled feature (B, D), not normalised."""
+        found: Tensor = self.visual(images)
+        return found
+
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(functional.normalize(self.visual(images), dim=-1))
+        logits: Tensor = self.head(functional.normalize(self.features(images), dim=-1))
         return logits
 
 

@@ -89,6 +89,7 @@ class ClassesParams(Section):
 class FinetuneParams(Optimization):
     """The recipe, the same for every seed.
 
+    `checkpoints`: fine-tuned weights that are there already, one a seed; nothing is trained then.
     `micro_batch`: examples a device takes at a time; null: its whole share of the batch; auto: halved until it fits.
     `layer_decay`: learning rate of a block over that of the next. `decay`: weight decay for all parameters, as in
     WiSE-FT, or for those of two dimensions and more. `mixup`: alpha of Beta(alpha, alpha); 0: none. `rand_augment_*`:
@@ -99,6 +100,7 @@ class FinetuneParams(Optimization):
     """
 
     seeds: list[Seed] = Field(min_length=2)
+    checkpoints: list[str] = []
     epochs: Positive
     micro_batch: Positive | Literal["auto"] | None = None
     layer_decay: float = Field(default=1.0, gt=0, le=1)
@@ -121,6 +123,8 @@ class FinetuneParams(Optimization):
 
     @model_validator(mode="after")
     def _together(self) -> "FinetuneParams":
+        if self.checkpoints and len(self.checkpoints) != len(self.seeds):
+            raise ValueError(f"{len(self.checkpoints)} checkpoints for {len(self.seeds)} seeds: number them all")
         if self.head_first_epochs and not self.train_head:
             raise ValueError("head_first_epochs needs train_head: true")
         if self.lawa > self.epochs:
@@ -419,7 +423,8 @@ class Params(Section):
         if not problems:
             train, held_out = splits["train"], splits["held-out"]
             if (
-                isinstance(train, FilesSplit)
+                not self.finetune.checkpoints
+                and isinstance(train, FilesSplit)
                 and isinstance(held_out, FilesSplit)
                 and train.path == held_out.path
                 and (train.part, held_out.part) != ("train", "held-out")
@@ -434,6 +439,8 @@ class Params(Section):
             problems.append(f"classes.names: shapes, for the drawn splits {', '.join(drawn)}")
         seeds = len(self.finetune.seeds)
         problems += [f"periodic.sizes wants {n} of {seeds} seeds" for n in self.periodic.sizes if n > seeds]
+        if self.finetune.checkpoints and self.periodic.sizes:
+            problems.append("periodic.sizes: [] where finetune.checkpoints are given, for nothing is trained")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -11,7 +11,7 @@ from torch.nn import functional
 from modelstock import shapes
 from modelstock.callbacks import Log, ResumePoint
 from modelstock.models import TINY_CLIP, TINY_PREPROCESS, build_clip, normalise, tokenizer
-from modelstock.params import PretrainParams
+from modelstock.params import TinyPretraining
 from modelstock.training import Batch, Run, adamw, autocast, learning_rate
 
 
@@ -26,7 +26,7 @@ def shared_positives_loss(image: Tensor, text: Tensor, classes: Tensor, scale: T
     return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
 
-def pretrain(params: PretrainParams, *, folder: Path) -> tuple[nn.Module, list[dict[str, Any]]]:
+def pretrain(params: TinyPretraining, *, folder: Path) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Train the tiny CLIP on captioned draws of all styles; returns it and the history.
 
     A batch is a whole: its loss compares every image with every text, so there are no micro-batches.

@@ -31,19 +31,31 @@ def subsets(seeds: Sequence[int], sets: Sets) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(tuple(sorted(members)) for members in chosen))
 
 
-def finetuned(folder: Path, seeds: Sequence[int]) -> dict[int, WeightSet]:
+def finetuned(folder: Path, seeds: Sequence[int], *, lazy: bool = False) -> dict[int, WeightSet]:
     """The seeds' weight sets by seed; folders of seeds that are not named are left alone."""
-    return {seed: load_weights(folder / str(seed) / "weights.safetensors") for seed in seeds}
+    return {seed: load_weights(folder / str(seed) / "weights.safetensors", lazy=lazy) for seed in seeds}
 
 
 def beside(tuned_folder: Path, periodic: Path, longer: Path, params: Params) -> list[Path]:
     """What training made beside the seeds: averages and snapshots of each, periodic merges, seeds trained longer."""
-    tuned = params.finetune
+    tuned, sizes = params.finetune, params.periodic.sizes
+    if tuned.checkpoints:
+        return []
     stems = [f"ema-{decay}" for decay in tuned.ema] + ["lawa"] * (tuned.lawa > 0)
     stems += [f"epoch-{n}" for n in range(1, tuned.head_first_epochs + tuned.epochs) if tuned.snapshots]
     paths = [tuned_folder / str(seed) / f"{stem}.safetensors" for seed in tuned.seeds for stem in stems]
-    sizes = params.periodic.sizes
     return paths + [folder / str(size) / "weights.safetensors" for folder in (periodic, longer) for size in sizes]
+
+
+def ensembles(seeds: Sequence[int]) -> list[tuple[int, ...]]:
+    """Whose logits are averaged: two, four and all seeds, as the soups have them; of the pairs only the disjoint."""
+    used: set[int] = set()
+    chosen = []
+    for members in subsets(seeds, "ring"):
+        if len(members) != 2 or len(seeds) == 2 or not used & set(members):
+            chosen.append(members)
+            used |= set(members) if len(members) == 2 else set()
+    return chosen
 
 
 def row_of(weights: WeightSet) -> Row:

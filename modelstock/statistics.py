@@ -18,15 +18,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modelstock import __version__
 from modelstock.errors import DataError
+from modelstock.images import Framing, InShards
 from modelstock.models import build_classifier, normalise
-from modelstock.shards import check_classes, load_manifest, read_batches
+from modelstock.shards import check_classes, load_manifest
 from modelstock.weights import WeightSet
 
 Images = NDArray[np.uint8]
 
 
 def sample(folder: Path, weights: WeightSet, *, examples: int, seed: int = 0) -> tuple[Images, NDArray[np.int64]]:
-    """A random choice of a split's examples, in the shards' order: images (n, H, W, 3) uint8 and labels (n,).
+    """A random choice of a split's examples, in the shards' order: images (n, S, S, 3) uint8 and labels (n,).
 
     Raises:
         DataError: shards that are missing or damaged, of other classes, or with labels that are not the head's.
@@ -38,31 +39,27 @@ def sample(folder: Path, weights: WeightSet, *, examples: int, seed: int = 0) ->
             folder, got="labels that stand for several classes", expected="one class a label, all of them",
             cure="use the training set, or its held-out cut",
         )  # fmt: skip
+    stored, framing = InShards(folder, manifest), Framing.of(weights.meta["preprocess"])
     count = min(examples, manifest.count)
-    chosen = np.zeros(manifest.count, bool)
-    chosen[np.random.default_rng(seed).choice(manifest.count, count, replace=False)] = True
-    images, labels, at = [], [], 0
-    for pixels, truth in read_batches(folder, manifest, batch_size=1000):
-        kept = chosen[at : at + len(truth)]
-        images.append(pixels[kept])
-        labels.append(truth[kept])
-        at += len(truth)
-    return np.concatenate(images), np.concatenate(labels)
+    rows = np.sort(np.random.default_rng(seed).choice(manifest.count, count, replace=False))
+    return np.stack([framing(stored.cut(row)) for row in rows.tolist()]), stored.labels[rows]
 
 
 def _statistic(tensors: Mapping[str, Tensor], weights: WeightSet, what: str, examples: int) -> WeightSet:
     made = {"stage": "statistics", "what": what, "examples": examples, "version": __version__}
-    arrays = {name: tensor.to(torch.float32).numpy() for name, tensor in tensors.items()}
+    arrays = {name: tensor.to(torch.float32).cpu().numpy() for name, tensor in tensors.items()}
     return WeightSet(arrays, {"of": weights.identity, "made_by": made}, f"{what} of {weights.source}")
 
 
-def fisher(weights: WeightSet, images: Images, *, seed: int = 0, batch_size: int = 16) -> WeightSet:
+def fisher(
+    weights: WeightSet, images: Images, *, seed: int = 0, batch_size: int = 16, device: str = "cpu"
+) -> WeightSet:
     """The diagonal of the Fisher information: mean over images of the squared gradient of log p(y | x), y ~ p(y | x).
 
     Labels are drawn from the model itself, as Fisher information asks; the data's own are not looked at.
     Source: Matena, Raffel, arXiv 2111.09832, eq. 4, with one draw an image.
     """
-    model = build_classifier(weights)
+    model = build_classifier(weights).to(device)
     state = {name: value.detach() for name, value in model.named_parameters()}
     generator = torch.Generator().manual_seed(seed)
 
@@ -71,12 +68,12 @@ def fisher(weights: WeightSet, images: Images, *, seed: int = 0, batch_size: int
         return functional.cross_entropy(logits, label[None])
 
     by_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
-    total = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in state.items()}
+    total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in state.items()}
     for start in range(0, len(images), batch_size):
-        pixels = normalise(images[start : start + batch_size], weights.meta["preprocess"])
+        pixels = normalise(images[start : start + batch_size], weights.meta["preprocess"]).to(device)
         with torch.no_grad():
-            chance = model(pixels).softmax(dim=1)
-        labels = torch.multinomial(chance, 1, generator=generator)[:, 0]
+            chance = model(pixels).softmax(dim=1).cpu()
+        labels = torch.multinomial(chance, 1, generator=generator)[:, 0].to(device)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be batched over examples
             slopes = by_example(state, pixels, labels)
         for name, slope in slopes.items():
@@ -122,13 +119,13 @@ def _watched(model: nn.Module, seen: Callable[[str, Tensor], None]) -> Iterator[
 
 
 @torch.no_grad()
-def inner(weights: WeightSet, images: Images, *, batch_size: int = 250) -> WeightSet:
+def inner(weights: WeightSet, images: Images, *, batch_size: int = 250, device: str = "cpu") -> WeightSet:
     """Inner products X^T X (in, in) of the inputs of every linear layer, over images and tokens, a mean over images.
 
     Attention's packed projection counts as one layer, as in the state dict.
     Source: Jin et al., RegMean, arXiv 2212.09849, algorithm 1.
     """
-    model = build_classifier(weights)
+    model = build_classifier(weights).to(device)
     total: dict[str, Tensor] = {}
 
     def seen(name: str, inputs: Tensor) -> None:
@@ -137,25 +134,25 @@ def inner(weights: WeightSet, images: Images, *, batch_size: int = 250) -> Weigh
 
     with _watched(model, seen):
         for start in range(0, len(images), batch_size):
-            model(normalise(images[start : start + batch_size], weights.meta["preprocess"]))
+            model(normalise(images[start : start + batch_size], weights.meta["preprocess"]).to(device))
     return _statistic({n: v / len(images) for n, v in total.items()}, weights, "inner", len(images))
 
 
 def loss_gradient(
-    images: Images, labels: NDArray[np.int64], *, batch_size: int = 250
+    images: Images, labels: NDArray[np.int64], *, batch_size: int = 250, device: str = "cpu"
 ) -> Callable[[WeightSet], tuple[float, dict[str, NDArray[np.float32]]]]:
     """A function: weight set -> its mean cross-entropy on these examples and the gradient by tensor name."""
 
     def of(weights: WeightSet) -> tuple[float, dict[str, NDArray[np.float32]]]:
-        model, value = build_classifier(weights), 0.0
+        model, value = build_classifier(weights).to(device), 0.0
         for start in range(0, len(images), batch_size):
-            pixels = normalise(images[start : start + batch_size], weights.meta["preprocess"])
+            pixels = normalise(images[start : start + batch_size], weights.meta["preprocess"]).to(device)
             truth = torch.from_numpy(labels[start : start + batch_size])
             loss = functional.cross_entropy(model(pixels), truth, reduction="sum") / len(images)
             loss.backward()  # type: ignore[no-untyped-call]
             value += loss.item()
         slopes = dict(model.named_parameters())
         zeros = {n: np.zeros(v.shape, np.float32) for n, v in weights.tensors.items() if v.dtype.kind == "f"}
-        return value, zeros | {n: p.grad.numpy() for n, p in slopes.items() if p.grad is not None}
+        return value, zeros | {n: p.grad.cpu().numpy() for n, p in slopes.items() if p.grad is not None}
 
     return of

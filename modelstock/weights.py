@@ -7,7 +7,7 @@ Nothing here knows CLIP: any mapping of names to arrays is a weight set.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +46,12 @@ class WeightSet:
             digest.update(tensor.data if tensor.size else b"")
         return digest.hexdigest()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        held = self.tensors
+        return held.nbytes if isinstance(held, _Lazy) else sum(tensor.nbytes for tensor in held.values())
+
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all; equal weight sets give equal bytes.
 
@@ -60,13 +66,36 @@ class WeightSet:
             temporary.write_bytes(blob)
 
 
+class _Lazy(Mapping[str, Array]):
+    """A safetensors file's tensors, each read when it is asked for and not kept."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: Any = safe_open(path, framework="numpy")  # maps the file; nothing is read yet
+        self._names = sorted(self._file.keys())  # type: ignore[no-untyped-call]
+        self.nbytes = path.stat().st_size  # with a header of some KB
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Array = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def classes_sha256(names: Sequence[str]) -> str:
     """The identity of an ordered list of class names."""
     return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
-def load_weights(path: Path) -> WeightSet:
+def load_weights(path: Path, *, lazy: bool = False) -> WeightSet:
     """Read a weight set, or any safetensors file (its `meta` is then empty).
+
+    `lazy`: tensors are checked now, one at a time, and read again whenever they are asked for.
 
     Raises:
         WeightsError: the file is missing, is not safetensors, is truncated, or holds NaN or infinity.
@@ -82,7 +111,10 @@ def load_weights(path: Path) -> WeightSet:
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            tensors = {} if lazy else {name: file.get_tensor(name) for name in sorted(file.keys())}
+        held: Mapping[str, Array] = _Lazy(path) if lazy else tensors
+        weights = WeightSet(held, json.loads(header.get("modelstock", "{}")), str(path))
+        check_finite(weights)
     except (SafetensorError, ValueError, TypeError) as error:
         raise WeightsError(
             path,
@@ -90,8 +122,6 @@ def load_weights(path: Path) -> WeightSet:
             expected="a whole safetensors file",
             cure="make or copy the file again",
         ) from error
-    weights = WeightSet(tensors, json.loads(header.get("modelstock", "{}")), str(path))
-    check_finite(weights)
     return weights
 
 

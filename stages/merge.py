@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstock import statistics
+from modelstock.distributed import device_kind
 from modelstock.errors import MergeError
 from modelstock.evaluation import score
 from modelstock.files import write_json
@@ -27,10 +28,13 @@ def main(method: str, anchor: Path, tuned: Path, train: Path, held_out: Path, ou
     origin, seeds = load_weights(anchor), finetuned(tuned, params.finetune.seeds)
     section, needs = getattr(params.merge, method), METHODS[method].needs
     knobs = section.model_dump(exclude={"alphas", "scales", "examples", "sets"})
-    report: dict[str, Any] = {}
+    device, report = device_kind(params.device), dict[str, Any]()
 
     def accuracies(weights: Sequence[WeightSet]) -> list[float]:
-        outcomes = score(held_out, weights, cache=Path("scratch/scores"), batch_size=params.evaluate.batch_size)
+        outcomes = score(
+            held_out, weights, cache=Path("scratch/scores"), device=params.device,
+            **params.evaluate.model_dump(exclude={"benchmarks"}),
+        )  # fmt: skip
         return [float(outcomes[w.identity].correct.mean()) for w in weights]
 
     def keep(weights: WeightSet, members: Sequence[int], facts: Any, suffix: str = "") -> None:
@@ -43,11 +47,13 @@ def main(method: str, anchor: Path, tuned: Path, train: Path, held_out: Path, ou
     if needs in ("fisher", "inner"):
         measure = statistics.fisher if needs == "fisher" else statistics.inner
         images, _ = statistics.sample(train, origin, examples=section.examples)
-        measured = {seed: measure(weights, images) for seed, weights in seeds.items()}
+        measured = {seed: measure(weights, images, device=device) for seed, weights in seeds.items()}
     elif needs == "score":
         knobs["score"] = accuracies
     elif needs == "gradient":
-        knobs["gradient"] = statistics.loss_gradient(*statistics.sample(held_out, origin, examples=section.examples))
+        knobs["gradient"] = statistics.loss_gradient(
+            *statistics.sample(held_out, origin, examples=section.examples), device=device
+        )
 
     # What is chosen on the held-out cut: WiSE-FT's alpha, or the scale of the whole update.
     knob = "alpha" if hasattr(section, "alphas") else "scale"
