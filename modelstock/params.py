@@ -4,8 +4,9 @@ Unknown keys are refused with the nearest valid one; all problems are reported t
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -451,12 +452,25 @@ def _hint(name: str, known: list[str]) -> str:
     return f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})")
 
 
-def _known_keys(place: tuple[int | str, ...]) -> list[str]:
+def _known_keys(place: Sequence[str]) -> list[str]:
+    """The keys that belong where the last of `place` is; of a section that comes in kinds, those of its kind."""
     section: Any = Params
     for key in place[:-1]:
-        annotation = section.model_fields[key].annotation if hasattr(section, "model_fields") else None
-        section = annotation
+        kinds = [s for s in get_args(section) if hasattr(s, "model_fields")]
+        if kinds:  # pydantic puts the kind's name into the place
+            section = next(kind for kind in kinds if get_args(kind.model_fields["source"].annotation) == (key,))
+        elif hasattr(section, "model_fields"):
+            section = section.model_fields[key].annotation
+        else:
+            section = next(iter(get_args(get_args(section)[1])), None)  # of dict[name, Annotated[section, ...]]
     return list(getattr(section, "model_fields", {}))
+
+
+def _place(location: Sequence[int | str]) -> str:
+    """A setting's place as the file has it: without the name of a section's kind."""
+    keys = [str(key) for key in location]
+    kind = {"pretrain": 1}.get(keys[0] if keys else "", 3 if keys[:2] == ["prepare", "splits"] else None)
+    return ".".join(key for number, key in enumerate(keys) if number != kind) or "the file"
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -479,7 +493,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            place = ".".join(map(str, problem["loc"])) or "the file"
+            place = _place(problem["loc"])
             if problem["type"] == "extra_forbidden":
                 key = str(problem["loc"][-1])
                 lines.append(f"{place} is not a setting: {_hint(key, _known_keys(problem['loc']))}")

@@ -1,17 +1,27 @@
 """One pass over the data says of each weight set what scoring it alone says, to the last example."""
 
+import io
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
 import numpy as np
+import open_clip
 import pytest
 import torch
 from conftest import make_split
+from PIL import Image
 
 import modelstock.evaluation as evaluation
 from modelstock.errors import DataError, WeightsError
 from modelstock.evaluation import Outcome, collect, ensemble_identity, label_logits, score
-from modelstock.models import build_classifier, normalise
+from modelstock.models import TINY_CLIP, build_classifier, build_clip, normalise, tensors_of
 from modelstock.scores import Row, load_scores, save_scores
 from modelstock.shards import read_all
-from modelstock.weights import WeightSet
+from modelstock.weights import WeightSet, load_weights
 
 
 def alone(folder, weights):
@@ -32,8 +42,150 @@ def test_one_pass_equals_scoring_each_weight_set_alone(tmp_path, variants, split
         outcome = together[weights.identity]
         np.testing.assert_array_equal(outcome.prediction, grouped.argmax(axis=1))
         np.testing.assert_array_equal(outcome.correct, grouped.argmax(axis=1) == labels)
+        five = np.argsort(-grouped, axis=1, kind="stable")[:, :5]
+        np.testing.assert_array_equal(outcome.correct5, (five == labels[:, None]).any(axis=1))
         exponents = np.exp(grouped - grouped.max(axis=1, keepdims=True))
         np.testing.assert_allclose(outcome.confidence, 1 / exponents.sum(axis=1), rtol=1e-5)
+        chance = exponents[np.arange(130), labels] / exponents.sum(axis=1)
+        np.testing.assert_allclose(outcome.nll, -np.log(chance), rtol=1e-4, atol=1e-6)
+
+
+def test_an_outcome_by_hand():
+    logits = torch.log(torch.tensor([[0.4, 0.3, 0.1, 0.1, 0.05, 0.05], [0.1, 0.1, 0.2, 0.2, 0.3, 0.1]]))
+    found = Outcome.of(logits, torch.tensor([5, 2]), [[i] for i in range(6)])
+    assert found.prediction.tolist() == [0, 4]
+    assert found.correct.tolist() == [False, False]
+    assert found.correct5.tolist() == [False, True]  # of the two at 0.05, the lower label is the fifth
+    np.testing.assert_allclose(found.confidence, [0.4, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(found.nll, [-np.log(0.05), -np.log(0.2)], rtol=1e-6)
+
+
+def test_fewer_labels_than_five_are_all_among_the_first_five():
+    assert Outcome.of(torch.zeros(2, 3), torch.tensor([2, 0]), [[0], [1], [2]]).correct5.all()
+
+
+def equal(first: dict[str, Outcome], second: dict[str, Outcome]) -> bool:
+    return first.keys() == second.keys() and all(
+        np.array_equal(getattr(first[k], f.name), getattr(second[k], f.name)) for k in first for f in fields(Outcome)
+    )
+
+
+@pytest.mark.parametrize("options", [{"resident": 1}, {"resident": 2}, {"workers": 2}], ids=str)
+def test_taking_turns_on_the_device_and_decoding_processes_change_no_bit(tmp_path, variants, options, monkeypatch):
+    make_split(tmp_path, "shapes", 130)
+    ensembles = [[w.identity for w in variants], [variants[2].identity, variants[0].identity]]
+    expected = score(tmp_path, variants, ensembles, batch_size=20)
+    monkeypatch.setattr(evaluation, "SPAN_BYTES", 3 * 20 * 3 * 32 * 32)  # three batches a turn
+    assert equal(score(tmp_path, variants, ensembles, batch_size=20, **options), expected)
+
+
+def test_weights_read_from_their_file_a_tensor_at_a_time_score_the_same(tmp_path, variants):
+    make_split(tmp_path / "data", "shapes", 40)
+    for number, weights in enumerate(variants):
+        weights.save(tmp_path / f"{number}.safetensors")
+    lazy = [load_weights(tmp_path / f"{number}.safetensors", lazy=True) for number in range(3)]
+    assert [w.identity for w in lazy] == [w.identity for w in variants]
+    assert equal(score(tmp_path / "data", lazy), score(tmp_path / "data", variants))
+
+
+def test_weight_sets_of_different_input_sizes_share_the_pass(tmp_path, variants):
+    """A tower for 16 pixels sees what open_clip's own transform would show it."""
+    make_split(tmp_path, "shapes", 30)
+    config = {**TINY_CLIP, "vision_cfg": {**TINY_CLIP["vision_cfg"], "image_size": 16}}
+    torch.manual_seed(1)
+    tensors = {k: v for k, v in tensors_of(build_clip(config)).items() if k.startswith("visual.")}
+    tensors |= {k: v for k, v in variants[0].tensors.items() if k.startswith("head.")}
+    preprocess = {**variants[0].meta["preprocess"], "size": 16, "mean": [0.4, 0.5, 0.6]}
+    small = WeightSet(tensors, {**variants[0].meta, "architecture": config, "preprocess": preprocess}, "small")
+    found = score(tmp_path, [variants[0], small, variants[1]])
+    assert equal({k: found[k] for k in (w.identity for w in variants[:2])}, score(tmp_path, variants[:2]))
+    images, labels, _ = read_all(tmp_path)
+    transform = open_clip.image_transform(16, is_train=False, mean=(0.4, 0.5, 0.6), std=(0.25,) * 3)
+    pixels = torch.stack([transform(Image.fromarray(image)) for image in images])
+    with torch.inference_mode():
+        guess = build_classifier(small)(pixels).argmax(dim=1).numpy()
+    np.testing.assert_array_equal(found[small.identity].prediction, guess)
+    assert found[small.identity].correct.sum() == (guess == labels).sum()
+
+
+def test_bfloat16_is_near_float32_and_kept_apart_from_it(tmp_path, variants):
+    make_split(tmp_path / "data", "shapes", 100)
+    exact = score(tmp_path / "data", variants[:1], cache=tmp_path / "cache")
+    rough = score(tmp_path / "data", variants[:1], cache=tmp_path / "cache", precision="bfloat16")
+    one, two = (found[variants[0].identity] for found in (exact, rough))
+    assert not np.array_equal(one.nll, two.nll)
+    np.testing.assert_allclose(one.nll, two.nll, atol=0.2)
+    assert equal(score(tmp_path / "data", variants[:1], cache=tmp_path / "cache"), exact)
+
+
+def test_the_same_tensors_with_another_preprocess_are_scored_again(tmp_path, variants):
+    make_split(tmp_path / "data", "shapes", 40)
+    first = score(tmp_path / "data", variants[:1], cache=tmp_path / "cache")
+    meta = {**variants[0].meta, "preprocess": {**variants[0].meta["preprocess"], "mean": [0.0, 0.0, 0.0]}}
+    other = score(tmp_path / "data", [WeightSet(variants[0].tensors, meta, "other")], cache=tmp_path / "cache")
+    assert not equal(first, other)
+
+
+class Stopped(BaseException):
+    """As Ctrl-C: nobody catches it on the way."""
+
+
+def test_an_interrupted_pass_goes_on_where_it_was_and_ends_with_the_same_bits(tmp_path, variants, monkeypatch):
+    make_split(tmp_path / "data", "shapes", 130)
+    ensembles = [[w.identity for w in variants[:2]]]
+    expected = score(tmp_path / "data", variants, ensembles, batch_size=20)
+    read = evaluation.Batches.__getitem__
+    numbers: list[int] = []
+
+    def stopping(self, number):
+        numbers.append(number)
+        if number == 4 and numbers.count(4) == 1:
+            raise Stopped
+        return read(self, number)
+
+    monkeypatch.setattr(evaluation.Batches, "__getitem__", stopping)
+    call = partial(score, tmp_path / "data", batch_size=20, cache=tmp_path / "cache")
+    with pytest.raises(Stopped):
+        call(variants[:2], ensembles)
+    assert equal(call(variants, ensembles), expected)
+    assert numbers == [0, 1, 2, 3, 4, *range(7)]  # the third weight set had nothing yet
+    assert equal(call(variants, ensembles), expected)
+    assert len(numbers) == 12
+
+
+def test_a_pass_that_is_killed_keeps_what_it_had_scored(tmp_path, variants):
+    make_split(tmp_path / "data", "shapes", 600, shard_size=200)
+    variants[0].save(tmp_path / "a.safetensors")
+    script = f"""
+import os, signal
+from pathlib import Path
+import modelstock.evaluation as evaluation
+from modelstock.weights import load_weights
+evaluation.SAVE_EVERY_S = 0.0
+read = evaluation.Batches.__getitem__
+def killed(self, number):
+    if number == 40:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(self, number)
+evaluation.Batches.__getitem__ = killed
+folder = Path({str(tmp_path)!r})
+evaluation.score(folder / "data", [load_weights(folder / "a.safetensors")], cache=folder / "cache", batch_size=10)
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    kept = Outcome.load(next((tmp_path / "cache").rglob("*.safetensors")))
+    assert kept is not None
+    assert len(kept.correct) == 400
+    again = score(tmp_path / "data", variants[:1], cache=tmp_path / "cache", batch_size=10)
+    assert equal(again, score(tmp_path / "data", variants[:1], batch_size=10))
+
+
+def test_an_image_that_does_not_decode_is_named(tmp_path, variants, monkeypatch):
+    make_split(tmp_path, "shapes", 30)
+    monkeypatch.setattr(evaluation.InShards, "cut", lambda self, row: Image.open(io.BytesIO(b"no image")))
+    with pytest.raises(DataError, match=r"example 0: got UnidentifiedImageError: .*; expected an image that decodes"):
+        score(tmp_path, variants)
 
 
 def test_the_ensemble_is_the_mean_of_the_members_logits(tmp_path, variants):
@@ -52,26 +204,25 @@ def test_label_logits_by_hand():
 
 def test_every_image_is_decoded_once_and_what_is_scored_is_not_scored_again(tmp_path, variants, monkeypatch):
     make_split(tmp_path / "data", "shapes", 60)
-    batches = []
-    read = evaluation.read_batches
+    rows = []
+    cut = evaluation.InShards.cut
 
-    def counted(*arguments, **options):
-        for images, labels in read(*arguments, **options):
-            batches.append(len(labels))
-            yield images, labels
+    def counted(self, row):
+        rows.append(row)
+        return cut(self, row)
 
-    monkeypatch.setattr(evaluation, "read_batches", counted)
+    monkeypatch.setattr(evaluation.InShards, "cut", counted)
     cache, data = tmp_path / "cache", tmp_path / "data"
     first = score(data, variants[:2], cache=cache)
-    assert sum(batches) == 60
+    assert rows == list(range(60))
     again = score(data, variants[:2], cache=cache)
-    assert sum(batches) == 60
-    assert all(np.array_equal(first[k].prediction, again[k].prediction) for k in first)
+    assert len(rows) == 60
+    assert equal(first, again)
     score(data, variants, cache=cache)
-    assert sum(batches) == 120
+    assert len(rows) == 120
     next(cache.rglob("*.safetensors")).write_bytes(b"broken")
     score(data, variants, cache=cache)
-    assert sum(batches) == 180
+    assert len(rows) == 180
 
 
 def test_results_read_back_and_their_bytes_repeat(tmp_path, variants):
@@ -89,9 +240,12 @@ def test_results_read_back_and_their_bytes_repeat(tmp_path, variants):
         tuple(rows),
     )
     np.testing.assert_array_equal(read.correct, scores.correct)
+    np.testing.assert_array_equal(read.nll, scores.nll)
+    np.testing.assert_array_equal(np.array(read.labels)[read.truth], np.array(manifest.labels)[read.truth])
+    np.testing.assert_array_equal(read.truth, read_all(tmp_path / "data")[1])
     with pytest.raises(DataError, match="expected per-example results"):
         load_scores(tmp_path / "absent")
-    assert Outcome.load(tmp_path / "absent", 60) is None
+    assert Outcome.load(tmp_path / "absent") is None
 
 
 def test_a_tower_that_does_not_fit_and_an_unknown_member_are_refused(tmp_path, variants):

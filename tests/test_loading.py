@@ -14,13 +14,12 @@ from torchvision.transforms import v2 as transforms
 
 from modelstock.distributed import World
 from modelstock.errors import DataError
+from modelstock.images import InShards
 from modelstock.loading import (
     Batches,
     InMemory,
-    InShards,
     Scored,
     batch_rows,
-    central,
     crop_box,
     mixed_pairs,
     resized_crops,
@@ -77,14 +76,6 @@ def test_a_batch_of_crops_is_each_crop_by_torchvision():
         normal = normalise(image[None], TINY_PREPROCESS)[0]
         known = transforms.functional.resized_crop(normal, *box, [32, 32], InterpolationMode.BICUBIC, True)
         assert torch.equal(crop, known)
-
-
-def test_the_middle_of_an_image_of_any_shape_by_hand():
-    image = np.zeros((8, 16, 3), np.uint8)
-    image[:, 4:12] = 200
-    assert np.array_equal(central(image, 8), np.full((8, 8, 3), 200, np.uint8))
-    assert central(image[:, :8], 8) is not None
-    assert central(image, 4).shape == (4, 4, 3)
 
 
 def test_mixup_of_neighbours_by_hand():

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
+from PIL import Image
 from ruamel.yaml import YAML
 
 from modelstock.params import load_params
+from modelstock.shards import load_manifest
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted(p.stem for p in (ROOT / "conf/preset").glob("*.yaml"))
@@ -24,7 +27,7 @@ def composed(folder: Path, *overrides: str) -> Path:
 
 
 def test_the_default_preset_is_params_yaml(tmp_path):
-    assert PRESETS == ["shapes", "vit-b-16", "vit-b-32", "vit-l-14"]
+    assert PRESETS == ["digits", "own-checkpoints", "shapes", "vit-b-16", "vit-b-32", "vit-l-14"]
     read = YAML(typ="safe").load
     assert read(composed(tmp_path).read_text()) == read((ROOT / "params.yaml").read_text())
 
@@ -34,9 +37,11 @@ def test_a_preset_is_valid_and_says_source_expectation_and_cost(tmp_path, name):
     params = load_params(composed(tmp_path, f"preset={name}"))
     head = (ROOT / f"conf/preset/{name}.yaml").read_text()
     assert all(word in head for word in ("# Source:", "# Expected", "# Cost:"))
-    if name != "shapes":
-        assert "Not in this version" in head
-        assert params.finetune.precision == "bfloat16"
+    if name.startswith("vit"):
+        assert params.finetune.precision == params.evaluate.precision == "bfloat16"
+        assert params.pretrain.pretrained in open_clip.list_pretrained_tags_by_model(params.pretrain.architecture)
+        roles = [params.prepare.role(benchmark) for benchmark in params.evaluate.benchmarks]
+        assert roles == ["held-out", "in-distribution"] + 5 * ["shift"]
 
 
 def test_the_recipes_are_those_of_their_sources(tmp_path):
@@ -69,12 +74,18 @@ def test_an_experiment_writes_the_preset_to_params_yaml_and_repro_goes_on_from_t
     call("git", "init", "-q")
     call("git", "add", ".")
     call("git", "commit", "-q", "-m", "start")
-    dvc, stage = (sys.executable, "-m", "dvc"), "prepare@held-out"
-    done = call(*dvc, "exp", "run", "-S", "preset=vit-b-32", "-S", "finetune.epochs=9",
-                "-S", "prepare.images.held-out=48", stage)  # fmt: skip
+    for digit in range(10):
+        path = folder / f"datasets/digits/test/{digit}/scan.png"
+        path.parent.mkdir(parents=True)
+        Image.new("L", (8, 8), 20 * digit).save(path)
+    dvc, stage = (sys.executable, "-m", "dvc"), "prepare@digits"
+    changes = ("-S", "preset=digits", "-S", "finetune.epochs=9", "-S", "prepare.shard_size=4")
+    done = call(*dvc, "exp", "run", *changes, stage)
     assert f"Running stage '{stage}'" in done
     params = load_params(folder / "params.yaml")
-    assert (params.finetune.lr, params.finetune.epochs, params.prepare.images["held-out"]) == (3e-5, 9, 48)
+    assert (params.finetune.batch_size, params.finetune.epochs, params.prepare.shard_size) == (32, 9, 4)
+    manifest = load_manifest(folder / "data/digits")
+    assert ([shard.count for shard in manifest.shards], manifest.labels[7]) == ([4, 4, 2], "seven")
     written = (folder / "params.yaml").read_bytes()
     assert "up to date" in call(*dvc, "repro", stage)
     assert (folder / "params.yaml").read_bytes() == written

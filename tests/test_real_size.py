@@ -12,7 +12,7 @@ from test_training import equal
 
 from modelstock import callbacks, merging
 from modelstock.finetuning import finetune
-from modelstock.loading import InShards
+from modelstock.images import InShards
 from modelstock.models import build_classifier, build_clip, tensors_of
 from modelstock.params import PeriodicParams, load_params
 from modelstock.periodic import merge_models
