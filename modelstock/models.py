@@ -1,19 +1,25 @@
 """CLIP models from open_clip, their zero-shot heads, and classifiers made of an image tower and a head.
 
-torch and open_clip are imported here and in `training` and `evaluation` alone: they cost seconds.
+torch and open_clip cost seconds to import, so only what needs a model imports this.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
 from numpy.typing import NDArray
+from open_clip.model import _build_vision_tower
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
-from modelstock.errors import WeightsError
+from modelstock.errors import ParamsError, WeightsError
 from modelstock.weights import WeightSet
 
 # A ViT small enough for two CPU cores: 0.8M parameters in the image tower, 17 tokens an image.
@@ -28,25 +34,90 @@ TINY_PREPROCESS: dict[str, Any] = {
     "std": [0.25, 0.25, 0.25],
     "interpolation": "bicubic",
 }
-# The embedded benchmark's prompts; ImageNet's 80 come from open_clip. Both feed `zero_shot_head`.
-TINY_TEMPLATES: tuple[Callable[[str], str], ...] = (
-    lambda c: f"a photo of a {c}.",
-    lambda c: f"a sketch of a {c}.",
-    lambda c: f"a cartoon of a {c}.",
-    lambda c: c,
-)
+
+
+def _without_downloads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config whose towers start from random weights: whatever they should hold is loaded afterwards."""
+    own: dict[str, Any] = copy.deepcopy(dict(config))
+    for section, timm_or_hf in (("vision_cfg", "timm_model"), ("text_cfg", "hf_model")):
+        if f"{timm_or_hf}_name" in own.get(section, {}):
+            own[section][f"{timm_or_hf}_pretrained"] = False
+    return own
 
 
 def build_clip(config: Mapping[str, Any]) -> nn.Module:
-    """A CLIP with random weights from an open_clip model config; the caller seeds torch."""
-    model: nn.Module = open_clip.CLIP(**config)
-    return model
+    """A CLIP, CustomTextCLIP or CoCa with random weights from an open_clip model config; the caller seeds torch.
+
+    Raises:
+        ParamsError: a text tower of the library `transformers`, which is not installed or does not find its config.
+
+    Source: open_clip's factory, which chooses the class in the same way.
+    """
+    own = _without_downloads(config)
+    custom = own.pop("custom_text", False) or "hf_model_name" in own["text_cfg"]
+    kind = open_clip.CLIP if not custom else open_clip.CoCa if "multimodal_cfg" in own else open_clip.CustomTextCLIP
+    if "hf_model_name" not in own["text_cfg"]:
+        model: nn.Module = kind(**own)
+        return model
+    name = own["text_cfg"]["hf_model_name"]
+    with _from_transformers(f"text tower {name}", f"the config of {name}"):
+        return kind(**own)  # type: ignore[no-any-return]
 
 
-def tokenizer(config: Mapping[str, Any]) -> Callable[[Sequence[str]], Tensor]:
-    """open_clip's own tokenizer at the text tower's context length: texts -> (B, L) int64."""
-    length = config["text_cfg"].get("context_length", 77)
-    tokenize = open_clip.SimpleTokenizer(context_length=length)
+@contextmanager
+def _from_transformers(place: str, wanted: str) -> Iterator[None]:
+    """Errors of the library `transformers`, and its absence, as one line."""
+    if find_spec("transformers") is None:
+        raise ParamsError(
+            place, got="no library transformers", expected="it, which makes it", cure="pip install transformers"
+        )
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise ParamsError(
+            place, got=f"{type(error).__name__}: {line}", expected=wanted,
+            cure="connect to the hub once, or copy its files to the cache or to the folder pretrain.pretrained",
+        ) from error  # fmt: skip
+
+
+def build_visual(config: Mapping[str, Any]) -> nn.Module:
+    """The image tower of `build_clip(config)` alone, with random weights: images (B, 3, S, S) -> features (B, D)."""
+    own = _without_downloads(config)
+    visual: nn.Module = _build_vision_tower(own["embed_dim"], own["vision_cfg"], own.get("quick_gelu", False))
+    return visual
+
+
+def _blank_visual(config: Mapping[str, Any]) -> nn.Module:
+    """The image tower on the CPU, for weights to be loaded into; what the weights do not hold is right already."""
+    with torch.device("meta"):
+        visual = build_visual(config)
+    kept = visual.state_dict().keys()
+    if all(name in kept for name, _ in visual.named_buffers()):
+        return visual.to_empty(device="cpu")
+    # Rotary embeddings, relative positions and masks are in no checkpoint: only a real tower computes them.
+    with torch.random.fork_rng(devices=[]):
+        return build_visual(config)
+
+
+def tokenizer(config: Mapping[str, Any], folder: Path | None = None) -> Callable[[Sequence[str]], Tensor]:
+    """The tokenizer that the text tower was trained with: texts -> (B, L) int64, L the tower's context length.
+
+    open_clip's own, or that of the library `transformers` which the config names, from `folder` where it is given.
+
+    Raises:
+        ParamsError: `transformers` is not installed, or the tokenizer's files are neither here nor to be had.
+    """
+    text = config["text_cfg"]
+    length, knobs = text.get("context_length", 77), dict(text.get("tokenizer_kwargs") or {})
+    name = text.get("hf_tokenizer_name")
+    if not name:
+        tokenize: Any = open_clip.SimpleTokenizer(context_length=length, **knobs)
+    else:
+        with _from_transformers(f"tokenizer {name}", f"its files in the hub's cache or in the folder of {name}"):
+            tokenize = open_clip.tokenizer.HFTokenizer(
+                str(folder or name), context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **knobs
+            )
     return lambda texts: torch.as_tensor(tokenize(list(texts)))
 
 
@@ -59,17 +130,26 @@ def zero_shot_head(
     *,
     batch_size: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """Weight (C, D) and zero bias (C,) of a linear head that classifies as CLIP's text tower does.
+    """Weight (C, D) and zero bias (C,) of a linear head that classifies as CLIP's text tower does; float32 on the CPU.
 
-    Row c = exp(logit_scale) * normalise(mean over templates of normalise(text feature)).
+    Row c = exp(logit_scale) * normalise(mean over templates of normalise(text feature)). Texts are encoded on the
+    device that `clip` is on, each once.
     Source: Radford et al., arXiv 2103.00020; Wortsman et al., arXiv 2109.01903.
     """
     texts = [template(name) for name in names for template in templates]
-    parts = [clip.encode_text(tokenize(texts[i : i + batch_size]), normalize=True)  # type: ignore[operator]
-             for i in range(0, len(texts), batch_size)]  # fmt: skip
-    features = torch.cat(parts).reshape(len(names), len(templates), -1).mean(dim=1)
-    weight = functional.normalize(features, dim=-1) * clip.logit_scale.exp()  # type: ignore[operator]
-    return weight.clone(), torch.zeros(len(names))
+    place = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    distinct, parts = list(place), []
+    device = clip.logit_scale.device
+    # A bar where it takes a while, on a terminal.
+    with tqdm(total=len(distinct), desc="prompts", unit="text", disable=len(distinct) <= 1000 or None) as bar:
+        for start in range(0, len(distinct), batch_size):
+            tokens = tokenize(distinct[start : start + batch_size]).to(device)
+            encoded = clip.encode_text(tokens, normalize=False)  # type: ignore[operator]
+            parts.append(functional.normalize(encoded.float(), dim=-1))
+            bar.update(len(tokens))
+    features = torch.cat(parts)[[place[text] for text in texts]].reshape(len(names), len(templates), -1).mean(dim=1)
+    weight = functional.normalize(features, dim=-1) * clip.logit_scale.float().exp()  # type: ignore[operator]
+    return weight.cpu().clone(), torch.zeros(len(names))
 
 
 class Classifier(nn.Module):
@@ -85,8 +165,10 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """The tower's pooled feature (B, D), not normalised."""
-        found: Tensor = self.visual(images)
-        return found
+        found = self.visual(images)
+        # Towers of captioning models give their tokens as well, after the pooled feature.
+        pooled: Tensor = found[0] if isinstance(found, tuple) else found
+        return pooled
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(functional.normalize(self.features(images), dim=-1))
@@ -108,12 +190,10 @@ def build_classifier(weights: WeightSet) -> Classifier:
             cure="make it with the stages anchor, finetune or merge",
         )
     classes, width = weights.tensors["head.weight"].shape
-    # Only the image tower is wanted; the text tower is built on the meta device, where it costs nothing.
     with torch.device("meta"):
-        clip = build_clip(config)
-    visual: Any = clip.visual
-    model = Classifier(visual.to_empty(device="cpu"), classes, width)
+        model = Classifier(nn.Identity(), classes, width)
     model.head.to_empty(device="cpu")
+    model.visual = _blank_visual(config)
     set_tensors(model, weights)
     return model.eval()
 

@@ -1,31 +1,44 @@
-"""Pre-trains the tiny CLIP of the embedded benchmark on captioned draws of all styles."""
+"""The CLIP that everything starts from: the embedded benchmark's, pre-trained here, or any of open_clip."""
 
 from pathlib import Path
 
 from modelstock import __version__
+from modelstock.backbones import load_clip
 from modelstock.models import TINY_CLIP, TINY_PREPROCESS, tensors_of
-from modelstock.params import load_params
+from modelstock.params import OpenClipPretraining, Params, load_params
 from modelstock.pretraining import pretrain
 from modelstock.scratch import fingerprint, write_history
 from modelstock.weights import WeightSet
 from stages import deterministic, run
 
 
-def main(out: Path) -> None:
-    """OUT: the folder for clip.safetensors, with both towers, and its history."""
-    params = load_params()
-    deterministic(params.threads)
-    key = fingerprint(params.pretrain.model_dump(mode="json"), {"threads": params.threads})
-    clip, history = pretrain(params.pretrain, folder=Path("scratch/pretrain") / key)
-    made = {"stage": "pretrain", "seed": params.pretrain.seed, "knobs": params.pretrain.model_dump(mode="json")}
+def clip_of(params: Params, out: Path) -> WeightSet:
+    """The tiny CLIP after its pre-training, whose history goes to `out`, or open_clip's."""
+    if isinstance(params.pretrain, OpenClipPretraining):
+        return load_clip(params.pretrain)
+    knobs = params.pretrain.model_dump(mode="json")
+    clip, history = pretrain(
+        params.pretrain, folder=Path("scratch/pretrain") / fingerprint(knobs, {"threads": params.threads})
+    )
+    write_history(out, history)
+    made = {"stage": "pretrain", "seed": params.pretrain.seed, "knobs": knobs, "version": __version__}
     meta = {
         "architecture": TINY_CLIP,
+        "backbone": {"name": "tiny", "pretrained": "shapes"},
         "preprocess": TINY_PREPROCESS,
         "parents": [],
-        "made_by": {**made, "version": __version__},
+        "made_by": made,
     }
-    WeightSet(tensors_of(clip), meta, "pretrain").save(out / "clip.safetensors")
-    write_history(out, history)
+    return WeightSet(tensors_of(clip), meta, "pretrain")
+
+
+def main(out: Path) -> None:
+    """OUT: the folder for clip.safetensors, with both towers, and the history of a pre-training."""
+    params = load_params()
+    deterministic(params.threads)
+    clip = clip_of(params, out)
+    clip.save(out / "clip.safetensors")
+    print(f"clip: {clip.meta['backbone']['name']} {clip.meta['backbone']['pretrained']}, {clip.identity[:12]}")
 
 
 if __name__ == "__main__":

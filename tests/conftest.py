@@ -31,11 +31,14 @@ def anchor():
     import torch
 
     from modelstock import models
+    from modelstock.classes import templates
+    from modelstock.params import ClassesParams
     from modelstock.weights import WeightSet, classes_sha256
 
     torch.manual_seed(0)
     clip = models.build_clip(models.TINY_CLIP).eval()
-    weight, bias = models.zero_shot_head(clip, models.tokenizer(models.TINY_CLIP), NAMES, models.TINY_TEMPLATES)
+    prompts = templates(ClassesParams(names="shapes", templates="shapes"))
+    weight, bias = models.zero_shot_head(clip, models.tokenizer(models.TINY_CLIP), NAMES, prompts)
     tensors = {k: v for k, v in models.tensors_of(clip).items() if k.startswith("visual.")}
     tensors |= {"head.weight": weight.numpy(), "head.bias": bias.numpy()}
     meta = {
