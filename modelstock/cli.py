@@ -252,6 +252,86 @@ def diff(
     _show(f"{a} against {b}", rows, as_json)
 
 
+def _members(text: str, count: int) -> list[int]:
+    """"1,3" -> places 0 and 2, of `count` checkpoints."""
+    try:
+        places = [int(part) - 1 for part in text.split(",")]
+    except ValueError:
+        places = []
+    if len(set(places)) < max(2, len(places)) or not all(0 <= place < count for place in places):
+        raise MergeError(
+            "--ensemble", got=repr(text), expected=f"two numbers or more from 1 to {count}, each once",
+            cure="number the checkpoints as they stand on the command line: --ensemble 1,2",
+        )  # fmt: skip
+    return places
+
+
+@app.command()
+def evaluate(
+    weights: Annotated[list[Path], typer.Argument(help="Weight sets, or any checkpoints with --anchor.")],
+    benchmark: Annotated[list[Path], typer.Option(help="A folder of shards; see `modelstock prepare`.")],
+    anchor: Annotated[
+        Path | None, typer.Option(help="The weight set that foreign checkpoints were fine-tuned from.")
+    ] = None,
+    ensemble: Annotated[list[str] | None, typer.Option(help="Checkpoints whose logits are averaged: 1,2.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="A folder for per-example results.")] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Accuracy of each class instead.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16, of the towers.")] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0: this one.")] = 0,
+    resident: Annotated[int, typer.Option(min=0, help="Weight sets on the device at a time; 0: as many as fit.")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="A folder that keeps results, and unfinished passes.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score checkpoints on benchmarks, all of them in one pass over each."""
+    if precision not in ("float32", "bfloat16"):
+        raise MergeError("--precision", got=repr(precision), expected="float32 or bfloat16", cure="name one of these")
+    groups = [_members(text, len(weights)) for text in ensemble or []]
+    from modelstock.backbones import adopt
+    from modelstock.comparison import metrics, wilson
+    from modelstock.comparison import per_class as by_class
+    from modelstock.evaluation import collect, ensemble_identity, score
+    from modelstock.scores import Row, save_scores
+    from modelstock.shards import check_classes, load_manifest
+    from modelstock.weights import load_weights
+
+    origin = load_weights(anchor) if anchor else None
+    found = [adopt(path, origin) if origin else load_weights(path, lazy=True) for path in weights]
+    manifests = [load_manifest(folder) for folder in benchmark]
+    for folder, manifest in zip(benchmark, manifests, strict=True):
+        for one in found:  # of all benchmarks, before the first is scored
+            check_classes(one, manifest, folder)
+    names = [str(path) for path in weights]
+    rows = [Row(name, w.identity, "checkpoint", (i,), {}) for i, (name, w) in enumerate(zip(names, found, strict=True))]
+    identities = [[found[place].identity for place in members] for members in groups]
+    for members, group in zip(groups, identities, strict=True):
+        title = "ensemble of " + ", ".join(str(place + 1) for place in members)
+        rows.append(Row(title, ensemble_identity(group), "ensemble", tuple(members), {}))
+    table: list[dict[str, Any]] = []
+    for folder in benchmark:
+        outcomes = score(
+            folder, found, identities, cache=cache, batch_size=batch_size, device=device,
+            precision=precision, workers=workers, resident=resident or "auto",  # type: ignore[arg-type]
+        )  # fmt: skip
+        scores = collect(folder, rows, outcomes)
+        if out is not None:
+            save_scores(out / f"{scores.benchmark}.safetensors", scores)
+        accuracies = by_class(scores) if per_class else None
+        for number, row in enumerate(rows):
+            common = {"weights": row.name, "benchmark": scores.benchmark}
+            if accuracies is not None:
+                table += [
+                    {**common, "class": name, "images": int((scores.truth == label).sum()), "top1": float(share)}
+                    for label, (name, share) in enumerate(zip(scores.labels, accuracies[number], strict=True))
+                ]
+                continue
+            share = wilson(scores.correct[number])
+            interval = {"low": share.low, "high": share.high}
+            table.append({**common, "images": len(scores.truth), **metrics(scores, number), **interval})
+    _show("scores; low and high: Wilson's 95 % interval of top1", table, as_json)
+
+
 def main() -> None:
     """Run the command; an error a user can mend is one line on stderr and exit code 1."""
     try:

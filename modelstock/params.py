@@ -452,7 +452,7 @@ def _hint(name: str, known: list[str]) -> str:
     return f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})")
 
 
-def _known_keys(place: Sequence[str]) -> list[str]:
+def _known_keys(place: Sequence[int | str]) -> list[str]:
     """The keys that belong where the last of `place` is; of a section that comes in kinds, those of its kind."""
     section: Any = Params
     for key in place[:-1]:
@@ -460,7 +460,7 @@ def _known_keys(place: Sequence[str]) -> list[str]:
         if kinds:  # pydantic puts the kind's name into the place
             section = next(kind for kind in kinds if get_args(kind.model_fields["source"].annotation) == (key,))
         elif hasattr(section, "model_fields"):
-            section = section.model_fields[key].annotation
+            section = section.model_fields[str(key)].annotation
         else:
             section = next(iter(get_args(get_args(section)[1])), None)  # of dict[name, Annotated[section, ...]]
     return list(getattr(section, "model_fields", {}))
