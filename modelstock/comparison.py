@@ -3,6 +3,9 @@
 Accuracies carry 95 % Wilson intervals. Means over the shifts and all differences carry percentile bootstrap
 intervals: the examples of each benchmark are drawn again, the same ones for every weight set, so what is common to
 both sides of a difference cancels. Pairs of single weight sets get McNemar's exact test, with Holm's correction.
+
+Everything is judged by one or two summaries: "in-distribution", and "shifts", the mean over the sets of that role,
+where there are any. What is kept by summary has the keys of `Comparison.summaries`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,10 +53,19 @@ class Line:
     size: int  # seeds in it; 0 for the anchor
     rows: tuple[str, ...]
     accuracy: Mapping[str, Estimate]  # by benchmark
-    shift_mean: Estimate
-    spread: tuple[float, float] | None  # standard deviations over the rows: in distribution, mean of the shifts
-    over_seed: Mapping[str, Estimate]  # minus the mean single seed: "in-distribution", "shifts"
+    summary: Mapping[str, Estimate]
+    spread: Mapping[str, float]  # by summary, the standard deviation over the rows; empty for one row
+    over_seed: Mapping[str, Estimate]  # by summary, minus the mean single seed; empty for the anchor and seeds
     over_uniform: Mapping[str, Estimate]  # minus the uniform soups of the same members; empty where there is none
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Every row's accuracy on each label of one benchmark."""
+
+    labels: tuple[str, ...]
+    images: tuple[int, ...]  # by label
+    accuracy: Mapping[str, tuple[float | None, ...]]  # row -> by label; None where a label has no image
 
 
 @dataclass(frozen=True)
@@ -64,12 +76,15 @@ class Comparison:
     in_distribution: str
     shifts: tuple[str, ...]
     held_out: str
+    summaries: tuple[str, ...]
     rows: tuple[Row, ...]
     examples: Mapping[str, int]
     accuracy: Mapping[str, Mapping[str, Estimate]]  # row -> benchmark -> estimate
-    shift_mean: Mapping[str, Estimate]  # row -> estimate
+    summary: Mapping[str, Mapping[str, Estimate]]  # row -> summary -> estimate
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]]  # row -> benchmark -> what `metrics` gives
+    classes: Mapping[str, Classes]  # by benchmark
     lines: tuple[Line, ...]
-    tests: Mapping[str, Mapping[str, Mapping[str, Test]]]  # "uniform" or "seed" -> row -> "in-distribution"/"shifts"
+    tests: Mapping[str, Mapping[str, Mapping[str, Test]]]  # "uniform" or "seed" -> row -> summary
     median_seed: str
     champion: str
     draws: int
@@ -77,7 +92,7 @@ class Comparison:
 
 
 def check(results: Sequence[Scores]) -> None:
-    """Raise DataError unless the results have the roles and the same rows."""
+    """Raise DataError unless the results have the roles, the same rows and finite numbers."""
 
     def refuse(place: str, got: object, expected: str) -> None:
         raise DataError(place, got=got, expected=expected, cure="run the stage evaluate for every benchmark again")
@@ -86,8 +101,6 @@ def check(results: Sequence[Scores]) -> None:
     for role in ("held-out", "in-distribution"):
         if roles.count(role) != 1:
             refuse("results", f"{roles.count(role)} benchmarks with the role {role}", "exactly one")
-    if "shift" not in roles:
-        refuse("results", "no benchmark with the role shift", "one or more")
     names = [row.name for row in results[0].rows]
     for name in names:
         if names.count(name) > 1:
@@ -98,6 +111,12 @@ def check(results: Sequence[Scores]) -> None:
             refuse(scores.benchmark, f"rows that differ: {', '.join(other)}", f"the rows of {results[0].benchmark}")
     if not any(row.kind == "seed" for row in results[0].rows):
         refuse("results", "no row of kind seed", "one or more")
+    for scores in results:
+        for name in ("confidence", "nll"):
+            finite = np.isfinite(getattr(scores, name)).all(axis=1)
+            if not finite.all():
+                row = scores.rows[int(finite.argmin())].name
+                refuse(f"{scores.benchmark}, row {row}", f"{name} that is NaN or infinite", "finite numbers")
 
 
 def champion(results: Sequence[Scores]) -> Row:
@@ -149,6 +168,45 @@ def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[int, i
     return wins, losses, float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
+def metrics(scores: Scores, row: int) -> dict[str, float]:
+    """One row's top1 and top5 (shares), nll (mean, in nats) and ece (a share).
+
+    ece = sum over bins of n_bin / n * |accuracy in the bin - mean confidence in the bin|, with 15 equal bins of the
+    confidence in the predicted label. Source: Guo et al., ICML 2017, equation 3.
+    """
+    import torch  # seconds, so only where it is needed
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    # torchmetrics gives a confidence of exactly 1, which rounding makes common, a sixteenth bin of its own; and one
+    # value above 1 would make it take all of them for logits. In float64 the next number below 1 changes nothing else.
+    confidence = np.clip(scores.confidence[row].astype(np.float64), 0, np.nextafter(1, 0))
+    error = binary_calibration_error(
+        torch.from_numpy(confidence), torch.from_numpy(scores.correct[row].astype(np.int64)), n_bins=15
+    )
+    return {
+        "top1": float(scores.correct[row].mean()),
+        "top5": float(scores.correct5[row].mean()),
+        "nll": float(scores.nll[row].mean(dtype=np.float64)),
+        "ece": float(error),
+    }
+
+
+def per_class(scores: Scores) -> Float:
+    """Accuracies (rows, labels) on each label's own examples; NaN for a label without any."""
+    counts = np.bincount(scores.truth, minlength=len(scores.labels))
+    right = [np.bincount(scores.truth, weights=row, minlength=len(scores.labels)) for row in scores.correct]
+    return np.divide(right, counts, out=np.full((len(right), len(counts)), np.nan), where=counts > 0)
+
+
+def _classes(scores: Scores) -> Classes:
+    images = np.bincount(scores.truth, minlength=len(scores.labels)).tolist()
+    accuracy = {
+        row.name: tuple(share if count else None for share, count in zip(shares, images, strict=True))
+        for row, shares in zip(scores.rows, per_class(scores).tolist(), strict=True)
+    }
+    return Classes(scores.labels, tuple(images), accuracy)
+
+
 def compare(results: Sequence[Scores], *, draws: int = 2000, seed: int = 0) -> Comparison:
     """Accuracies, differences and tests of every row; see the module's docstring.
 
@@ -159,18 +217,13 @@ def compare(results: Sequence[Scores], *, draws: int = 2000, seed: int = 0) -> C
     rows, kinds = results[0].rows, [row.kind for row in results[0].rows]
     by_role = {role: [s for s in results if s.role == role] for role in ("held-out", "in-distribution", "shift")}
     inside, shifts, held = by_role["in-distribution"][0], by_role["shift"], by_role["held-out"][0]
+    judged = {"in-distribution": [inside], **({"shifts": shifts} if shifts else {})}
     generator = np.random.default_rng(seed)
-    samples = {s.benchmark: resampled(s.correct, draws, generator) for s in [inside, *shifts]}
+    samples = {s.benchmark: resampled(s.correct, draws, generator) for sets in judged.values() for s in sets}
     exact = {s.benchmark: s.correct.mean(axis=1) for s in results}
-    # The two summaries that everything is judged by: (rows,) and (draws, rows).
-    value = {
-        "in-distribution": exact[inside.benchmark],
-        "shifts": np.mean([exact[s.benchmark] for s in shifts], axis=0),
-    }
-    drawn = {
-        "in-distribution": samples[inside.benchmark],
-        "shifts": np.mean([samples[s.benchmark] for s in shifts], axis=0),
-    }
+    # By summary: (rows,) and (draws, rows).
+    value = {name: np.mean([exact[s.benchmark] for s in sets], axis=0) for name, sets in judged.items()}
+    drawn = {name: np.mean([samples[s.benchmark] for s in sets], axis=0) for name, sets in judged.items()}
     seeds = [i for i, kind in enumerate(kinds) if kind == "seed"]
     uniform = {rows[i].members: i for i, kind in enumerate(kinds) if kind == "uniform"}
 
@@ -178,6 +231,13 @@ def compare(results: Sequence[Scores], *, draws: int = 2000, seed: int = 0) -> C
         exactly = value[summary][list(chosen)].mean() - value[summary][list(others)].mean()
         again = drawn[summary][:, list(chosen)].mean(axis=1) - drawn[summary][:, list(others)].mean(axis=1)
         return percentile(exactly, again)
+
+    def summary(accuracy: Mapping[str, Estimate], chosen: Sequence[int]) -> dict[str, Estimate]:
+        means = {
+            name: percentile(value[name][list(chosen)].mean(), drawn[name][:, list(chosen)].mean(axis=1))
+            for name in judged
+        }
+        return means | {"in-distribution": accuracy[inside.benchmark]}  # Wilson's, where it is one row's
 
     def line(name: str, chosen: Sequence[int]) -> Line:
         first = rows[chosen[0]]
@@ -191,20 +251,14 @@ def compare(results: Sequence[Scores], *, draws: int = 2000, seed: int = 0) -> C
         partners = [uniform.get(rows[i].members) for i in chosen]
         twins = [p for p in partners if p is not None] if first.kind != "uniform" else []
         paired = len(twins) == len(chosen) and len(first.members) > 1
-        spread = None
-        if len(chosen) > 1:
-            spread = (
-                float(value["in-distribution"][list(chosen)].std(ddof=1)),
-                float(value["shifts"][list(chosen)].std(ddof=1)),
-            )
         return Line(
             name,
             first.kind,
             len(first.members),
             tuple(rows[i].name for i in chosen),
             accuracy,
-            percentile(value["shifts"][list(chosen)].mean(), drawn["shifts"][:, list(chosen)].mean(axis=1)),
-            spread,
+            summary(accuracy, chosen),
+            {s: float(value[s][list(chosen)].std(ddof=1)) for s in value} if len(chosen) > 1 else {},
             {s: difference(chosen, seeds, s) for s in value} if first.kind not in ("anchor", "seed") else {},
             {s: difference(chosen, twins, s) for s in value} if paired else {},
         )
@@ -226,20 +280,24 @@ def compare(results: Sequence[Scores], *, draws: int = 2000, seed: int = 0) -> C
         "uniform": [(i, uniform[rows[i].members]) for i in merged if uniform.get(rows[i].members, i) != i],
         "seed": [(i, median) for i in merged],
     }
+    accuracy = {row.name: {s.benchmark: wilson(s.correct[i]) for s in results} for i, row in enumerate(rows)}
     return Comparison(
-        tuple(s.benchmark for s in results),
-        inside.benchmark,
-        tuple(s.benchmark for s in shifts),
-        held.benchmark,
-        rows,
-        {s.benchmark: s.correct.shape[1] for s in results},
-        {row.name: {s.benchmark: wilson(s.correct[i]) for s in results} for i, row in enumerate(rows)},
-        {row.name: percentile(value["shifts"][i], drawn["shifts"][:, i]) for i, row in enumerate(rows)},
-        tuple(lines),
-        {family: _tests(rows, wanted, inside, shifts) for family, wanted in pairs.items()},
-        rows[median].name,
-        champion(results).name,
-        draws,
+        benchmarks=tuple(s.benchmark for s in results),
+        in_distribution=inside.benchmark,
+        shifts=tuple(s.benchmark for s in shifts),
+        held_out=held.benchmark,
+        summaries=tuple(judged),
+        rows=rows,
+        examples={s.benchmark: s.correct.shape[1] for s in results},
+        accuracy=accuracy,
+        summary={row.name: summary(accuracy[row.name], [i]) for i, row in enumerate(rows)},
+        metrics={row.name: {s.benchmark: metrics(s, i) for s in results} for i, row in enumerate(rows)},
+        classes={s.benchmark: _classes(s) for s in results},
+        lines=tuple(lines),
+        tests={family: _tests(rows, wanted, judged) for family, wanted in pairs.items()},
+        median_seed=rows[median].name,
+        champion=champion(results).name,
+        draws=draws,
     )
 
 
@@ -255,15 +313,11 @@ def _chosen_knobs(rows: Sequence[Row], held_out: Float) -> list[int]:
 
 
 def _tests(
-    rows: Sequence[Row], pairs: Sequence[tuple[int, int]], inside: Scores, shifts: Sequence[Scores]
+    rows: Sequence[Row], pairs: Sequence[tuple[int, int]], judged: Mapping[str, Sequence[Scores]]
 ) -> dict[str, dict[str, Test]]:
-    """One family: McNemar in distribution and over the pooled examples of the shifts, corrected together."""
-    pooled = np.concatenate([s.correct for s in shifts], axis=1)
-    found = [
-        (i, j, summary, mcnemar(correct[i], correct[j]))
-        for i, j in pairs
-        for summary, correct in (("in-distribution", inside.correct), ("shifts", pooled))
-    ]
+    """One family: McNemar over the pooled examples of each summary's sets, corrected together."""
+    pooled = {name: np.concatenate([s.correct for s in sets], axis=1) for name, sets in judged.items()}
+    found = [(i, j, summary, mcnemar(correct[i], correct[j])) for i, j in pairs for summary, correct in pooled.items()]
     if not found:
         return {}
     corrected = multipletests([result[2] for *_, result in found], method="holm")[1]
