@@ -25,7 +25,7 @@ from torchvision.transforms import v2 as transforms
 from modelstock.distributed import ALONE, World
 from modelstock.models import normalise
 from modelstock.params import FinetuneParams
-from modelstock.shards import Manifest, example_places, read_all
+from modelstock.shards import Manifest, decode, example_places, read_all
 from modelstock.training import Batch, seed_step
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
@@ -68,29 +68,29 @@ class InShards:
     """Images read from their shards at every use, wherever in a shard they are; only their places are held."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._paths = [folder / shard.name for shard in manifest.shards]
+        self._paths, self._border = manifest.paths(folder), manifest.border
         self._places, self.labels = example_places(folder, manifest)
         self._sizes: dict[int, tuple[int, int]] = {}
 
-    def _open(self, row: int, most: int | None = None) -> Image.Image:
+    def _read(self, row: int, most: int | None = None) -> bytes:
         shard, start, length = self._places[row].tolist()
         with open(self._paths[shard], "rb") as file:
             file.seek(start)
-            return Image.open(io.BytesIO(file.read(min(length, most or length))))
+            return file.read(min(length, most or length))
 
     def size(self, row: int) -> tuple[int, int]:
         """Height and width of an image, from the head of its file; a batch's crops need those of other shares too."""
         if row not in self._sizes:
             try:
-                width, height = self._open(row, 1 << 14).size
+                width, height = Image.open(io.BytesIO(self._read(row, 1 << 14))).size
             except OSError:  # a long preface, such as a thumbnail, is cut off
-                width, height = self._open(row).size
-            self._sizes[row] = (height, width)
+                width, height = Image.open(io.BytesIO(self._read(row))).size
+            self._sizes[row] = (height - 2 * self._border, width - 2 * self._border)
         return self._sizes[row]
 
     def image(self, row: int) -> NDArray[np.uint8]:
         """An image (H, W, 3)."""
-        return np.array(self._open(row).convert("RGB"))
+        return np.array(decode(self._read(row), self._border))
 
 
 def open_examples(folder: Path, manifest: Manifest, *, in_memory: bool) -> Examples:
