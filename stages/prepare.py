@@ -1,4 +1,4 @@
-"""A split of the embedded benchmark as webdataset shards with a manifest."""
+"""A split as webdataset shards with a manifest, from the embedded benchmark or from what is on disk."""
 
 from pathlib import Path
 
@@ -8,11 +8,17 @@ from stages import deterministic, run
 
 
 def main(split: str, out: Path) -> None:
-    """SPLIT: one of prepare.images. OUT: the folder to write."""
+    """SPLIT: one of prepare.splits. OUT: the folder to write."""
     params = load_params()
     deterministic(params.threads)
-    manifest = prepare(split, params.prepare, out)
-    print(f"{split}: {manifest.count} images, {len(manifest.labels)} labels, sha256 {manifest.sha256[:12]}")
+    manifest = prepare(split, params.prepare, params.classes, out)
+    missing = [f"{len(manifest.unreadable)} unreadable"] if manifest.unreadable else []
+    missing += [f"left out: {count} {what}" for what, count in sorted(manifest.left_out.items())]
+    print(
+        f"{split}: {manifest.count} images, {len(manifest.labels)} labels, "
+        + "".join(f"{text}, " for text in missing)
+        + f"sha256 {manifest.sha256[:12]}"
+    )
 
 
 if __name__ == "__main__":
