@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -132,22 +133,35 @@ class Batches(Dataset[Decoded]):
         return iter(DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pin))
 
 
+class Frames:
+    """One batch of decoded images on the device, normalised once for all towers that ask for the same."""
+
+    def __init__(self, images: Sequence[Tensor], framings: Sequence[Framing], device: str, dtype: torch.dtype) -> None:
+        self._images, self._framings, self._device, self._dtype = images, framings, device, dtype
+        self._made: dict[str, Tensor] = {}
+
+    def __call__(self, preprocess: Mapping[str, Any]) -> Tensor:
+        """Pixels (B, 3, S, S), scaled by the preprocess's mean and deviation."""
+        key = dump_json(preprocess)
+        if key not in self._made:
+            mean, std = (torch.tensor(preprocess[k], device=self._device).reshape(3, 1, 1) for k in ("mean", "std"))
+            images = self._images[self._framings.index(Framing.of(preprocess))].to(self._device, non_blocking=True)
+            pixels = (images.permute(0, 3, 1, 2).to(torch.float32) / 255 - mean) / std
+            self._made[key] = pixels.to(self._dtype).contiguous()
+        return self._made[key]
+
+
 class Tower:
-    """A weight set's classifier on a device: batches of decoded images -> logits (B, C) float32."""
+    """A weight set's classifier on a device: frames -> logits (B, C) float32."""
 
-    def __init__(self, weights: WeightSet, framings: Sequence[Framing], device: str, precision: str) -> None:
-        preprocess = weights.meta["preprocess"]
-        self._framing = framings.index(Framing.of(preprocess))
-        self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    def __init__(self, weights: WeightSet, device: str, dtype: torch.dtype) -> None:
+        self._preprocess = weights.meta["preprocess"]
         self._model: Classifier = build_classifier(weights).to(device)
-        self._model.visual.to(self._dtype)
-        mean, std = (torch.tensor(preprocess[k], device=device).reshape(3, 1, 1) for k in ("mean", "std"))
-        self._mean, self._std, self._device = mean, std, device
+        self._model.visual.to(dtype)  # the head, and all that follows it, stays float32
 
-    def __call__(self, images: Sequence[Tensor]) -> Tensor:
-        pixels = images[self._framing].to(self._device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32) / 255
-        features = self._model.features(((pixels - self._mean) / self._std).to(self._dtype).contiguous())
-        logits: Tensor = self._model.head(torch.nn.functional.normalize(features.float(), dim=-1))
+    def __call__(self, frames: Frames) -> Tensor:
+        features = self._model.features(frames(self._preprocess))
+        logits: Tensor = self._model.head(functional.normalize(features.float(), dim=-1))
         return logits
 
 
@@ -237,10 +251,11 @@ def _pass(
     groups: Mapping[str, Sequence[str]], settings: Mapping[str, Any], workers: int,
 ) -> None:  # fmt: skip
     """Read on from the first example that some scorer lacks, and let the weight sets take turns on what is decoded."""
-    device, precision, batch_size = settings["device"], settings["precision"], settings["batch_size"]
+    device, batch_size = settings["device"], settings["batch_size"]
+    dtype = torch.bfloat16 if settings["precision"] == "bfloat16" else torch.float32
     towers_of = [w for turn in turns for w in turn]
     framings = list(dict.fromkeys(Framing.of(w.meta["preprocess"]) for w in towers_of))
-    held = {w.identity: Tower(w, framings, device, precision) for w in turns[0]} if len(turns) == 1 else {}
+    held = {w.identity: Tower(w, device, dtype) for w in turns[0]} if len(turns) == 1 else {}
     done = min(scorer.scored for scorer in scorers.values())
     batches = Batches(folder, manifest, framings, batch_size).load(
         done // batch_size, workers=workers, pin=device == "cuda"
@@ -256,14 +271,14 @@ def _pass(
                 ends = done + np.cumsum([len(labels) for _, labels in decoded])
                 kept: dict[tuple[str, int], Tensor] = {}
                 for turn in turns:
-                    towers = held or {w.identity: Tower(w, framings, device, precision) for w in turn}
+                    towers = held or {w.identity: Tower(w, device, dtype) for w in turn}
                     for number, (images, labels) in enumerate(decoded):
-                        start = ends[number] - len(labels)
+                        start, frames = ends[number] - len(labels), Frames(images, framings, device, dtype)
                         for identity, tower in towers.items():
                             scorer = scorers.get(identity)
                             due = scorer is not None and scorer.scored == start
                             if due or identity in members:
-                                logits = tower(images)
+                                logits = tower(frames)
                                 if scorer is not None and due:
                                     scorer.add(Outcome.of(logits, truths[number], manifest.label_groups))
                                 if identity in members:

@@ -1,0 +1,213 @@
+"""Scoring many weight sets: one pass beside a pass each, and beside bare forward passes.
+
+    python benchmarks/evaluate.py [--sets N] [--photographs N] [--rounds N] [--workers N] [--threads N] [--real]
+                                  [--device cpu|cuda] [--precision float32|bfloat16]
+
+Three settings, of `sets` weight sets each:
+- tiny tower, photographs: JPEGs of 500x375, and a tower of 0.8M parameters: decoding binds, as it does on a GPU.
+- tiny tower, shapes: the embedded benchmark's own images of 32x32.
+- ViT-B/32, photographs (with --real): the tower binds on a CPU.
+
+- usual: for each weight set, open_clip's transform in a torch DataLoader over the same files, and accuracy.
+- ours: modelstock.evaluation.score, with everything it does: shards checked by hash, all metrics, no cache.
+- bare: the towers' forward passes on batches that are normalised and in memory, and nothing else.
+
+All use the same batch size, threads, decoding processes and device, and build their models within the time. The
+variants take turns, `rounds` times; a figure is the median over rounds. Their predictions are compared.
+"""
+
+import argparse
+import io
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from modelstock.evaluation import score
+from modelstock.images import InShards
+from modelstock.models import TINY_CLIP, TINY_PREPROCESS, build_classifier, build_visual, tensors_of
+from modelstock.shapes import NAMES, draw
+from modelstock.shards import load_manifest, make_manifest, save_manifest, write_shard
+from modelstock.weights import WeightSet, classes_sha256
+
+VIT = {"size": 224, "mean": list(open_clip.OPENAI_DATASET_MEAN), "std": list(open_clip.OPENAI_DATASET_STD),
+       "interpolation": "bicubic"}  # fmt: skip
+
+
+def weight_sets(config: dict, preprocess: dict, count: int) -> list[WeightSet]:
+    """`count` classifiers of one architecture with random weights; only their heads differ, which costs no memory."""
+    torch.manual_seed(0)
+    tower = {f"visual.{name}": value for name, value in tensors_of(build_visual(config)).items()}
+    random = np.random.default_rng(0)
+    meta = {"architecture": config, "preprocess": preprocess, "classes_sha256": classes_sha256(NAMES)}
+    found = []
+    for number in range(count):
+        head = random.standard_normal((len(NAMES), config["embed_dim"])).astype(np.float32)
+        tensors = {**tower, "head.weight": head, "head.bias": np.zeros(len(NAMES), np.float32)}
+        found.append(WeightSet(tensors, meta, f"{number}"))
+        _ = found[-1].identity  # reading and hashing files belongs to neither side
+    return found
+
+
+def photographs(count: int) -> list[tuple[str, bytes]]:
+    """JPEGs of 500x375 as a camera writes them: large shapes, fine texture, about 70 KB."""
+    random, files = np.random.default_rng(0), []
+    for _ in range(count):
+        coarse = Image.fromarray(random.integers(0, 255, (38, 50, 3), np.uint8))
+        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(int)
+        pixels = np.clip(smooth + random.integers(-12, 13, smooth.shape), 0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "jpeg", quality=90)
+        files.append(("jpg", buffer.getvalue()))
+    return files
+
+
+def shapes(count: int) -> list[tuple[str, bytes]]:
+    """The embedded benchmark's images, as its shards hold them."""
+    files = []
+    for image in draw("shapes", range(count), seed=0)[0]:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "png", compress_level=1)
+        files.append(("png", buffer.getvalue()))
+    return files
+
+
+def shards(folder: Path, files: Sequence[tuple[str, bytes]]) -> Path:
+    """The files as one folder of shards, labels in turn."""
+    folder.mkdir()
+    written = []
+    for number, start in enumerate(range(0, len(files), 1000)):
+        part = [(i, i % len(NAMES), *files[i]) for i in range(start, min(start + 1000, len(files)))]
+        written.append(write_shard(folder / f"{number:06d}.tar", part))
+    manifest = make_manifest(
+        benchmark=folder.name, role="shift", labels=NAMES, label_groups=[[i] for i in range(len(NAMES))],
+        classes=NAMES, shards=[shard for shard in written if shard],
+    )  # fmt: skip
+    save_manifest(folder, manifest)
+    return folder
+
+
+class Files(Dataset):
+    """What an ImageFolder gives: an image through open_clip's transform, and its label."""
+
+    def __init__(self, files: Sequence[tuple[str, bytes]], preprocess: dict) -> None:
+        self._files = files
+        self._transform = open_clip.image_transform(
+            preprocess["size"], is_train=False, mean=preprocess["mean"], std=preprocess["std"]
+        )
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        return self._transform(Image.open(io.BytesIO(self._files[row][1]))), row % len(NAMES)
+
+
+def dtype_of(options: argparse.Namespace) -> torch.dtype:
+    """That of the towers."""
+    return torch.bfloat16 if options.precision == "bfloat16" else torch.float32
+
+
+@torch.inference_mode()
+def usual(
+    sets: Sequence[WeightSet], files: Sequence[tuple[str, bytes]], options: argparse.Namespace
+) -> list[np.ndarray]:
+    """A pass for each weight set; predictions."""
+    found = []
+    for weights in sets:
+        model = build_classifier(weights).to(options.device, dtype_of(options))
+        loader = DataLoader(
+            Files(files, weights.meta["preprocess"]), batch_size=options.batch_size, num_workers=options.workers,
+            pin_memory=options.device == "cuda",
+        )  # fmt: skip
+        guesses, hits = [], 0
+        for images, labels in loader:
+            guess = model(images.to(options.device, dtype_of(options), non_blocking=True)).argmax(dim=1).cpu()
+            hits += int((guess == labels).sum())
+            guesses.append(guess)
+        found.append(torch.cat(guesses).numpy())
+    return found
+
+
+@torch.inference_mode()
+def bare(sets: Sequence[WeightSet], pixels: torch.Tensor, options: argparse.Namespace) -> None:
+    """Nothing but forward passes."""
+    for weights in sets:
+        model = build_classifier(weights).to(options.device, dtype_of(options))
+        for batch in pixels.split(options.batch_size):
+            model(batch)
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(
+    name: str, config: dict, preprocess: dict, files: Sequence[tuple[str, bytes]], options: argparse.Namespace
+) -> str:
+    """One row of the table."""
+    sets, data = weight_sets(config, preprocess, options.sets), Files(files, preprocess)
+    pixels = torch.stack([data[i][0] for i in range(len(files))]).to(options.device, dtype_of(options))
+    times: dict[str, list[float]] = {"usual": [], "ours": [], "bare": []}
+    with tempfile.TemporaryDirectory() as place:
+        folder = shards(Path(place) / "images", files)
+        assert len(InShards(folder, load_manifest(folder)).labels) == len(files)
+        call = {
+            "usual": lambda: usual(sets, files, options),
+            "ours": lambda: score(
+                folder, sets, batch_size=options.batch_size, workers=options.workers, device=options.device,
+                precision=options.precision,
+            ),
+            "bare": lambda: bare(sets, pixels, options),
+        }  # fmt: skip
+        bare(sets[:1], pixels, options)
+        for _ in range(options.rounds):
+            results = {}
+            for variant, function in call.items():
+                begun = time.perf_counter()
+                results[variant] = function()
+                times[variant].append(time.perf_counter() - begun)
+        agree = np.mean([(results["ours"][w.identity].prediction == guess).mean()
+                         for w, guess in zip(sets, results["usual"], strict=True)])  # fmt: skip
+    ratio, share = (statistics.median(a / b for a, b in zip(times[x], times[y], strict=True))
+                    for x, y in (("usual", "ours"), ("bare", "ours")))  # fmt: skip
+    seconds = " | ".join(f"{statistics.median(times[variant]):.1f}" for variant in ("usual", "ours", "bare"))
+    return f"| {name} | {len(files)} | {seconds} | {ratio:.1f} | {share:.2f} | {100 * agree:.2f} % |"
+
+
+def main() -> None:
+    """Run it and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in (("sets", 20), ("photographs", 512), ("shapes", 2000), ("real-photographs", 96), ("rounds", 3),
+                        ("workers", 0), ("threads", 2), ("batch-size", 64)):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--real", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="float32")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    pictures = photographs(max(options.photographs, options.real_photographs))
+    lines = [
+        measure("tiny tower, photographs", TINY_CLIP, TINY_PREPROCESS, pictures[: options.photographs], options),
+        measure("tiny tower, shapes", TINY_CLIP, TINY_PREPROCESS, shapes(options.shapes), options),
+    ]
+    if options.real:
+        config = open_clip.get_model_config("ViT-B-32-quickgelu")
+        lines.append(measure("ViT-B/32, photographs", config, VIT, pictures[: options.real_photographs], options))
+    print(f"\n{options.sets} weight sets, {platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, "
+          f"{options.workers} decoding processes, {options.device}, {options.precision}, batch {options.batch_size}, "
+          f"Python {platform.python_version()}, torch {torch.__version__}, medians of {options.rounds}\n")  # fmt: skip
+    print("| | images | usual, s | ours, s | bare forward, s | usual / ours | bare / ours | same predictions |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
