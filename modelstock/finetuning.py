@@ -1,6 +1,5 @@
 """Fine-tuning a classifier by a recipe: which parameters learn how fast, from which loss, over which steps."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,40 +12,30 @@ from modelstock.callbacks import Average, Ema, Lawa, Log, ResumePoint, Snapshots
 from modelstock.distributed import ALONE, World
 from modelstock.errors import TrainingError
 from modelstock.loading import Batches, Examples, Scored
+from modelstock.methods import blocks
 from modelstock.models import Classifier
 from modelstock.params import FinetuneParams
 from modelstock.training import Batch, Callback, Run, adamw, autocast, learning_rate
 
-_BLOCK = re.compile(r"(?:resblocks|blocks|stages|layers?)\.?(\d+)\.")
-
-
-def depth_of(name: str, blocks: int) -> int:
-    """How far a parameter is from the input: 0 the embeddings, 1 the first block, `blocks` + 1 all behind the last."""
-    found = _BLOCK.search(name)
-    if found:
-        return int(found[1]) + 1
-    behind = re.search(r"head|ln_post|\bproj$|attnpool|\bnorm\.|fc_norm", name)
-    return blocks + 1 if behind else 0
-
-
 def parameter_groups(model: Classifier, params: FinetuneParams) -> list[dict[str, Any]]:
     """AdamW's groups: rate times layer_decay to the power of the blocks behind a parameter; decay where wanted.
 
-    A parameter at depth d of L blocks learns at lr * layer_decay ** (L + 1 - d); the head is at depth L + 1.
+    A parameter of block b of L learns at lr * layer_decay ** (L - b): the head at lr, the embeddings at b = -1.
 
     Raises:
         TrainingError: a layer decay for a tower in which no numbered blocks are found.
     Source: Clark et al., ELECTRA, arXiv 2003.10555; Bao et al., BEiT, arXiv 2106.08254.
     """
-    blocks = max((int(m[1]) + 1 for name, _ in model.named_parameters() if (m := _BLOCK.search(name))), default=0)
-    if params.layer_decay < 1 and not blocks:
+    place = blocks([name for name, _ in model.named_parameters()])
+    if params.layer_decay < 1 and not any(count for _, count in place.values()):
         raise TrainingError(
             "finetune.layer_decay", got=f"{params.layer_decay} for a tower without numbered blocks",
             expected="a transformer, or stages", cure="set it to 1.0",
         )  # fmt: skip
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        scale = params.layer_decay ** (blocks + 1 - depth_of(name, blocks))
+        number, count = place[name]
+        scale = params.layer_decay ** (count - number)
         decay = params.weight_decay if params.decay == "all" or parameter.ndim > 1 else 0.0
         groups.setdefault((scale, decay), []).append(parameter)
     return [{"params": g, "scale": scale, "weight_decay": decay} for (scale, decay), g in groups.items()]

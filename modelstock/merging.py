@@ -453,9 +453,8 @@ def _check_different(
 ) -> None:
     """Raise MergeError for the same weights twice, or the anchor among them."""
     for i, weights in enumerate(tuned):
-        for other in [anchor, *tuned[:i]] if len(tuned) > 1 else []:
+        for j, other in enumerate([*tuned[:i], anchor] if len(tuned) > 1 else []):
             if other is not anchor:
-                j = next(k for k, w in enumerate(tuned) if w is other)
                 # |v_i - v_j|^2, said by inner products, is 0 for equal checkpoints; for others hardly ever.
                 near = all(
                     (g[:, i, i] == g[:, j, j]).all() and (g[:, i, j] == g[:, i, i]).all() for g in grams.values()

@@ -155,8 +155,6 @@ def slerp(gram: Float, *, at: float = 0.5) -> Blend:
 
     `at` 0 gives the first checkpoint, 1 the second. A zero update, or opposed ones, leave no circle: a straight line.
 
-    Raises:
-        MergeError: other than two checkpoints.
     Source: Shoemake, SIGGRAPH 1985, on the updates' directions.
     """
     shares, angle, flag = _arc(gram, at, "slerp")
@@ -451,38 +449,47 @@ METHODS: dict[str, Method] = dict(_rows())
 
 
 _BLOCK = re.compile(r"(?:^|\.)(?:(\d+)|((?:layer|stage|block)s?)_?(\d+))(?=\.|$)")
-_BEFORE = re.compile(r"embed|conv1|bn\d|ln_pre|norm_pre|pre_?layer_?norm|stem|patch|cls_token|(^|\.)w[tp]e\.")
+_BEFORE = re.compile(r"embed|conv\d|bn\d|ln_pre|norm_pre|pre_?layer_?norm|stem|patch|cls_token|(^|\.)w[tp]e\.")
+_POOL = re.compile(r"attn_?pool")  # it has embeddings of its own
+
+
+def blocks(names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Which block of how many each tensor is in, read off its name: (-1, n) before n blocks, (n, n) behind them.
+
+    The first number in a name is its block, `blocks.3.mlp` or `layer3.0.conv1`, counted among the blocks of the same
+    prefix. Tensors outside the blocks lie before them where their name speaks of embeddings, stems or patches. Where
+    no name has a number, n is 0.
+    """
+    found = {name: m for name in names if (m := _BLOCK.search(name))}
+    place = {n: (n[: m.start()] + "." + (m[2] or ""), int(m[1] or m[3])) for n, m in found.items()}
+    numbers: dict[str, set[int]] = {}
+    for prefix, number in place.values():
+        numbers.setdefault(prefix, set()).add(number)
+    counts = {prefix: max(own) - min(own) + 1 for prefix, own in numbers.items()}  # some models count from 1
+    most = max(counts.values(), default=0)
+
+    def block(name: str) -> tuple[int, int]:
+        if name not in place:
+            return (-1 if _BEFORE.search(name) and not _POOL.search(name) else most), most
+        prefix, number = place[name]
+        return number - min(numbers[prefix]), counts[prefix]
+
+    return {name: block(name) for name in names}
 
 
 def depths(names: Sequence[str]) -> dict[str, float]:
-    """How deep in its model each tensor lies, read off its name: 0 at the input, 1 at the output.
-
-    The first number in a name is its block, `blocks.3.mlp` or `layer3.0.conv1`, counted among the blocks of the same
-    prefix. Tensors outside the blocks lie at 0 where their name speaks of embeddings, stems or patches, else at 1.
+    """How deep in its model each tensor lies: 0 before and in the first block, 1 in the last and behind; see `blocks`.
 
     Raises:
         MergeError: no name has a number.
     """
-    found = {name: m for name in names if (m := _BLOCK.search(name))}
-    if not found:
+    place = blocks(names)
+    if not any(count for _, count in place.values()):
         raise MergeError(
             "lines", got="tensors without numbered blocks", expected="names such as blocks.3.weight",
             cure="use another method",
         )  # fmt: skip
-    place = {n: (n[: m.start()] + "." + (m[2] or ""), int(m[1] or m[3])) for n, m in found.items()}
-    last: dict[str, int] = {}
-    for prefix, number in place.values():
-        last[prefix] = max(last.get(prefix, 0), number)
-    # Some models count from 1.
-    first = {prefix: min(n for p, n in place.values() if p == prefix) for prefix in last}
-
-    def depth(name: str) -> float:
-        if name not in place:
-            return 0.0 if _BEFORE.search(name) else 1.0
-        prefix, number = place[name]
-        return (number - first[prefix]) / max(1, last[prefix] - first[prefix])
-
-    return {name: depth(name) for name in names}
+    return {name: min(max(number / max(1, count - 1), 0.0), 1.0) for name, (number, count) in place.items()}
 
 
 def _within(method: str, **knobs: tuple[float, float, float]) -> None:

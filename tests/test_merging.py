@@ -7,7 +7,7 @@ import pytest
 
 from modelstock.errors import MergeError, WeightsError
 from modelstock.merging import merge
-from modelstock.methods import METHODS, depths, fisher, regmean, stock_ratio
+from modelstock.methods import METHODS, blocks, depths, fisher, regmean, stock_ratio
 from modelstock.weights import WeightSet
 
 COUNT = {name: row.most for name, row in METHODS.items() if row.most}  # where the laws' three seeds are too many
@@ -553,6 +553,22 @@ class TestLines:
         assert [found[n] for n in one] == [1] * len(one)
         assert found["visual.transformer.resblocks.1.mlp.c_fc.weight"] == 0.25
         assert found["transformer.resblocks.1.ln_1.weight"] == 0.5
+
+    def test_blocks_by_hand(self):
+        openai = [f"visual.transformer.resblocks.{i}.attn.out_proj.weight" for i in range(4)]
+        outside = {"visual.class_embedding": -1, "visual.positional_embedding": -1, "visual.conv1.weight": -1,
+                   "visual.ln_pre.bias": -1, "visual.ln_post.weight": 4, "visual.proj": 4, "head.bias": 4}  # fmt: skip
+        assert blocks([*openai, *outside]) == {
+            **{name: (i, 4) for i, name in enumerate(openai)}, **{name: (i, 4) for name, i in outside.items()}
+        }  # fmt: skip
+        resnet = {"visual.conv3.weight": -1, "visual.bn2.bias": -1, "visual.layer1.0.conv1.weight": 0,
+                  "visual.layer4.2.bn3.weight": 3, "visual.attnpool.positional_embedding": 4}  # fmt: skip
+        assert blocks(list(resnet)) == {name: (i, 4) for name, i in resnet.items()}
+        timm = {"visual.trunk.patch_embed.proj.bias": -1, "visual.trunk.blocks.0.norm1.weight": 0,
+                "visual.trunk.blocks.2.norm1.weight": 2, "visual.trunk.attn_pool.latent": 3,
+                "visual.trunk.norm.weight": 3}  # fmt: skip
+        assert blocks(list(timm)) == {name: (i, 3) for name, i in timm.items()}
+        assert blocks(["fc.weight"]) == {"fc.weight": (0, 0)}
 
     def test_a_block_moves_by_its_depth(self):
         """alpha 0.2, three blocks: 0.2, 0.6 and 1.0 of the mean update 2."""
