@@ -17,6 +17,7 @@ from modelstock.models import Classifier
 from modelstock.params import FinetuneParams
 from modelstock.training import Batch, Callback, Run, adamw, autocast, learning_rate
 
+
 def parameter_groups(model: Classifier, params: FinetuneParams) -> list[dict[str, Any]]:
     """AdamW's groups: rate times layer_decay to the power of the blocks behind a parameter; decay where wanted.
 
