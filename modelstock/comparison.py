@@ -195,7 +195,9 @@ def per_class(scores: Scores) -> Float:
     """Accuracies (rows, labels) on each label's own examples; NaN for a label without any."""
     counts = np.bincount(scores.truth, minlength=len(scores.labels))
     right = [np.bincount(scores.truth, weights=row, minlength=len(scores.labels)) for row in scores.correct]
-    return np.divide(right, counts, out=np.full((len(right), len(counts)), np.nan), where=counts > 0)
+    shares: Float = np.full((len(right), len(counts)), np.nan)
+    np.divide(right, counts, out=shares, where=counts > 0)
+    return shares
 
 
 def _classes(scores: Scores) -> Classes:

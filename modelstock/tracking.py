@@ -155,11 +155,12 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
         metrics: Mapping[str, Mapping[str, float]] | None = None,
         datasets: Mapping[str, str] | None = None,
+        held_out: str = "held-out",
     ) -> str:
         """A finished weight set: its run, params, history, LoggedModel, and metrics by benchmark. Returns the run id.
 
-        `metrics`: benchmark -> {metric: value}; `datasets`: benchmark -> sha256 of its data. A second call with the
-        same arguments changes nothing.
+        `metrics`: benchmark -> {metric: value}; `datasets`: benchmark -> sha256 of its data; `held_out`: the benchmark with
+        that role, whose data validate. A second call with the same arguments changes nothing.
         """
         found = load_weights(weights)
         made = found.meta.get("made_by", {})
@@ -174,7 +175,7 @@ class Tracker:
             if history is not None:
                 self._send_history(run, history)
             model = self._model(found.identity) or self._add_model(run, weights, name, found.identity)
-            self._send_scores(run, metrics or {}, datasets or {}, model.model_id)
+            self._send_scores(run, metrics or {}, datasets or {}, model.model_id, held_out)
             return self._finish(run)
 
     def record_scores(
@@ -186,12 +187,13 @@ class Tracker:
         datasets: Mapping[str, str],
         params: Mapping[str, Any],
         tags: Mapping[str, str] | None = None,
+        held_out: str = "held-out",
     ) -> str:
         """What has scores but no weights of its own, such as a logit ensemble. Returns the run id."""
         with self._told():
             run = self._open(name, identity, None)
             self._write(run, params, tags or {})
-            self._send_scores(run, metrics, datasets, None)
+            self._send_scores(run, metrics, datasets, None, held_out)
             return self._finish(run)
 
     def _finish(self, run: "Run") -> str:
@@ -230,6 +232,7 @@ class Tracker:
         metrics: Mapping[str, Mapping[str, float]],
         datasets: Mapping[str, str],
         model_id: str | None,
+        held_out: str,
     ) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric
 
@@ -238,7 +241,7 @@ class Tracker:
         inputs = [
             DatasetInput(
                 Dataset(name, digest, "local", f"data/{name}"),
-                [InputTag("mlflow.data.context", "validation" if name == "held-out" else "test")],
+                [InputTag("mlflow.data.context", "validation" if name == held_out else "test")],
             )
             for name, digest in wanted.items()
             if (name, digest) not in known
