@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modelstock.errors import MergeError, ModelstockError
+from modelstock.errors import MergeError, ModelstockError, ParamsError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -330,6 +330,92 @@ def evaluate(
             interval = {"low": share.low, "high": share.high}
             table.append({**common, "images": len(scores.truth), **metrics(scores, number), **interval})
     _show("scores; low and high: Wilson's 95 % interval of top1", table, as_json)
+
+
+def _classes(given: str | None, labels: str) -> Any:
+    """The classes of --classes: a file with one a line, names with commas between them, or ImageNet's."""
+    from modelstock.params import ClassesParams
+
+    names: Any = "imagenet"
+    if given is not None and Path(given).is_file():
+        lines = [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in lines]
+        if any("\t" in line for line in lines):
+            names = {folder.strip(): name.strip() for folder, _, name in (line.partition("\t") for line in lines)}
+    elif given is not None and given != "imagenet":
+        names = [name.strip() for name in given.split(",")]
+    elif given is None and labels == "classes":
+        raise ParamsError(
+            "--classes", got="none", expected="names, a file or imagenet", cure="say what the folders are"
+        )
+    return ClassesParams(names=names, templates=["{}"])
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="A folder, archive, webdataset shards, or folder of `datasets`.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
+    role: Annotated[str, typer.Option(help="train, held-out, in-distribution or shift.")],
+    labels: Annotated[
+        str, typer.Option(help="classes, imagenet, imagenet-v2, -r, -a or -sketch, or objectnet.")
+    ] = "classes",
+    name: Annotated[str | None, typer.Option(help="What results call it.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="a,b,c, or a file with a folder a line (then a tab and its name), or imagenet.")
+    ] = None,
+    part: Annotated[str, typer.Option(help="all, or train or held-out of a training set.")] = "all",
+    held_out_per_class: Annotated[int, typer.Option(min=1, help="Images of a class that are held out.")] = 26,
+    short_side: Annotated[int | None, typer.Option(min=1, help="Make larger images this small.")] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEGs that are made smaller.")] = 95,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 1000,
+    unreadable: Annotated[float, typer.Option(min=0, max=1, help="Share of images that may be left out.")] = 0.001,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    devkit: Annotated[str | None, typer.Option(help="ILSVRC2012_devkit_t12.tar.gz, for flat validation sets.")] = None,
+    mappings: Annotated[str | None, typer.Option(help="ObjectNet's folder of that name.")] = None,
+    password: Annotated[str | None, typer.Option(help="Of a zip archive.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards that exist.")] = False,
+) -> None:
+    """Make webdataset shards and a manifest of images on disk."""
+    from pydantic import ValidationError
+
+    from modelstock.params import PrepareParams
+    from modelstock.preparation import prepare as prepare_split
+
+    by_role = role in ("train", "held-out")
+    name = name or (role if by_role else labels if labels != "classes" else Path(source).name.partition(".")[0].lower())
+    if role not in ("train", "held-out", "in-distribution", "shift") or (
+        name in ("train", "held-out") and name != role
+    ):
+        raise ParamsError(
+            "--role", got=f"{role!r} for {name!r}", expected="train, held-out, in-distribution or shift",
+            cure="name one of these",
+        )  # fmt: skip
+    if by_role and name != role:
+        raise ParamsError(
+            "--name", got=repr(name), expected=repr(role), cure="leave it out: such sets go by their role"
+        )
+    if (out / "manifest.json").exists() and not overwrite:
+        raise ParamsError(
+            out, got="shards that exist", expected="a new folder", cure="name another, or say --overwrite"
+        )
+    split = {
+        "source": "files", "path": source, "labels": labels, "role": None if by_role else role, "part": part,
+        "devkit": devkit, "mappings": mappings, "password": password,
+    }  # fmt: skip
+    try:
+        meant = _classes(classes, labels)
+        params = PrepareParams(
+            seed=0, shard_size=shard_size, workers=workers, short_side=short_side, quality=quality,
+            held_out_per_class=held_out_per_class, unreadable=unreadable, splits={name: split},  # type: ignore[dict-item]
+            reference_draws=1, reference_epochs=1,
+        )  # fmt: skip
+    except ValidationError as error:
+        text = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+        raise ParamsError("prepare", got=text, expected="valid options", cure="see modelstock prepare --help") from None
+    manifest = prepare_split(name, params, meant, out, scratch=out.parent / f".{out.name}.unfinished")
+    missing = {"unreadable": len(manifest.unreadable)} if manifest.unreadable else {}
+    facts = {"images": manifest.count, "labels": len(manifest.labels), **missing, **manifest.left_out}
+    print(f"{out}: " + ", ".join(f"{count} {what}" for what, count in facts.items()) + f", {manifest.sha256[:12]}")
 
 
 def main() -> None:

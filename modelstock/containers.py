@@ -12,7 +12,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -43,7 +43,7 @@ class Container(Protocol):
     def place(self) -> Path:
         """The path it was opened by."""
 
-    def files(self) -> list[File]:
+    def files(self) -> Iterable[File]:
         """Every file, in the container's own order.
 
         Raises:
@@ -84,12 +84,11 @@ class Folder:
 
     place: Path
 
-    def files(self) -> list[File]:
+    def files(self) -> Iterator[File]:
         """Every file below, hidden ones too, in the order of their names."""
         root = self.place.resolve()  # the folder itself may be a link
-        found: list[File] = []
 
-        def visit(folder: Path, prefix: str, above: tuple[Path, ...]) -> None:
+        def visit(folder: Path, prefix: str, above: tuple[Path, ...]) -> Iterator[File]:
             with os.scandir(folder) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name)
             for entry in entries:
@@ -102,16 +101,15 @@ class Folder:
                             "links to files and folders within the source", "copy the files, or name their folder",
                         )  # fmt: skip
                 if entry.is_dir():
-                    visit(Path(entry.path), f"{name}/", (*above, Path(entry.path).resolve()))
+                    yield from visit(Path(entry.path), f"{name}/", (*above, Path(entry.path).resolve()))
                 elif entry.is_file():
                     facts = entry.stat()
                     _small(entry.path, facts.st_size)
-                    found.append(File(name, facts.st_size, (facts.st_mtime_ns,)))
+                    yield File(name, facts.st_size, (facts.st_mtime_ns,))
                 else:
                     raise _refuse(entry.path, "neither file nor folder", "files and folders", "remove it")
 
-        visit(root, "", (root,))
-        return found
+        return visit(root, "", (root,))
 
     def read(self, file: File) -> bytes:
         """The bytes of one file."""
@@ -149,9 +147,9 @@ class Tars:
     place: Path
     paths: tuple[Path, ...]
 
-    def files(self) -> list[File]:
+    def files(self) -> Iterator[File]:
         """Every file of every archive."""
-        return [file for number, path in enumerate(self.paths) for file in self._files(number, path)]
+        return (file for number, path in enumerate(self.paths) for file in self._files(number, path))
 
     def _files(self, number: int, path: Path) -> Iterator[File]:
         single = path == self.place
@@ -173,7 +171,7 @@ class Tars:
 
     def read(self, file: File) -> bytes:
         """The bytes of one file."""
-        stream = _stream(self.paths[file.place[0]])
+        stream = _opened(self.paths[file.place[0]])
         stream.seek(file.place[1])
         content = stream.read(file.size)
         if len(content) < file.size:
@@ -182,8 +180,18 @@ class Tars:
 
 
 @lru_cache(maxsize=8)
-def _stream(path: Path) -> IO[bytes]:
+def _kept_open(path: Path, stamp: tuple[int, ...]) -> IO[bytes]:
     return open(path, "rb")
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What tells a file from one that has replaced it."""
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return _kept_open(path, _stamp(path))
 
 
 @dataclass(frozen=True)
@@ -192,13 +200,11 @@ class TarGz:
 
     place: Path
 
-    def files(self) -> list[File]:
+    def files(self) -> Iterator[File]:
         """Every file; the whole archive is read and its checksum tested."""
-        found = []
         for number, (_, member, name) in enumerate(self._members()):
             _small(f"{self.place}, member {name}", member.size)
-            found.append(File(name, member.size, (number,)))
-        return found
+            yield File(name, member.size, (number,))
 
     def _members(self) -> Iterator[Member]:
         with gzip.open(self.place) as stream:
@@ -222,8 +228,12 @@ class TarGz:
 
 
 @lru_cache(maxsize=2)
-def _zip(path: Path) -> zipfile.ZipFile:
+def _kept_listed(path: Path, stamp: tuple[int, ...]) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
+
+
+def _zip(path: Path) -> zipfile.ZipFile:
+    return _kept_listed(path, _stamp(path))
 
 
 @dataclass(frozen=True)
@@ -352,7 +362,7 @@ def open_container(path: Path, password: str | None = None) -> Container:
             raise _refuse(path, "several splits of the library datasets", "one", "name the folder of one of them")
         if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
             return Rows(path)
-        tars = sorted(path.glob("*.tar"))
+        tars = sorted(file for file in path.glob("*.tar") if not file.name.startswith("."))
         return Tars(path, tuple(tars)) if tars else Folder(path)
     if not path.is_file():
         raise _refuse(path, "nothing there", expected, cure)

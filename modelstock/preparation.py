@@ -14,9 +14,10 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
@@ -31,11 +32,12 @@ from tqdm import tqdm
 
 from modelstock.classes import class_names
 from modelstock.containers import Container, File, TarGz, Tars, few
-from modelstock.errors import DataError, ModelstockError
+from modelstock.errors import DataError
 from modelstock.files import atomic_path, sha256_of, write_json
 from modelstock.params import ClassesParams, DrawnSplit, FilesSplit, PrepareParams
 from modelstock.shapes import NAMES, SPLITS
 from modelstock.shards import (
+    FORMATS,
     SHARD_NAME,
     Manifest,
     Shard,
@@ -118,7 +120,7 @@ def stored(content: bytes, encoding: Encoding) -> tuple[str, bytes]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             suffix = _SUFFIXES.get(image.format or "")
         picture = decode(content, encoding.border)
     shorter, side = min(picture.size), encoding.short_side
@@ -140,7 +142,7 @@ def _make(container: Container, items: Sequence[Item], first: int, path: Path, e
         for number, item in enumerate(items, first):
             try:
                 suffix, content = stored(container.read(item.file), encoding)
-            except (ModelstockError, MemoryError):
+            except MemoryError:
                 raise
             except Exception as error:  # damaged files make Pillow raise almost anything
                 unreadable[item.name] = " ".join(f"{type(error).__name__}: {error}".split())
@@ -191,7 +193,7 @@ def _follow_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _results(jobs: Iterable[Job], workers: int) -> Iterator[Facts]:
+def _results(jobs: Iterable[Job], workers: int) -> Generator[Facts, None, None]:
     """Call (function, arguments...) in `workers` processes; jobs are asked for only a few ahead."""
     executor: Executor = (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
@@ -212,6 +214,11 @@ def _results(jobs: Iterable[Job], workers: int) -> Iterator[Facts]:
         raise DataError(
             "prepare", got="a worker process that ended", expected=f"{workers} that work",
             cure="lower prepare.workers if memory was short, and run it again: finished shards are kept",
+        ) from error  # fmt: skip
+    except OSError as error:
+        raise DataError(
+            "prepare", got=f"{error}", expected="room for the shards, and a source that stays readable",
+            cure="make room and run it again: finished shards are kept",
         ) from error  # fmt: skip
     finally:
         executor.shutdown(cancel_futures=True)
@@ -273,8 +280,11 @@ def _collect(
     allowed = 0.0 if in_place else params.unreadable * total
     unreadable: dict[str, str] = {}
     results = []
-    with tqdm(total=total, initial=sum(f["images"] for f in done), desc=split, unit="image", mininterval=1) as bar:
-        for facts in chain(done, _results(jobs, params.workers)):
+    with (
+        tqdm(total=total, initial=sum(f["images"] for f in done), desc=split, unit="image", mininterval=1) as bar,
+        closing(_results(jobs, params.workers)) as fresh,
+    ):
+        for facts in chain(done, fresh):
             results.append(facts)
             bar.update(facts["images"] if len(results) > len(done) else 0)
             unreadable |= facts["unreadable"]
@@ -298,10 +308,12 @@ def _checks(source: Source) -> Iterator[Job]:
     wrong = [path.name for path in container.paths if not re.fullmatch(SHARD_NAME, path.name)]
     if wrong:
         raise DataError(container.place, got=f"shards {few(wrong)}", expected=f"names {SHARD_NAME}", cure="rename them")
-    for number, path in enumerate(container.paths):
-        items = [item for item in source.items if item.file.place[0] == number]
-        if items:
-            yield _check, container, items, path, encoding
+    items: list[list[Item]] = [[] for _ in container.paths]
+    for item in source.items:
+        items[item.file.place[0]].append(item)
+    for path, own in zip(container.paths, items, strict=True):
+        if own:
+            yield _check, container, own, path, encoding
 
 
 def _jobs(source: Source, params: PrepareParams, scratch: Path) -> tuple[Iterator[Job], list[Facts], Path]:
@@ -360,9 +372,10 @@ def _spooled(
 
 def _fingerprint(source: Source, encoding: Encoding, shard_size: int) -> str:
     """24 hexadecimal digits of everything that the shards' bytes depend on; files go by size and time."""
-    stamp = source.container.place.stat()
-    changes = [stamp.st_size, stamp.st_mtime_ns] if source.container.place.is_file() else []
-    settings = [str(source.container.place.resolve()), changes, asdict(encoding), shard_size, pillow_version]
+    container = source.container
+    files = container.paths if isinstance(container, Tars) else [container.place, container.place / "state.json"]
+    changes = [[f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+    settings = [str(container.place.resolve()), changes, asdict(encoding), shard_size, pillow_version]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for module in ("containers", "files", "preparation", "shards", "sources"):
         digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())

@@ -27,6 +27,8 @@ from modelstock.weights import WeightSet, classes_sha256
 
 # What an example's image may be called; a key is a member's name up to its first dot, as webdataset has it.
 IMAGES = ("jpg", "jpeg", "png", "webp")
+# Pillow reads more, and runs other programs for some of it.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 SHARD_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar"
 
 
@@ -73,7 +75,7 @@ def decode(content: bytes, border: int = 0) -> Image.Image:
     Raises:
         ValueError: nothing is left within the border. Pillow raises much else for files that are damaged.
     """
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         width, height = image.size
         if min(width, height) <= 2 * border:
             raise ValueError(f"{width}x{height} pixels are all border")

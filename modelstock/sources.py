@@ -19,13 +19,17 @@ import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from os.path import splitext
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+
+from tqdm import tqdm
 
 from modelstock.classes import class_names, folder_names, wnids
 from modelstock.containers import Container, File, Folder, Rows, TarGz, Tars, few, open_container
 from modelstock.errors import DataError
 from modelstock.params import ClassesParams, FilesSplit, PrepareParams
+from modelstock.shards import IMAGES as SHARD_IMAGES
 
 IMAGES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif")
@@ -204,7 +208,11 @@ def read_devkit(path: Path) -> list[str]:
 
 def _is_junk(path: str) -> bool:
     parts = path.lower().split("/")
-    return any(part.startswith(".") or part in _JUNK for part in parts) or PurePosixPath(path).suffix.lower() in _TEXTS
+    return any(part.startswith(".") or part in _JUNK for part in parts) or splitext(parts[-1])[1] in _TEXTS
+
+
+def _is_image(path: str) -> bool:
+    return splitext(path)[1].lower() in IMAGES
 
 
 def _by_folder(split: FilesSplit, files: Sequence[File], meaning: Meaning) -> tuple[list[Item], dict[str, int]]:
@@ -213,9 +221,8 @@ def _by_folder(split: FilesSplit, files: Sequence[File], meaning: Meaning) -> tu
     Raises:
         DataError: folders that are not those of the layout, or files that are no images by their names.
     """
-    junk = [file for file in files if _is_junk(file.path)]
     rest = [file for file in files if not _is_junk(file.path)]
-    images = [(file, file.path.split("/")) for file in rest if PurePosixPath(file.path).suffix.lower() in IMAGES]
+    images = [(file, file.path.split("/")) for file in rest if _is_image(file.path)]
     known = meaning.folders.keys() | meaning.unmapped
     # Class folders are at one depth: where most of their names are.
     depth = max(range(4), key=lambda d: len({p[d] for _, p in images if len(p) > d + 1 and p[d] in known}))
@@ -246,15 +253,15 @@ def _by_folder(split: FilesSplit, files: Sequence[File], meaning: Meaning) -> tu
     problems += [f"{sum(others.values())} images in {few(sorted(others))}"] if others else []
     if problems:
         raise DataError(split.path, got=", ".join(problems), expected=expected, cure=cure)
-    names = [file.path for file in rest if PurePosixPath(file.path).suffix.lower() not in IMAGES
-             and file.path.split("/")[depth] in known]  # fmt: skip
+    other = [file.path for file in rest if not _is_image(file.path)]
+    names = [path for path in other if (parts := path.split("/"))[:-1][depth : depth + 1] and parts[depth] in known]
     if names:
         raise DataError(
             split.path, got=f"{few(names)}, no images by their names", expected=" ".join(sorted(IMAGES)),
             cure="rename or remove them",
         )  # fmt: skip
     counts = {
-        "files that are not images": len(junk) + len(rest) - len(images),
+        "files that are not images": len(files) - len(images),
         "folders without a class": len(have.keys() & meaning.unmapped),
         "images in folders without a class": sum(have[folder] for folder in meaning.unmapped),
     }
@@ -306,7 +313,7 @@ def _by_key(split: FilesSplit, container: Container, files: Sequence[File], mean
         key = f"{folder}/{key}"
         if suffix == "cls":
             labels[key] = container.read(file).decode(errors="replace").strip()
-        elif f".{suffix.lower()}" in IMAGES:
+        elif suffix.lower() in SHARD_IMAGES:
             if key in images:
                 raise DataError(
                     split.path, got=f"two images {key}", expected="one an example", cure="make the shards again"
@@ -383,7 +390,8 @@ def open_source(name: str, params: PrepareParams, classes: ClassesParams) -> Sou
     split = params.splits[name]
     assert isinstance(split, FilesSplit)
     container = open_container(Path(split.path), split.password)
-    files = container.files()
+    listed = tqdm(container.files(), desc=f"{name}: listing", unit="file", delay=2, leave=False)
+    files = list(listed)
     whole = params.role(name) in ("train", "held-out")
     found = meaning(split, classes, _mappings(split, container, files), whole=whole)
     left_out: dict[str, int] = {}
