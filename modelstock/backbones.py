@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from modelstock import __version__
-from modelstock.checkpoints import FLOATS, Checkpoint, Tensor, open_checkpoint, widen
+from modelstock.checkpoints import FLOATS, Checkpoint, Tensor, in_memory, open_checkpoint, widen
 from modelstock.classes import prompts_key
 from modelstock.errors import DataError, ParamsError, WeightsError
 from modelstock.params import OpenClipPretraining
@@ -103,7 +103,7 @@ def _hub_file(place: str, tag: Mapping[str, Any]) -> Path:
         line = " ".join(str(error).split())[:160]
         raise DataError(
             place,
-            got=f"no answer from the hub ({type(error).__name__}: {line})",
+            got=f"weights that are not in the cache and cannot be had from the hub ({type(error).__name__}: {line})",
             expected=f"{names[0]} or {names[-1]} of the repository {repository}{also}",
             cure=f"copy it here, best with the {CONFIG} beside it, and set pretrain.pretrained to its path",
         ) from error
@@ -239,27 +239,39 @@ def _load_into(model: Any, path: Path) -> None:
     Raises:
         WeightsError: a damaged file, a pickle of more than tensors, or tensors of another architecture.
     """
-    import pickle
-
     from open_clip.factory import load_checkpoint
 
     if not path.is_file():
         raise WeightsError(path, got="no such file", expected="a checkpoint", cure="check pretrain.pretrained")
+    scripted = _scripted(path)
     try:
-        scripted = _scripted(path)
         if scripted is not None:
-            model.load_state_dict(scripted)
+            # Archives keep buffers that state dicts leave out.
+            computed = dict(model.named_buffers()).keys() - model.state_dict().keys()
+            model.load_state_dict({name: tensor for name, tensor in scripted.items() if name not in computed})
         else:
             load_checkpoint(model, str(path), strict=True, weights_only=True)
-    except (pickle.UnpicklingError, EOFError, OSError, LookupError, ValueError, TypeError, StopIteration) as error:
-        # Our reader says more of what is wrong with a file.
-        open_checkpoint(path)
-        raise WeightsError(
-            path, got=" ".join(f"{type(error).__name__}: {error}".split())[:200], expected="a checkpoint of a CLIP",
-            cure="make or copy the file again",
-        ) from error  # fmt: skip
-    except Exception as error:  # torch's RuntimeError for tensors that do not fit, safetensors' own for a damaged file
-        _explain(model, open_checkpoint(path), error)
+            _say_resized(model, path)
+    except Exception as error:  # open_clip, torch, pickle and safetensors each have their own
+        _explain(model, _in_memory(scripted, path) if scripted is not None else open_checkpoint(path), error)
+
+
+def _say_resized(model: Any, path: Path) -> None:
+    """Warn where open_clip has fitted position embeddings to another image size."""
+    name = "visual.positional_embedding"
+    if path.suffix in (".npz", ".npy") or (own := model.state_dict().get(name)) is None:
+        return
+    found = open_checkpoint(path).tensors.get(name)
+    if found is not None and found.shape != tuple(own.shape):
+        warnings.warn(
+            f"{path}: made for images of another size; its {found.shape[0]} position embeddings were resized to the "
+            f"{own.shape[0]} of pretrain.architecture",
+            stacklevel=4,
+        )
+
+
+def _in_memory(state: Mapping[str, Any], path: Path) -> Checkpoint:
+    return in_memory({name: tensor.float().numpy() for name, tensor in state.items()}, {}, str(path))
 
 
 def _explain(model: Any, found: Checkpoint, error: Exception) -> None:

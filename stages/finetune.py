@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from modelstock import __version__
+from modelstock.backbones import adopt
+from modelstock.classes import templates
 from modelstock.distributed import World, processes
+from modelstock.errors import ParamsError
 from modelstock.files import atomic_path
 from modelstock.finetuning import finetune
 from modelstock.loading import Examples, open_examples
@@ -107,9 +110,38 @@ def train_seed(
         print(f"{name}: held-out accuracy {100 * history[-1]['validation/top1']:.1f} %")
 
 
+def adopted(params: Params, seed: int, anchor: Path, out: Path) -> bool:
+    """Whether `finetune.checkpoints` brings this seed's weights: then they are written to `out` with no history."""
+    # The i-th checkpoint stands for the i-th seed.
+    checkpoints = getattr(params.finetune, "checkpoints", None)
+    if not checkpoints:
+        return False
+    place = params.finetune.seeds.index(seed)
+    if place >= len(checkpoints):
+        raise ParamsError(
+            "finetune.checkpoints", got=f"{len(checkpoints)} of them", expected=f"one a seed, {seed} being number "
+            f"{place + 1}", cure="name as many checkpoints as seeds",
+        )  # fmt: skip
+    start = load_weights(anchor)
+    names, prompts = start.meta.get("classes"), templates(params.classes)
+    weights = adopt(Path(checkpoints[place]), start, names=names, prompts=prompts)
+    head = weights.meta["made_by"].get("knobs", {}).get("head", "own")
+    # However it was made, here it stands for this seed.
+    made = {"stage": "finetune", "seed": seed, "source": Path(checkpoints[place]).name, "knobs": {"head": head}}
+    meta = {**weights.meta, "made_by": {**made, "version": __version__}}
+    WeightSet(weights.tensors, meta, weights.source).save(out / "weights.safetensors")
+    write_history(out, [])
+    print(
+        f"seed-{seed}: {checkpoints[place]} adopted with the {head} head, identity {weights.identity[:12]}; no training"
+    )
+    return True
+
+
 def main(seed: int, anchor: Path, train: Path, held_out: Path, out: Path) -> None:
     """SEED; ANCHOR: a weight set; TRAIN, HELD_OUT: folders of shards; OUT: the folder to write."""
     params = load_params()
+    if adopted(params, seed, anchor, out):
+        return
     made = {"stage": "finetune", "seed": seed}
     train_seed(params, params.finetune, made, f"seed-{seed}", (anchor, train, held_out), out)
 

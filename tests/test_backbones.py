@@ -1,0 +1,631 @@
+"""Anchors from open_clip's models, and other people's checkpoints as weight sets that merge with one."""
+
+import copy
+import json
+import time
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional
+
+from modelstock import backbones, models
+from modelstock.backbones import adopt, anchor_of, load_clip
+from modelstock.classes import templates
+from modelstock.errors import DataError, ParamsError, WeightsError
+from modelstock.merging import merge
+from modelstock.params import ClassesParams, OpenClipPretraining
+from modelstock.scratch import read_history
+from modelstock.soups import row_of
+from modelstock.weights import WeightSet, classes_sha256, load_weights
+
+TINY = models.TINY_CLIP
+TEXT = TINY["text_cfg"]
+PROMPTS = templates(ClassesParams(names=["cat", "dog"], templates=["a photo of a {}.", "{}"]))
+
+
+def timm_config(name: str, size: int, pool: str) -> dict:
+    vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": "linear", "image_size": size,
+              "timm_model_pretrained": True}  # fmt: skip
+    return {"embed_dim": 32, "vision_cfg": vision, "text_cfg": TEXT}
+
+
+CONFIGS = {
+    "CLIP": TINY,
+    "QuickGELU": {**TINY, "quick_gelu": True},
+    "ResNet": {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
+        "text_cfg": TEXT,
+    },
+    "CustomTextCLIP": {**TINY, "custom_text": True, "init_logit_bias": -10},
+    "CoCa": {
+        **TINY,
+        "custom_text": True,
+        "vision_cfg": {**TINY["vision_cfg"], "output_tokens": True, "attentional_pool": True, "attn_pooler_heads": 2},
+        "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+    },
+    "a ViT of timm": timm_config("vit_tiny_patch16_224", 224, ""),
+    "rotary embeddings": {
+        **open_clip.get_model_config("PE-Core-T-16-384"), "text_cfg": TEXT, "embed_dim": 512, "custom_text": False
+    },
+    "relative positions and masks": timm_config("swin_tiny_patch4_window7_224", 224, "avg"),
+}  # fmt: skip
+
+
+def clip_of(config, seed=0):
+    """A CLIP with random weights, and its weight set."""
+    torch.manual_seed(seed)
+    model = models.build_clip(config).eval()
+    preprocess = {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
+    meta = {"architecture": config, "backbone": {"name": "tiny", "pretrained": "random"}, "preprocess": preprocess}
+    return model, WeightSet(models.tensors_of(model), meta, "clip")
+
+
+def params(architecture="ViT-B-32", pretrained="random", **others):
+    return OpenClipPretraining(source="open_clip", architecture=architecture, pretrained=str(pretrained), **others)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The tiny architecture under a name of its own among open_clip's."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-tiny", TINY)
+    return "ViT-tiny"
+
+
+@pytest.fixture
+def own_anchor():
+    return anchor_of(clip_of(TINY)[1], ["cat", "dog"], PROMPTS)
+
+
+# --- towers
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("CLIP", "CLIP"), ("CustomTextCLIP", "CustomTextCLIP"), ("CoCa", "CoCa"), ("a ViT of timm", "CLIP")],
+)
+def test_a_config_becomes_the_class_that_open_clip_makes_of_it(name, kind, monkeypatch):
+    model = models.build_clip(CONFIGS[name])
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "mine", copy.deepcopy(CONFIGS[name]))
+    theirs = open_clip.create_model("mine")
+    assert type(model).__name__ == type(theirs).__name__ == kind
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_classifier_has_the_logits_of_the_model_its_weights_came_from(name):
+    config = CONFIGS[name]
+    clip, weights = clip_of(config)
+    width = config["embed_dim"]
+    head = torch.randn(5, width, generator=torch.Generator().manual_seed(1))
+    tensors = {k: v for k, v in weights.tensors.items() if k.startswith("visual.")}
+    tensors |= {"head.weight": head.numpy(), "head.bias": np.arange(5, dtype=np.float32)}
+    before = torch.get_rng_state()
+    classifier = models.build_classifier(WeightSet(tensors, weights.meta))
+    assert torch.equal(torch.get_rng_state(), before)
+    size = clip.visual.image_size
+    side = size[0] if isinstance(size, tuple) else size
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        features = clip.encode_image(images, normalize=True)
+        torch.testing.assert_close(classifier(images), features @ head.T + torch.arange(5.0), rtol=0, atol=1e-5)
+    assert not [n for n, t in [*classifier.named_parameters(), *classifier.named_buffers()] if t.is_meta]
+
+
+def test_an_image_tower_of_real_size_is_built_without_a_text_tower():
+    with torch.device("meta"):
+        tower = models.build_visual(open_clip.get_model_config("ViT-B-32-quickgelu"))
+    assert sum(p.numel() for p in tower.parameters()) == 87_849_216
+    assert type(tower.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+
+
+# --- zero-shot heads
+
+
+def test_a_head_is_the_mean_of_normalised_texts_and_repeated_prompts_are_encoded_once():
+    clip, _ = clip_of(TINY)
+    seen: list[str] = []
+
+    def tokenize(texts):
+        seen.extend(texts)
+        return models.tokenizer(TINY)(texts)
+
+    prompts = [*PROMPTS, lambda name: name, lambda name: "thing"]
+    weight, bias = models.zero_shot_head(clip, tokenize, ["cat", "dog"], prompts)
+    assert seen == ["a photo of a cat.", "cat", "thing", "a photo of a dog.", "dog"]
+    for row, name in enumerate(["cat", "dog"]):
+        texts = open_clip.tokenize([f"a photo of a {name}.", name, name, "thing"], context_length=16)
+        with torch.inference_mode():
+            features = functional.normalize(clip.encode_text(texts), dim=-1).mean(dim=0)
+            expected = features / features.norm() * clip.logit_scale.exp()
+        torch.testing.assert_close(weight[row], expected, rtol=1e-4, atol=1e-4)
+    assert bias.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["CLIP", "CustomTextCLIP", "CoCa"])
+def test_zero_shot_logits_are_those_of_the_clip_and_float32_also_of_half_towers(name):
+    clip, weights = clip_of(CONFIGS[name])
+    anchor = anchor_of(weights, ["cat", "dog"], PROMPTS[:1])
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = models.build_classifier(anchor)(images)
+        texts = models.tokenizer(CONFIGS[name])(["a photo of a cat.", "a photo of a dog."])
+        expected = clip.encode_image(images, normalize=True) @ clip.encode_text(texts, normalize=True).T
+        torch.testing.assert_close(logits, clip.logit_scale.exp() * expected, rtol=1e-4, atol=1e-4)
+    half, _ = models.zero_shot_head(clip.bfloat16(), models.tokenizer(CONFIGS[name]), ["cat", "dog"], PROMPTS[:1])
+    assert half.dtype == torch.float32
+    np.testing.assert_allclose(half.numpy(), anchor.tensors["head.weight"], atol=0.5)
+    np.testing.assert_allclose(half.norm(dim=1), 1 / 0.07, rtol=2e-2)
+
+
+def test_a_head_is_cached_by_text_tower_and_prompts_and_a_damaged_cache_is_made_again(tmp_path, monkeypatch):
+    _, weights = clip_of(TINY)
+    first = anchor_of(weights, ["cat", "dog"], PROMPTS, cache=tmp_path)
+    (cached,) = tmp_path.iterdir()
+    assert len(cached.stem) == 64
+
+    def never(*_):
+        raise AssertionError("encoded again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "zero_shot_head", never)
+        again = anchor_of(weights, ["cat", "dog"], PROMPTS, cache=tmp_path)
+        assert again.identity == first.identity
+        for change in [
+            lambda: anchor_of(weights, ["cat", "cow"], PROMPTS, cache=tmp_path),
+            lambda: anchor_of(weights, ["cat", "dog"], PROMPTS[:1], cache=tmp_path),
+            lambda: anchor_of(clip_of(TINY, seed=1)[1], ["cat", "dog"], PROMPTS, cache=tmp_path),
+            lambda: anchor_of(clip_of(CONFIGS["QuickGELU"])[1], ["cat", "dog"], PROMPTS, cache=tmp_path),
+        ]:
+            with pytest.raises(AssertionError, match="encoded again"):
+                change()
+    cached.write_bytes(cached.read_bytes()[:-1])
+    assert anchor_of(weights, ["cat", "dog"], PROMPTS, cache=tmp_path).identity == first.identity
+    assert load_weights(cached).tensors["head.weight"].shape == (2, 128)
+
+
+def test_an_anchor_says_what_it_is(tmp_path):
+    _, clip = clip_of(TINY)
+    clip.save(tmp_path / "clip.safetensors")
+    anchor = anchor_of(load_weights(tmp_path / "clip.safetensors"), ["cat", "dog"], PROMPTS)
+    anchor.save(tmp_path / "anchor.safetensors")
+    meta = load_weights(tmp_path / "anchor.safetensors").meta
+    assert meta["classes"] == ["cat", "dog"]
+    assert meta["classes_sha256"] == classes_sha256(["cat", "dog"])
+    assert meta["backbone"] == {"name": "tiny", "pretrained": "random"}
+    assert meta["parents"] == [clip.identity]
+    assert {n for n in anchor.tensors if not n.startswith("visual.")} == {"head.weight", "head.bias"}
+    with pytest.raises(WeightsError, match="without architecture or text tower"):
+        anchor_of(anchor, ["cat", "dog"], PROMPTS)
+
+
+# --- loading
+
+
+def test_random_weights_repeat_by_seed_and_leave_the_generator_alone(tiny):
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    one, same, other = (load_clip(params(tiny, seed=seed)) for seed in (3, 3, 4))
+    assert one.identity == same.identity != other.identity
+    assert torch.equal(torch.get_rng_state(), before)
+    assert one.meta["backbone"] == {"name": "ViT-tiny", "pretrained": "random"}
+    assert one.meta["preprocess"] == {
+        "size": 32, "mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711],
+        "interpolation": "bicubic", "resize_mode": "shortest",
+    }  # fmt: skip
+    json.dumps(dict(one.meta))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("form", ["training checkpoint", "state dict", "safetensors", "TorchScript", "half"])
+def test_every_form_of_file_gives_the_same_weights(tmp_path, tiny, form):
+    model, expected = clip_of(TINY)
+    state = model.state_dict()
+    path = tmp_path / "clip.pt"
+    if form == "training checkpoint":
+        prefixed = {f"module.{k}": v for k, v in state.items()}
+        torch.save({"epoch": 3, "name": "run", "state_dict": prefixed, "optimizer": {"state": {}}}, path)
+    elif form == "state dict":
+        torch.save(state, path)
+    elif form == "safetensors":
+        path = path.with_suffix(".safetensors")
+        save_file(state, path)
+    elif form == "TorchScript":
+        example = torch.zeros(1, 3, 32, 32), torch.zeros(1, 16, dtype=torch.int64)
+        torch.jit.trace(model, example, check_trace=False).save(str(path))
+    else:
+        state = {k: v.half() for k, v in state.items()}
+        expected = WeightSet({k: v.float().numpy() for k, v in state.items()})
+        torch.save(state, path)
+    found = load_clip(params(tiny, path))
+    assert found.identity == expected.identity
+    assert {t.dtype for t in found.tensors.values()} == {np.dtype("float32")}
+
+
+def folder_of(path, state, config, **preprocess):
+    path.mkdir()
+    said = {"model_cfg": config, "preprocess_cfg": preprocess}
+    (path / "open_clip_config.json").write_text(json.dumps(said))
+    save_file(state, path / "open_clip_model.safetensors")
+    return path
+
+
+def test_a_folder_brings_its_own_architecture_and_preprocessing(tmp_path):
+    model, expected = clip_of(CONFIGS["QuickGELU"])
+    folder = folder_of(
+        tmp_path / "clip", model.state_dict(), CONFIGS["QuickGELU"],
+        mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], resize_mode="squash", size=99,
+    )  # fmt: skip
+    # Another library's form of the same model lies beside it in many repositories.
+    save_file({"blocks.0.weight": torch.zeros(1)}, folder / "model.safetensors")
+    by_folder = load_clip(params("anything", folder))
+    by_file = load_clip(params("anything", folder / "open_clip_model.safetensors"))
+    assert by_folder.identity == by_file.identity == expected.identity
+    assert by_folder.meta["architecture"]["quick_gelu"] is True
+    assert by_folder.meta["preprocess"] == {
+        "size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash",
+    }  # fmt: skip
+
+
+def test_a_folder_that_is_not_what_its_name_means_to_open_clip_is_warned_of(tmp_path, tiny):
+    model, _ = clip_of(CONFIGS["QuickGELU"])
+    folder = folder_of(tmp_path / "clip", model.state_dict(), CONFIGS["QuickGELU"])
+    with pytest.warns(UserWarning, match="not ViT-tiny of open_clip: quick_gelu differ"):
+        assert load_clip(params(tiny, folder)).meta["architecture"]["quick_gelu"] is True
+
+
+def test_a_file_without_config_is_preprocessed_as_all_published_weights_of_its_architecture(tmp_path, monkeypatch):
+    said = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "SigLIP-tiny", TINY)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "SigLIP-tiny", {"a": said, "b": dict(said)})
+    torch.save(clip_of(TINY)[0].state_dict(), tmp_path / "clip.pt")
+    assert load_clip(params("SigLIP-tiny", tmp_path / "clip.pt")).meta["preprocess"]["resize_mode"] == "squash"
+    open_clip.pretrained._PRETRAINED["SigLIP-tiny"]["b"] = {**said, "mean": (0.1,) * 3}
+    with pytest.warns(UserWarning, match="published with 2 ways of preprocessing"):
+        found = load_clip(params("SigLIP-tiny", tmp_path / "clip.pt")).meta["preprocess"]
+    assert found["resize_mode"] == "shortest"
+
+
+def test_a_tag_is_loaded_with_its_own_preprocessing(tmp_path, monkeypatch, tiny):
+    model, expected = clip_of(TINY)
+    torch.save(model.state_dict(), tmp_path / "clip.pt")
+    tag = {"file": str(tmp_path / "clip.pt"), "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, tiny, {"web_li": tag})
+    found = load_clip(params(tiny, "web-li"))
+    assert found.identity == expected.identity
+    assert found.meta["backbone"] == {"name": tiny, "pretrained": "web-li"}
+    assert [found.meta["preprocess"][k] for k in ("mean", "resize_mode")] == [[0.5] * 3, "squash"]
+
+
+@pytest.mark.parametrize(("trained", "built"), [(True, False), (False, True)])
+def test_weights_of_another_activation_are_warned_of_with_the_right_architecture(tmp_path, monkeypatch, trained, built):
+    torch.save(clip_of(TINY)[0].state_dict(), tmp_path / "Tiny.pt")
+    names = {False: "T", True: "T-quickgelu"}
+    for flag, name in names.items():
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, {**TINY, "quick_gelu": flag})
+        tag = {"file": str(tmp_path / "Tiny.pt"), "url": "https://host/Tiny.pt", "quick_gelu": trained}
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"tag": tag})
+    with pytest.warns(UserWarning, match=f"set pretrain.architecture to {names[trained]}$"):
+        load_clip(params(names[built], "tag"))
+    with pytest.warns(UserWarning, match=rf"Tiny\.pt: .*set pretrain.architecture to {names[trained]}$"):
+        load_clip(params(names[built], tmp_path / "Tiny.pt"))
+
+
+def test_weights_of_the_right_activation_are_not_warned_of(tmp_path, recwarn):
+    tag = open_clip.pretrained.get_pretrained_cfg("ViT-B-32-quickgelu", "openai")
+    config = open_clip.get_model_config("ViT-B-32-quickgelu")
+    backbones._check_activation("ViT-B-32-quickgelu", config, "openai", tag)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("architecture", "pretrained", "message"),
+    [
+        ("ViT-B32", "openai", r"pretrain\.architecture: got 'ViT-B32'.*did you mean ViT-B-32"),
+        ("ViT-B-32", "openay", r"pretrain\.pretrained: got 'openay'.*did you mean openai\?"),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "laion2b_s34b_b79k is of ViT-B-32"),
+        ("ViT-B-32", "missing.pt", "got 'missing.pt'; expected a tag of ViT-B-32, a file, a folder, or random"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(architecture, pretrained, message):
+    with pytest.raises(ParamsError, match=message):
+        load_clip(params(architecture, pretrained))
+
+
+def test_without_a_network_the_file_to_bring_is_named_at_once(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda *_: "http://127.0.0.1:9/nothing")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    start = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        load_clip(params("ViT-B-32-quickgelu", "openai"))
+    assert time.monotonic() - start < 10
+    for part in (
+        "open_clip_model.safetensors", "timm/vit_base_patch32_clip_224.openai", "ViT-B-32.pt",
+        "set pretrain.pretrained to its path",
+    ):  # fmt: skip
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_in_the_hubs_cache_need_no_network(tmp_path, monkeypatch, tiny):
+    import huggingface_hub
+
+    model, expected = clip_of(TINY)
+    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, tiny, {"tag": {"hf_hub": "some/where/"}})
+
+    def cached(repository, name):
+        assert repository == "some/where"
+        return str(tmp_path / name) if name.endswith(".bin") else None
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    assert load_clip(params(tiny, "tag")).identity == expected.identity
+
+
+def test_a_file_of_another_architecture_or_none_is_refused_by_name(tmp_path, tiny):
+    state = clip_of(TINY)[0].state_dict()
+    torch.save({**state, "visual.proj": torch.zeros(3, 3)}, tmp_path / "shape.pt")
+    with pytest.raises(WeightsError, match=r"visual.proj is \(3, 3\), the architecture's \(128, 128\)"):
+        load_clip(params(tiny, tmp_path / "shape.pt"))
+    torch.save({k: v for k, v in state.items() if k != "visual.proj"}, tmp_path / "less.pt")
+    with pytest.raises(WeightsError, match=r"visual\.proj missing"):
+        load_clip(params(tiny, tmp_path / "less.pt"))
+    (tmp_path / "bad.safetensors").write_bytes(b"\x00" * 50)
+    with pytest.raises(WeightsError, match=r"bad\.safetensors"):
+        load_clip(params(tiny, tmp_path / "bad.safetensors"))
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(WeightsError, match=r"torch.save\(model.state_dict\(\)"):
+        load_clip(params(tiny, tmp_path / "module.pt"))
+    torch.save({**state, "visual.proj": torch.full((128, 128), torch.nan)}, tmp_path / "nan.pt")
+    with pytest.raises(WeightsError, match=r"tensor visual\.proj: got 16384 of 16384 values NaN"):
+        load_clip(params(tiny, tmp_path / "nan.pt"))
+
+
+def test_a_file_for_another_image_size_is_resized_with_a_warning(tmp_path, tiny):
+    large = {**TINY, "vision_cfg": {**TINY["vision_cfg"], "image_size": 48}}
+    torch.save(clip_of(large)[0].state_dict(), tmp_path / "large.pt")
+    with pytest.warns(UserWarning, match="its 37 position embeddings were resized to the 17"):
+        load_clip(params(tiny, tmp_path / "large.pt"))
+
+
+def test_images_that_are_not_square_are_refused(monkeypatch):
+    wide = {**TINY, "vision_cfg": {**TINY["vision_cfg"], "image_size": [32, 64]}}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "wide", wide)
+    with pytest.raises(ParamsError, match="got images of 32 x 64; expected square images"):
+        load_clip(params("wide"))
+
+
+def test_a_tokenizer_of_another_library_is_taken_or_asked_for_in_one_line(tmp_path, monkeypatch):
+    siglip = {**TINY, "text_cfg": {**TEXT, "hf_tokenizer_name": "some/tokenizer", "tokenizer_kwargs": {"clean": "x"}}}
+    monkeypatch.setattr(models, "find_spec", lambda _: None)
+    with pytest.raises(ParamsError, match=r"tokenizer some/tokenizer: .*pip install transformers"):
+        models.tokenizer(siglip)
+    monkeypatch.setattr(models, "find_spec", lambda name: name)
+    asked = []
+
+    class Stub:
+        def __init__(self, *args, **kwargs):
+            asked.append((args, kwargs))
+
+        def __call__(self, texts):
+            return [[len(t)] * 16 for t in texts]
+
+    monkeypatch.setattr(open_clip.tokenizer, "HFTokenizer", Stub)
+    assert models.tokenizer(siglip)(["abc"]).shape == (1, 16)
+    clip = clip_of(siglip)[1]
+    (tmp_path / "tokenizer.json").touch()
+    clip.meta["backbone"]["pretrained"] = str(tmp_path)
+    anchor_of(clip, ["cat", "dog"], PROMPTS)
+    knobs = {"context_length": 16, "tokenizer_mode": None, "clean": "x"}
+    assert asked == [(("some/tokenizer",), knobs), ((str(tmp_path),), knobs)]
+
+    def offline(*_, **__):
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(open_clip.tokenizer, "HFTokenizer", offline)
+    with pytest.raises(ParamsError, match="OSError: We couldn't connect to the hub; expected its files"):
+        models.tokenizer(siglip)
+
+
+# --- other people's checkpoints
+
+
+def tuned(seed=5):
+    """The tensors of a fine-tuned CLIP with a head, as torch has them."""
+    model, _ = clip_of(TINY, seed)
+    return model.state_dict(), {"weight": torch.full((2, 128), 0.25), "bias": torch.tensor([1.0, 2.0])}
+
+
+def visual_of(state):
+    return {k: v for k, v in state.items() if k.startswith("visual.")}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        ("", "head"),
+        ("module.", "module.classification_head"),
+        ("image_encoder.model.", "classification_head"),
+        ("model.", "classification_head"),
+        ("clip.", "fc"),
+        ("module.clip.", "module.classifier"),
+    ],
+)
+def test_a_checkpoint_is_adopted_whatever_its_prefix(tmp_path, own_anchor, prefix, head):
+    state, layer = tuned()
+    tensors = {prefix + k: v for k, v in state.items()} | {f"{head}.{k}": v for k, v in layer.items()}
+    torch.save(tensors, tmp_path / "tuned.pt")
+    found = adopt(tmp_path / "tuned.pt", own_anchor)
+    expected = {k: v.numpy() for k, v in visual_of(state).items()}
+    expected |= {"head.weight": np.full((2, 128), 0.25, np.float32), "head.bias": np.array([1, 2], np.float32)}
+    assert found.identity == WeightSet(expected).identity
+    assert found.meta["parents"] == [own_anchor.identity]
+    made = found.meta["made_by"]
+    assert (made["stage"], made["source"], made["knobs"]) == ("finetune", "tuned.pt", {"head": "own"})
+    for key in ("architecture", "preprocess", "classes_sha256", "classes", "backbone"):
+        assert found.meta[key] == own_anchor.meta[key]
+
+
+def test_adopted_checkpoints_merge_with_the_anchor(tmp_path, own_anchor):
+    for seed in (5, 6):
+        state, layer = tuned(seed)
+        torch.save(
+            {"state_dict": {**state, **{f"head.{k}": v * seed for k, v in layer.items()}}}, tmp_path / f"{seed}.pt"
+        )
+    found = [adopt(tmp_path / f"{seed}.pt", own_anchor) for seed in (5, 6)]
+    merged, _ = merge("uniform", own_anchor, found)
+    np.testing.assert_allclose(merged.tensors["head.weight"], 0.25 * 5.5, rtol=1e-6)
+    models.build_classifier(merged)
+
+
+@pytest.mark.parametrize("form", ["tower alone", "folder", "training checkpoint", "bfloat16"])
+def test_towers_come_alone_in_folders_in_training_checkpoints_and_in_half_precision(tmp_path, own_anchor, form):
+    state, _ = tuned()
+    path, expected = tmp_path / "tuned.pt", visual_of(state)
+    if form == "tower alone":
+        torch.save({k.removeprefix("visual."): v for k, v in expected.items()}, path)
+    elif form == "folder":
+        path = folder_of(tmp_path / "tuned", state, TINY)
+    elif form == "training checkpoint":
+        prefixed = {f"module.{k}": v for k, v in state.items()}
+        torch.save({"epoch": 1, "name": "x", "state_dict": prefixed, "optimizer": {"lr": 1}}, path)
+    else:
+        half = {k: v.bfloat16() for k, v in state.items()}
+        expected = {k: v.float() for k, v in visual_of(half).items()}
+        save_file(half, path := path.with_suffix(".safetensors"))
+    found = adopt(path, own_anchor)
+    head = {k: v for k, v in own_anchor.tensors.items() if k.startswith("head.")}
+    assert found.identity == WeightSet({**{k: v.numpy() for k, v in expected.items()}, **head}).identity
+    assert found.meta["made_by"]["knobs"] == {"head": "anchor"}
+    assert "/" not in found.meta["made_by"]["source"]
+
+
+def test_a_checkpoint_with_a_text_tower_gets_its_own_zero_shot_head_where_prompts_are_given(tmp_path, own_anchor):
+    model, clip = clip_of(TINY, seed=5)
+    torch.save({f"model.{k}": v for k, v in model.state_dict().items()}, tmp_path / "tuned.pt")
+    found = adopt(tmp_path / "tuned.pt", own_anchor, names=["cat", "dog"], prompts=PROMPTS)
+    assert found.identity == anchor_of(clip, ["cat", "dog"], PROMPTS).identity
+    assert found.meta["made_by"]["knobs"] == {"head": "zero-shot"}
+    torch.save(visual_of(model.state_dict()), tmp_path / "tower.pt")
+    assert adopt(tmp_path / "tower.pt", own_anchor, names=["cat", "dog"], prompts=PROMPTS).meta["made_by"]["knobs"] == {
+        "head": "anchor"
+    }
+
+
+def test_our_own_files_stay_as_they_are_and_must_fit(tmp_path, anchor, variants):
+    variants[0].save(tmp_path / "ours.safetensors")
+    found = adopt(tmp_path / "ours.safetensors", anchor)
+    assert (found.identity, found.meta) == (variants[0].identity, variants[0].meta)
+    WeightSet(variants[0].tensors, {**variants[0].meta, "classes_sha256": "0" * 64}).save(
+        tmp_path / "other.safetensors"
+    )
+    with pytest.raises(WeightsError, match="a head for other classes"):
+        adopt(tmp_path / "other.safetensors", anchor)
+    less = {k: v for k, v in variants[0].tensors.items() if k != "visual.proj"}
+    WeightSet(less, variants[0].meta).save(tmp_path / "less.safetensors")
+    with pytest.raises(WeightsError, match=r"visual\.proj missing"):
+        adopt(tmp_path / "less.safetensors", anchor)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("visual.proj"), "1 of the image tower's .* tensors missing: visual.proj;"),
+        (lambda s: s.update({"visual.proj": torch.zeros(2, 2)}), r"visual.proj is \(2, 2\), the anchor's \(128, 128\)"),
+        (
+            lambda s: s.update({"head.weight": torch.zeros(3, 128)}),
+            r"head.weight is \(3, 128\), the anchor's \(2, 128\)",
+        ),
+        (lambda s: s.update({f"{h}.weight": torch.zeros(2, 128) for h in ("head", "fc")}), "2 heads: fc, head"),
+        (lambda s: s.update({"visual.new": torch.zeros(1)}), "visual.new in the image tower"),
+        (
+            lambda s: s.update({f"ema.{k}": v for k, v in list(s.items())}),
+            "2 image towers, under 'ema.visual.' and 'vis",
+        ),
+        (lambda s: s.update({"visual.proj": torch.full((128, 128), torch.inf)}), "tensor visual.proj: got 16384 of"),
+    ],
+)
+def test_what_does_not_fit_the_anchor_is_refused_by_name(tmp_path, own_anchor, change, message):
+    state, _ = tuned()
+    change(state)
+    torch.save(state, tmp_path / "tuned.pt")
+    with pytest.raises(WeightsError, match=message) as caught:
+        adopt(tmp_path / "tuned.pt", own_anchor)
+    assert "tuned.pt" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickled_module_is_refused_with_the_cure(tmp_path, own_anchor):
+    torch.save(models.build_classifier(own_anchor), tmp_path / "whole.pt")
+    with pytest.raises(WeightsError, match=r"torch.save\(model.state_dict\(\), ...\)"):
+        adopt(tmp_path / "whole.pt", own_anchor)
+
+
+# --- in the pipeline
+
+
+class Settings:
+    """Params with `finetune.checkpoints`, and nothing else that the function reads."""
+
+    def __init__(self, seeds, checkpoints):
+        self.finetune = type("FinetuneParams", (), {"seeds": seeds, "checkpoints": checkpoints})
+        self.classes = ClassesParams(names=["cat", "dog"], templates=["a photo of a {}."])
+
+
+def test_a_seed_takes_the_checkpoint_in_its_place_and_does_not_train(tmp_path, own_anchor, capsys):
+    from stages.finetune import adopted
+
+    own_anchor.save(tmp_path / "anchor.safetensors")
+    for number in (0, 1):
+        state, layer = tuned(number)
+        own = {f"head.{k}": v for k, v in layer.items()} if number == 0 else {}
+        torch.save({**state, **own}, tmp_path / f"{number}.pt")
+    settings = Settings([7, 3], [str(tmp_path / "0.pt"), str(tmp_path / "1.pt")])
+    for seed, number, head in ((7, 0, "own"), (3, 1, "zero-shot")):
+        assert adopted(settings, seed, tmp_path / "anchor.safetensors", tmp_path / "out")
+        found = load_weights(tmp_path / "out/weights.safetensors")
+        np.testing.assert_array_equal(found.tensors["visual.proj"], tuned(number)[0]["visual.proj"])
+        made = found.meta["made_by"]
+        assert (made["stage"], made["seed"], made["source"]) == ("finetune", seed, f"{number}.pt")
+        assert row_of(found).name == f"seed-{seed}"
+        assert read_history(tmp_path / "out/history.jsonl") == []
+        assert f"adopted with the {head} head" in capsys.readouterr().out
+
+
+def test_a_seed_without_a_checkpoint_trains_or_is_refused(tmp_path):
+    from stages.finetune import adopted
+
+    assert not adopted(Settings([7, 3], None), 7, tmp_path, tmp_path)
+    assert not adopted(Settings([7, 3], []), 7, tmp_path, tmp_path)
+    with pytest.raises(ParamsError, match="got 1 of them; expected one a seed, 3 being number 2"):
+        adopted(Settings([7, 3], ["a.pt"]), 3, tmp_path, tmp_path)
+
+
+def test_the_stages_make_a_clip_of_open_clip_and_its_anchor(tmp_path, monkeypatch, tiny):
+    from stages import anchor as anchor_stage
+    from stages import pretrain as pretrain_stage
+
+    class All:
+        threads, device = torch.get_num_threads(), "cpu"
+        pretrain = params(tiny, seed=2)
+        classes = ClassesParams(names=["cat", "dog"], templates=["a {}."])
+
+    monkeypatch.chdir(tmp_path)
+    for stage in (anchor_stage, pretrain_stage):
+        monkeypatch.setattr(stage, "load_params", lambda: All)
+        monkeypatch.setattr(stage, "deterministic", lambda threads: None)
+    pretrain_stage.main(tmp_path / "clip")
+    anchor_stage.main(tmp_path / "clip/clip.safetensors", tmp_path / "anchor.safetensors")
+    clip, anchor = load_weights(tmp_path / "clip/clip.safetensors"), load_weights(tmp_path / "anchor.safetensors")
+    assert anchor.meta["parents"] == [clip.identity]
+    assert anchor.identity == anchor_of(clip, ["cat", "dog"], [lambda n: f"a {n}."]).identity
+    assert len(list((tmp_path / "scratch/heads").iterdir())) == 1
+    first = (tmp_path / "anchor.safetensors").read_bytes()
+    anchor_stage.main(tmp_path / "clip/clip.safetensors", tmp_path / "anchor.safetensors")
+    assert (tmp_path / "anchor.safetensors").read_bytes() == first
