@@ -288,6 +288,8 @@ def evaluate(
     if precision not in ("float32", "bfloat16"):
         raise MergeError("--precision", got=repr(precision), expected="float32 or bfloat16", cure="name one of these")
     groups = [_members(text, len(weights)) for text in ensemble or []]
+    import numpy as np
+
     from modelstock.backbones import adopt
     from modelstock.comparison import metrics, wilson
     from modelstock.comparison import per_class as by_class
@@ -322,7 +324,10 @@ def evaluate(
             common = {"weights": row.name, "benchmark": scores.benchmark}
             if accuracies is not None:
                 table += [
-                    {**common, "class": name, "images": int((scores.truth == label).sum()), "top1": float(share)}
+                    {
+                        **common, "class": name, "images": int((scores.truth == label).sum()),
+                        "top1": None if np.isnan(share) else float(share),
+                    }
                     for label, (name, share) in enumerate(zip(scores.labels, accuracies[number], strict=True))
                 ]
                 continue
@@ -416,6 +421,108 @@ def prepare(
     missing = {"unreadable": len(manifest.unreadable)} if manifest.unreadable else {}
     facts = {"images": manifest.count, "labels": len(manifest.labels), **missing, **manifest.left_out}
     print(f"{out}: " + ", ".join(f"{count} {what}" for what, count in facts.items()) + f", {manifest.sha256[:12]}")
+
+
+def _sections(params: Path | None, methods: Sequence[str]) -> dict[str, Any]:
+    """Method -> its section: of a params file, or the four methods that need no search of their own."""
+    from modelstock.params import MethodParams, ModelStockParams, WiseFtParams, load_merge
+
+    tenths = [step / 10 for step in range(1, 10)]
+    known: dict[str, Any] = {
+        "model_stock": ModelStockParams(sets="ring"), "uniform": MethodParams(sets="ring"),
+        "greedy": MethodParams(sets="all"), "wise_ft": WiseFtParams(sets="ring", alphas=tenths),
+    }  # fmt: skip
+    if params is not None:
+        section = load_merge(params)
+        known = {name: getattr(section, name) for name in section.methods}
+    unknown = [method for method in methods if method not in known]
+    if unknown:
+        raise MergeError(
+            "--method", got=", ".join(unknown), expected=", ".join(known),
+            cure="name some of these, or with --params a file whose merge.methods has it",
+        )  # fmt: skip
+    return {method: known[method] for method in methods or known}
+
+
+@app.command()
+def compare(
+    weights: Annotated[list[Path], typer.Argument(help="Fine-tuned checkpoints, two or more.")],
+    anchor: Annotated[Path, typer.Option(help="The weight set they started from; see `modelstock anchor`.")],
+    benchmark: Annotated[list[Path], typer.Option(help="Folders of shards: held-out, a test set, shifts.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder for merges, results and report.")],
+    method: Annotated[list[str] | None, typer.Option(help="Merge methods; all that are known without it.")] = None,
+    params: Annotated[Path | None, typer.Option(help="A params file whose section merge is used.")] = None,
+    train: Annotated[Path | None, typer.Option(help="Training shards, for fisher and regmean.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16, of the towers.")] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0: this one.")] = 0,
+    draws: Annotated[int, typer.Option(min=100, help="Bootstrap draws.")] = 2000,
+) -> None:
+    """Merge, score and compare fine-tuned checkpoints that are there already; run again, it goes on where it was."""
+    from modelstock.backbones import adopt
+    from modelstock.comparison import compare as compared
+    from modelstock.distributed import device_kind
+    from modelstock.evaluation import collect, ensemble_identity, score
+    from modelstock.experiment import merge_subsets
+    from modelstock.methods import METHODS
+    from modelstock.report import summary_lines, write_report
+    from modelstock.scores import Row, save_scores
+    from modelstock.shards import check_classes, load_manifest
+    from modelstock.soups import ensembles, row_of
+    from modelstock.weights import WeightSet, load_weights
+
+    sections = _sections(params, method or [])
+    needy = [name for name in sections if METHODS[name].needs in ("fisher", "inner")]
+    manifests = {folder: load_manifest(folder) for folder in [*benchmark, *([train] if train else [])]}
+    held_out = [folder for folder in benchmark if manifests[folder].role == "held-out"]
+    roles = [manifests[folder].role for folder in benchmark]
+    if len(weights) < 2 or len(held_out) != 1 or roles.count("in-distribution") != 1 or (needy and train is None):
+        raise MergeError(
+            "compare", got=f"{len(weights)} checkpoints, benchmarks {', '.join(roles)}, {'no ' * (not train)}--train",
+            expected="two checkpoints or more, one benchmark held-out, one in-distribution, shifts if there are any"
+            + (f", and --train for {', '.join(needy)}" if needy else ""),
+            cure="name what is missing",
+        )  # fmt: skip
+    origin = load_weights(anchor)
+    for folder, manifest in manifests.items():
+        check_classes(origin, manifest, folder)
+    seeds: dict[int, WeightSet] = {}
+    for number, path in enumerate(weights):
+        found = adopt(path, origin)
+        made = {**found.meta["made_by"], "stage": "finetune", "seed": number, "source": path.name}
+        seeds[number] = WeightSet(found.tensors, {**found.meta, "made_by": made}, str(path))
+        print(f"seed-{number}: {path}")
+    scoring = {
+        "cache": out / "scratch", "device": device_kind(device), "precision": precision, "batch_size": batch_size,
+        "workers": workers,
+    }  # fmt: skip
+    files = []
+    for name, section in sections.items():
+        for stem, merged, _ in merge_subsets(
+            name, section, origin, seeds, held_out=held_out[0], train=train or held_out[0], scoring=scoring
+        ):
+            files.append(out / "merged" / name / f"{stem}.safetensors")
+            merged.save(files[-1])
+        print(f"{name}: merged")
+    everything = [origin, *seeds.values(), *(load_weights(file, lazy=True) for file in files)]
+    rows = [row_of(one) for one in everything]
+    groups = {members: [seeds[m].identity for m in members] for members in ensembles(list(seeds))}
+    for members, identities in groups.items():
+        title = f"ensemble/{'-'.join(map(str, members))}"
+        rows.append(Row(title, ensemble_identity(identities), "ensemble", members, {}))
+    results = []
+    for folder in benchmark:
+        outcomes = score(folder, everything, list(groups.values()), **scoring)  # type: ignore[arg-type]
+        results.append(collect(folder, rows, outcomes))
+        save_scores(out / "results" / f"{results[-1].benchmark}.safetensors", results[-1])
+    comparison = compared(results, draws=draws)
+    write_report(comparison, out / "report", facts={"champion": comparison.champion})
+    print(summary_lines(comparison))
+    best = next(row for row in rows if row.name == comparison.champion)
+    places = {one.identity: one.source for one in everything}
+    print(f"report: {out / 'report/comparison.html'}")
+    print(f"champion by the held-out cut: {best.name}, {places[best.identity]}")
 
 
 def main() -> None:

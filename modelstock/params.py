@@ -473,14 +473,9 @@ def _place(location: Sequence[int | str]) -> str:
     return ".".join(key for number, key in enumerate(keys) if number != kind) or "the file"
 
 
-def load_params(path: Path = Path("params.yaml")) -> Params:
-    """Read and check a params file.
-
-    Raises:
-        ParamsError: missing file, bad YAML, or every misspelt, missing and out-of-range value in one message.
-    """
+def _read(path: Path) -> Any:
     try:
-        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ParamsError(
             path, got=error.strerror, expected="a params file", cure="run in the repository's root"
@@ -488,24 +483,46 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     except YAMLError as error:
         line = " ".join(str(error).split())
         raise ParamsError(path, got=line, expected="YAML", cure="correct the line it names") from error
+
+
+def _refusal(path: Path, error: ValidationError, before: tuple[str, ...] = ()) -> ParamsError:
+    """All problems in one line; `before`: the place of what was checked."""
+    lines = []
+    for problem in error.errors():
+        location = (*before, *problem["loc"])
+        place = _place(location)
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{place} is not a setting: {_hint(str(location[-1]), _known_keys(location))}")
+        elif problem["type"] == "missing":
+            lines.append(f"{place} is missing")
+        else:
+            text = problem["msg"].removeprefix("Value error, ")
+            shown = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+            lines.append(f"{place}: {text}{shown}")
+    got = f"{len(lines)} problems: " + "; ".join(lines)
+    return ParamsError(path, got=got, expected="valid settings", cure="correct them")
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and check a params file.
+
+    Raises:
+        ParamsError: missing file, bad YAML, or every misspelt, missing and out-of-range value in one message.
+    """
     try:
-        return Params.model_validate(raw)
+        return Params.model_validate(_read(path))
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            place = _place(problem["loc"])
-            if problem["type"] == "extra_forbidden":
-                key = str(problem["loc"][-1])
-                lines.append(f"{place} is not a setting: {_hint(key, _known_keys(problem['loc']))}")
-            elif problem["type"] == "missing":
-                lines.append(f"{place} is missing")
-            else:
-                text = problem["msg"].removeprefix("Value error, ")
-                shown = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
-                lines.append(f"{place}: {text}{shown}")
-        raise ParamsError(
-            path,
-            got=f"{len(lines)} problems: " + "; ".join(lines),
-            expected="valid settings",
-            cure="correct them",
-        ) from None
+        raise _refusal(path, error) from None
+
+
+def load_merge(path: Path) -> MergeParams:
+    """Read and check the section `merge` of a params file; what else is in it is not looked at.
+
+    Raises:
+        ParamsError: as load_params.
+    """
+    raw = _read(path)
+    try:
+        return MergeParams.model_validate(raw.get("merge") if isinstance(raw, dict) else raw)
+    except ValidationError as error:
+        raise _refusal(path, error, ("merge",)) from None
