@@ -85,7 +85,12 @@ def test_what_a_recipe_sets_for_every_seed_is_what_the_fine_tuning_stage_depends
 SMALL = {
     "prepare": {
         "seed": 7, "shard_size": 40, "reference_draws": 200, "reference_epochs": 1,
-        "images": {"train": 64, "held-out": 48, "shapes": 60, "shapes-adversarial": 36, "shapes-objectnet": 52},
+        "splits": {
+            name: {"source": "shapes", "images": images}
+            for name, images in (
+                ("train", 64), ("held-out", 48), ("shapes", 60), ("shapes-adversarial", 36), ("shapes-objectnet", 52)
+            )
+        },
     },
     "pretrain": {"draws": 512, "batch_size": 64, "warmup_steps": 2},
     "finetune": {"seeds": [0, 1, 2], "epochs": 2, "batch_size": 32, "warmup_steps": 1, "lawa": 2, "snapshots": True},
@@ -101,7 +106,7 @@ SMALL = {
 
 def update(base: dict, change: dict) -> None:
     for key, value in change.items():
-        if isinstance(value, dict) and key != "images":
+        if isinstance(value, dict) and key != "splits":
             update(base[key], value)
         else:
             base[key] = value
@@ -246,9 +251,9 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(project, tmp_path
     content = shard.read_bytes()
     shard.unlink()
     shard.write_bytes(content[:-100])
-    arguments = [f"models/{name}" for name in ("anchor.safetensors", "finetuned", "merged", "periodic", "longer")]
+    arguments = ["models/anchor.safetensors", "models/finetuned"]
     shards = ["data/train", "data/held-out"]
-    done = run(folder, "stages.evaluate", "data/shapes", *arguments, "new.safetensors")
+    done = run(folder, "stages.evaluate", "data/shapes", "models", "new.safetensors")
     assert done.returncode == 1
     assert done.stderr.strip().startswith("error: data/shapes/000001.tar: got sha256")
     assert not (folder / "new.safetensors").exists()
@@ -256,7 +261,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(project, tmp_path
     assert done.returncode == 1
     assert "expected the tensors of models/clip/clip.safetensors" in done.stderr
     assert not (folder / "out").exists()
-    done = run(folder, "stages.merge", "unifrom", *arguments[:2], *shards, "out")
+    done = run(folder, "stages.merge", "unifrom", *arguments, *shards, "out")
     assert done.stderr == (
         "error: method: got 'unifrom'; expected model_stock, uniform, greedy, wise_ft, ties, regmean, oracle_scales; "
         "name one of merge.methods\n"
