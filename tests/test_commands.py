@@ -36,7 +36,7 @@ def folder(tmp_path_factory, anchor, variants):
 def call(*arguments: object) -> str:
     done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return done.output
+    return done.stdout
 
 
 def refused(*arguments: object) -> str:
