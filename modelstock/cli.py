@@ -13,6 +13,9 @@ import typer
 
 from modelstock.errors import MergeError, ModelstockError, ParamsError
 
+
+from modelstock.errors import DataError, MergeError, ModelstockError, ParamsError
+
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     help="Merge fine-tuned checkpoints, exactly and a chunk at a time.",
@@ -523,6 +526,102 @@ def compare(
     places = {one.identity: one.source for one in everything}
     print(f"report: {out / 'report/comparison.html'}")
     print(f"champion by the held-out cut: {best.name}, {places[best.identity]}")
+
+
+def _listed(text: str, what: str) -> Any:
+    """What a file of names or templates holds, one a line or as JSON, or None where `text` is no file."""
+    path = Path(text)
+    if not path.is_file():
+        return None
+    raw = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return [line.strip() for line in raw.splitlines() if line.strip()]
+    try:
+        return json.loads(raw)
+    except ValueError as error:
+        raise ParamsError(path, got=f"no JSON ({error})", expected=f"a list of {what}", cure="correct it") from error
+
+
+def _classes(classes: str, templates: str) -> Any:
+    """`--classes` and `--templates` as the params' section."""
+    from pydantic import ValidationError
+
+    from modelstock.params import ClassesParams
+
+    names = classes if classes in ("imagenet", "shapes") else _listed(classes, "class names")
+    if names is None:
+        names = [name.strip() for name in classes.split(",")]
+    texts = templates if templates in ("openai", "shapes") else _listed(templates, "templates") or [templates]
+    try:
+        return ClassesParams(names=names, templates=texts)
+    except ValidationError as error:
+        found = error.errors()[-1]
+        section, text = str(found["loc"][0]), found["msg"].removeprefix("Value error, ")
+        option, given = ("--classes", classes) if section == "names" else ("--templates", templates)
+        raise ParamsError(option, got=repr(given), expected=text, cure="see `modelstock anchor --help`") from None
+
+
+@app.command()
+def anchor(
+    architecture: Annotated[str, typer.Argument(help="A model of open_clip, such as ViT-B-32-quickgelu.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The safetensors file to write.")],
+    pretrained: Annotated[str, typer.Option(help="A tag, a file, a folder, or random.")],
+    classes: Annotated[str, typer.Option(help="imagenet, a file (one a line, or JSON), or names with commas.")],
+    templates: Annotated[str, typer.Option(help="openai, a file, or one text with {} for the name.")] = "openai",
+    clip_out: Annotated[Path | None, typer.Option(help="Write both towers too, as `modelstock export` needs.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of random weights.")] = 0,
+    device: Annotated[str, typer.Option(help="Where prompts are encoded: auto, cpu or cuda.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")] = False,
+) -> None:
+    """Make an anchor: a CLIP's image tower with the zero-shot head of class names and templates."""
+    from modelstock.streaming import check_paths
+
+    for path in [out] if clip_out is None else [out, clip_out]:
+        check_paths([], [path], overwrite)
+    if clip_out is not None and clip_out.resolve() == out.resolve():
+        raise ParamsError("--clip-out", got="the file of --out", expected="another", cure="name another")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ParamsError("--device", got=repr(device), expected="auto, cpu or cuda", cure="name one of these")
+    section = _classes(classes, templates)
+    from modelstock.backbones import anchor_of, load_clip
+    from modelstock.classes import class_names
+    from modelstock.classes import templates as prompts_of
+    from modelstock.distributed import processes
+    from modelstock.params import OpenClipPretraining
+
+    names, prompts = class_names(section), prompts_of(section)
+    wanted = OpenClipPretraining(source="open_clip", architecture=architecture, pretrained=pretrained, seed=seed)
+    with processes(1, device, "modelstock.cli") as world:
+        clip = load_clip(wanted)
+        made = anchor_of(clip, names, prompts, device=world.device.type)
+    if clip_out is not None:
+        clip.save(clip_out)
+    made.save(out)
+    print(f"{out}: {len(names)} classes x {len(prompts)} templates, identity {made.identity[:12]}")
+
+
+@app.command()
+def export(
+    weights: Annotated[Path, typer.Argument(help="A weight set, such as the champion.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
+    clip: Annotated[Path, typer.Option(help="The CLIP with both towers that its anchor was made of.")],
+    report: Annotated[Path | None, typer.Option(help="reports/comparison.json, for the model card.")] = None,
+    license: Annotated[str | None, typer.Option(help="An identifier for the card, such as mit.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that exists.")] = False,
+) -> None:
+    """Write a weight set as a folder that open_clip loads, with its head and a model card."""
+    from modelstock.export import export as write
+    from modelstock.weights import load_weights
+
+    said = None
+    if report is not None:
+        try:
+            said = json.loads(report.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            line = " ".join(str(error).split())
+            raise DataError(report, got=line, expected="reports/comparison.json", cure="check the path") from error
+    write(load_weights(weights), load_weights(clip), out, report=said, licence=license, overwrite=overwrite)
+    print(f'{out}: open_clip.create_model_and_transforms("local-dir:{out}")')
 
 
 def main() -> None:

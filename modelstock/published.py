@@ -1,4 +1,4 @@
-"""Published accuracies of the backbones that people start from, to put beside ours; the numbers are in published.yaml."""
+"""Published accuracies of the backbones that people start from, to put beside ours; published.yaml has the numbers."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ def _table() -> Mapping[str, Any]:
 
 
 def _is(backbone: Mapping[str, str], known: Mapping[str, Any]) -> bool:
-    """Whether weights are those that a row is about, by their tag, or as a file or folder under the publisher's name."""
+    """Whether weights are those that a row is about, by tag, or by the publisher's name of the file or folder."""
     if backbone.get("name") != known["name"]:
         return False
     pretrained = str(backbone.get("pretrained", ""))

@@ -197,7 +197,7 @@ def test_an_anchor_says_what_it_is(tmp_path):
     assert meta["classes"] == ["cat", "dog"]
     assert meta["classes_sha256"] == classes_sha256(["cat", "dog"])
     assert meta["backbone"] == {"name": "tiny", "pretrained": "random"}
-    assert meta["parents"] == [clip.identity]
+    assert meta["parents"] == [meta["clip"]] == [clip.identity]
     assert {n for n in anchor.tensors if not n.startswith("visual.")} == {"head.weight", "head.bias"}
     with pytest.raises(WeightsError, match="without architecture or text tower"):
         anchor_of(anchor, ["cat", "dog"], PROMPTS)
@@ -347,7 +347,7 @@ def test_without_a_network_the_file_to_bring_is_named_at_once(tmp_path, monkeypa
     assert time.monotonic() - start < 10
     for part in (
         "open_clip_model.safetensors", "timm/vit_base_patch32_clip_224.openai", "ViT-B-32.pt",
-        "set pretrain.pretrained to its path",
+        "set pretrain.pretrained: PATH",
     ):  # fmt: skip
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
