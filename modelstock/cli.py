@@ -420,7 +420,10 @@ def prepare(
     except ValidationError as error:
         text = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
         raise ParamsError("prepare", got=text, expected="valid options", cure="see modelstock prepare --help") from None
-    manifest = prepare_split(name, params, meant, out, scratch=out.parent / f".{out.name}.unfinished")
+    scratch = out.parent / f".{out.name}.unfinished"
+    manifest = prepare_split(name, params, meant, out, scratch=scratch)
+    if scratch.is_dir() and not any(scratch.iterdir()):
+        scratch.rmdir()
     missing = {"unreadable": len(manifest.unreadable)} if manifest.unreadable else {}
     facts = {"images": manifest.count, "labels": len(manifest.labels), **missing, **manifest.left_out}
     print(f"{out}: " + ", ".join(f"{count} {what}" for what, count in facts.items()) + f", {manifest.sha256[:12]}")

@@ -6,13 +6,23 @@ import tarfile
 import numpy as np
 import pytest
 from conftest import make_split
+from layouts import picture
 from PIL import Image
 
 from modelstock.errors import DataError, WeightsError
-from modelstock.params import load_params
-from modelstock.preparation import drawn, prepare, reference_model
-from modelstock.shapes import SPLITS, draw
-from modelstock.shards import check_classes, load_manifest, read_all, read_batches
+from modelstock.loading import open_examples
+from modelstock.shapes import draw
+from modelstock.shards import (
+    IMAGES,
+    check_classes,
+    example_places,
+    load_manifest,
+    make_manifest,
+    read_all,
+    read_batches,
+    save_manifest,
+    write_shard,
+)
 from modelstock.weights import WeightSet
 
 
@@ -77,50 +87,67 @@ def test_an_example_without_an_image_or_with_a_wild_label_is_refused(tmp_path):
         list(read_batches(tmp_path, manifest, batch_size=4))
 
 
+def mixed(folder, sizes, border=0, root=None):
+    """Shards of images of these sizes (width, height), of every kind in turn."""
+    kinds = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp"}
+    files = [(i, 0, s, picture(i, kinds[s], size)) for i, (s, size) in enumerate(zip(IMAGES * 9, sizes, strict=False))]
+    place = root or folder
+    place.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    shards = [write_shard(place / f"{n}.tar", files[3 * n : 3 * n + 3]) for n in range(-(-len(files) // 3))]
+    manifest = make_manifest(
+        benchmark="b", role="shift", labels=["a"], label_groups=[[0]], classes=["a", "b"], shards=shards, border=border,
+        root=root and str(root),
+    )  # fmt: skip
+    save_manifest(folder, manifest)
+    return manifest, files
+
+
+@pytest.mark.parametrize("border", [0, 2])
+def test_every_reader_finds_images_of_every_kind_wherever_they_are_and_cuts_the_border(tmp_path, border):
+    manifest, files = mixed(tmp_path / "data", [(9, 7)] * 5, border, tmp_path / "elsewhere")
+    assert load_manifest(tmp_path / "data") == manifest
+    expected = []
+    for *_, content in files:
+        with Image.open(io.BytesIO(content)) as image:
+            expected.append(np.asarray(image.convert("RGB"))[border : 7 - border, border : 9 - border])
+    np.testing.assert_array_equal(read_all(tmp_path / "data")[0], expected)
+    streamed = open_examples(tmp_path / "data", manifest, in_memory=False)
+    for row in range(5):
+        np.testing.assert_array_equal(streamed.image(row), expected[row])
+        assert streamed.size(row) == expected[row].shape[:2]
+    places, labels = example_places(tmp_path / "data", manifest)
+    assert labels.tolist() == [0] * 5
+    for (shard, start, length), (*_, content) in zip(places.tolist(), files, strict=True):
+        assert (tmp_path / f"elsewhere/{shard}.tar").read_bytes()[start : start + length] == content
+
+
+def test_images_of_several_sizes_are_not_for_memory(tmp_path):
+    manifest, _ = mixed(tmp_path / "data", [(8, 8), (8, 8), (9, 8)])
+    with pytest.raises(
+        DataError, match=r"00000002: got an image of 9x8 pixels after .* 8x8; .*loading.in_memory: false"
+    ):
+        read_all(tmp_path / "data")
+    assert open_examples(tmp_path / "data", manifest, in_memory=False).size(2) == (8, 9)
+
+
+def test_the_identity_of_data_is_that_of_its_pixels_and_labels(tmp_path):
+    one, _ = mixed(tmp_path / "one", [(8, 8)] * 4)
+    two, _ = mixed(tmp_path / "two", [(8, 8)] * 4, root=tmp_path / "elsewhere")
+    cut, _ = mixed(tmp_path / "cut", [(8, 8)] * 4, border=1)
+    assert one.sha256 == two.sha256 != cut.sha256
+
+
+def test_a_missing_shard_of_another_folder_is_named(tmp_path):
+    mixed(tmp_path / "data", [(8, 8)] * 4, root=tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/1.tar").unlink()
+    with pytest.raises(DataError, match=r"elsewhere/1\.tar: got no such file"):
+        load_manifest(tmp_path / "data")
+
+
 def test_a_head_for_other_classes_is_refused(tmp_path, anchor):
     manifest = make_split(tmp_path, "shapes", 10)
     check_classes(anchor, manifest, tmp_path)
     other = WeightSet(anchor.tensors, {**anchor.meta, "classes_sha256": "0" * 64}, "other.safetensors")
     with pytest.raises(WeightsError, match=r"other\.safetensors: got a head for classes 0000"):
         check_classes(other, manifest, tmp_path)
-
-
-@pytest.fixture
-def small():
-    sizes = dict.fromkeys(load_params().prepare.images, 36)
-    return load_params().prepare.model_copy(update={"images": sizes, "reference_draws": 600, "reference_epochs": 1})
-
-
-def test_preparing_a_split_writes_shards_and_a_picture_of_it(tmp_path, small):
-    manifest = prepare("shapes-sketch", small, tmp_path)
-    assert (manifest.count, manifest.role) == (36, "shift")
-    with Image.open(tmp_path / "contact.png") as sheet:
-        assert sheet.size == (12 * 64, 3 * 64)
-
-
-def test_the_adversarial_split_holds_what_the_reference_model_gets_wrong(tmp_path, small):
-    import torch
-
-    from modelstock.models import TINY_PREPROCESS, normalise
-
-    prepare("shapes-adversarial", small, tmp_path)
-    images, labels, manifest = read_all(tmp_path)
-    reference = reference_model(small)
-    with torch.inference_mode():
-        logits = reference(normalise(images, TINY_PREPROCESS))
-    guess = logits[:, [g[0] for g in manifest.label_groups]].argmax(dim=1).numpy()
-    assert (guess != labels).all()
-    assert np.bincount(labels).tolist() == [3] * 12
-
-
-def test_an_unknown_split_is_refused_with_the_known_ones(tmp_path, small):
-    with pytest.raises(DataError, match="got 'imagenet'; expected train, held-out"):
-        prepare("imagenet", small, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_draws_go_on_without_end_and_without_repeating():
-    source = drawn("train", seed=1)
-    first = [next(source)[0].tobytes() for _ in range(600)]
-    assert len(set(first)) == 600
-    assert len(SPLITS["train"].labels) == 24
