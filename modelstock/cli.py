@@ -11,9 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from modelstock.errors import MergeError, ModelstockError, ParamsError
-
-
 from modelstock.errors import DataError, MergeError, ModelstockError, ParamsError
 
 app = typer.Typer(
@@ -340,23 +337,40 @@ def evaluate(
     _show("scores; low and high: Wilson's 95 % interval of top1", table, as_json)
 
 
-def _classes(given: str | None, labels: str) -> Any:
-    """The classes of --classes: a file with one a line, names with commas between them, or ImageNet's."""
+def _listed(text: str, what: str) -> Any:
+    """What a file of names or templates holds, one a line (of names: a folder, a tab, its name) or as JSON; else None."""
+    path = Path(text)
+    if not path.is_file():
+        return None
+    raw = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        lines = [line.strip() for line in raw.splitlines() if line.strip()]
+        if all("\t" in line for line in lines):
+            return {folder.strip(): name.strip() for folder, _, name in (line.partition("\t") for line in lines)}
+        return lines
+    try:
+        return json.loads(raw)
+    except ValueError as error:
+        raise ParamsError(path, got=f"no JSON ({error})", expected=f"a list of {what}", cure="correct it") from error
+
+
+def _classes(classes: str, templates: str) -> Any:
+    """`--classes` and `--templates` as the params' section."""
+    from pydantic import ValidationError
+
     from modelstock.params import ClassesParams
 
-    names: Any = "imagenet"
-    if given is not None and Path(given).is_file():
-        lines = [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
-        names = [line.strip() for line in lines]
-        if any("\t" in line for line in lines):
-            names = {folder.strip(): name.strip() for folder, _, name in (line.partition("\t") for line in lines)}
-    elif given is not None and given != "imagenet":
-        names = [name.strip() for name in given.split(",")]
-    elif given is None and labels == "classes":
-        raise ParamsError(
-            "--classes", got="none", expected="names, a file or imagenet", cure="say what the folders are"
-        )
-    return ClassesParams(names=names, templates=["{}"])
+    names = classes if classes in ("imagenet", "shapes") else _listed(classes, "class names")
+    if names is None:
+        names = [name.strip() for name in classes.split(",")]
+    texts = templates if templates in ("openai", "shapes") else _listed(templates, "templates") or [templates]
+    try:
+        return ClassesParams(names=names, templates=texts)
+    except ValidationError as error:
+        found = error.errors()[-1]
+        section, text = str(found["loc"][0]), found["msg"].removeprefix("Value error, ")
+        option, given = ("--classes", classes) if section == "names" else ("--templates", templates)
+        raise ParamsError(option, got=repr(given), expected=text, cure="see --help") from None
 
 
 @app.command()
@@ -411,7 +425,11 @@ def prepare(
         "devkit": devkit, "mappings": mappings, "password": password,
     }  # fmt: skip
     try:
-        meant = _classes(classes, labels)
+        if classes is None and labels == "classes":
+            raise ParamsError(
+                "--classes", got="none", expected="names, a file or imagenet", cure="say what the folders are"
+            )
+        meant = _classes(classes or "imagenet", "{}")
         params = PrepareParams(
             seed=0, shard_size=shard_size, workers=workers, short_side=short_side, quality=quality,
             held_out_per_class=held_out_per_class, unreadable=unreadable, splits={name: split},  # type: ignore[dict-item]
@@ -529,39 +547,6 @@ def compare(
     places = {one.identity: one.source for one in everything}
     print(f"report: {out / 'report/comparison.html'}")
     print(f"champion by the held-out cut: {best.name}, {places[best.identity]}")
-
-
-def _listed(text: str, what: str) -> Any:
-    """What a file of names or templates holds, one a line or as JSON, or None where `text` is no file."""
-    path = Path(text)
-    if not path.is_file():
-        return None
-    raw = path.read_text(encoding="utf-8")
-    if path.suffix != ".json":
-        return [line.strip() for line in raw.splitlines() if line.strip()]
-    try:
-        return json.loads(raw)
-    except ValueError as error:
-        raise ParamsError(path, got=f"no JSON ({error})", expected=f"a list of {what}", cure="correct it") from error
-
-
-def _classes(classes: str, templates: str) -> Any:
-    """`--classes` and `--templates` as the params' section."""
-    from pydantic import ValidationError
-
-    from modelstock.params import ClassesParams
-
-    names = classes if classes in ("imagenet", "shapes") else _listed(classes, "class names")
-    if names is None:
-        names = [name.strip() for name in classes.split(",")]
-    texts = templates if templates in ("openai", "shapes") else _listed(templates, "templates") or [templates]
-    try:
-        return ClassesParams(names=names, templates=texts)
-    except ValidationError as error:
-        found = error.errors()[-1]
-        section, text = str(found["loc"][0]), found["msg"].removeprefix("Value error, ")
-        option, given = ("--classes", classes) if section == "names" else ("--templates", templates)
-        raise ParamsError(option, got=repr(given), expected=text, cure="see `modelstock anchor --help`") from None
 
 
 @app.command()
