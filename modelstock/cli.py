@@ -338,7 +338,7 @@ def evaluate(
 
 
 def _listed(text: str, what: str) -> Any:
-    """What a file of names or templates holds, one a line (of names: a folder, a tab, its name) or as JSON; else None."""
+    """What a file of names or templates holds, one a line (or folder, tab, name) or as JSON; None for no file."""
     path = Path(text)
     if not path.is_file():
         return None
@@ -360,10 +360,10 @@ def _classes(classes: str, templates: str) -> Any:
 
     from modelstock.params import ClassesParams
 
-    names = classes if classes in ("imagenet", "shapes") else _listed(classes, "class names")
+    names: Any = classes if classes in ("imagenet", "shapes") else _listed(classes, "class names")
     if names is None:
         names = [name.strip() for name in classes.split(",")]
-    texts = templates if templates in ("openai", "shapes") else _listed(templates, "templates") or [templates]
+    texts: Any = templates if templates in ("openai", "shapes") else _listed(templates, "templates") or [templates]
     try:
         return ClassesParams(names=names, templates=texts)
     except ValidationError as error:
