@@ -272,10 +272,10 @@ def _classes(classes: str, templates: str) -> Any:
 
     from modelstock.params import ClassesParams
 
-    names = classes if classes in ("imagenet", "shapes") else _listed(classes, "class names")
+    names: Any = classes if classes in ("imagenet", "shapes") else _listed(classes, "class names")
     if names is None:
         names = [name.strip() for name in classes.split(",")]
-    texts = templates if templates in ("openai", "shapes") else _listed(templates, "templates") or [templates]
+    texts: Any = templates if templates in ("openai", "shapes") else _listed(templates, "templates") or [templates]
     try:
         return ClassesParams(names=names, templates=texts)
     except ValidationError as error:
