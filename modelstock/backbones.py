@@ -105,7 +105,7 @@ def _hub_file(place: str, tag: Mapping[str, Any]) -> Path:
             place,
             got=f"weights that are not in the cache and cannot be had from the hub ({type(error).__name__}: {line})",
             expected=f"{names[0]} or {names[-1]} of the repository {repository}{also}",
-            cure=f"copy it here, best with the {CONFIG} beside it, and set pretrain.pretrained: PATH (or --pretrained PATH)",
+            cure=f"copy it, best with its {CONFIG} beside it, and set pretrain.pretrained: PATH, or --pretrained PATH",
         ) from error
 
 
@@ -364,7 +364,8 @@ def anchor_of(
 ) -> WeightSet:
     """The anchor w0: the image tower of a CLIP with both towers, and the zero-shot head of names and prompts.
 
-    `meta["clip"]` is the CLIP's identity, which every descendant inherits. `cache`: a folder of heads, by what makes them. `device`: where texts are encoded.
+    `meta["clip"]` is the CLIP's identity, which every descendant inherits. `cache`: a folder of heads, by what makes
+    them. `device`: where texts are encoded.
 
     Raises:
         ParamsError: no tokenizer for the text tower; see modelstock.models.tokenizer.

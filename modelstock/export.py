@@ -224,15 +224,17 @@ def _card(weights: WeightSet, name: str, figures: Any, licence: str | None) -> s
         ]
     lines += ["", "## Use", "```python", *_example(name), "```", ""]
     lines += [
-        f"`{HEAD}` is the fine-tuned head, over normalised image features; `{CLASSES}` has its classes in order. The text "
-        "tower is the backbone's, unchanged, so zero-shot prompts work as well.",
+        f"`{HEAD}` is the fine-tuned head, over normalised image features; `{CLASSES}` has its classes in order. "
+        "The text tower is the backbone's, unchanged, so zero-shot prompts work as well.",
     ]
     if tokenizer := meta["architecture"].get("text_cfg", {}).get("hf_tokenizer_name"):
         lines += [f"The tokenizer is not in this folder: it is that of `{tokenizer}`."]
     of = f"[{base}](https://huggingface.co/{base})" if base else origin
     lines += ["", "## Licence"]
-    lines += [f"The weights derive from those of {of}, whose licence governs them; the terms of the training images may "
-              "add to it." + (f" This folder is published under {licence} as far as that allows." if licence else "")]  # fmt: skip
+    lines += [
+        f"The weights derive from those of {of}, whose licence governs them; the terms of the training images may add "
+        "to it." + (f" This folder is published under {licence} as far as that allows." if licence else "")
+    ]
     return "\n".join(lines) + "\n"
 
 

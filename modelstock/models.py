@@ -139,7 +139,7 @@ def zero_shot_head(
     texts = [template(name) for name in names for template in templates]
     place = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     distinct, parts = list(place), []
-    device = clip.logit_scale.device
+    device = next(clip.parameters()).device
     # A bar where it takes a while, on a terminal.
     with tqdm(total=len(distinct), desc="prompts", unit="text", disable=len(distinct) <= 1000 or None) as bar:
         for start in range(0, len(distinct), batch_size):

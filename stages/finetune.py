@@ -122,18 +122,18 @@ def adopted(params: Params, seed: int, anchor: Path, out: Path) -> bool:
             "finetune.checkpoints", got=f"{len(checkpoints)} of them", expected=f"one a seed, {seed} being number "
             f"{place + 1}", cure="name as many checkpoints as seeds",
         )  # fmt: skip
-    start = load_weights(anchor)
+    deterministic(params.threads)
+    start, source = load_weights(anchor), Path(checkpoints[place])
     names, prompts = start.meta.get("classes"), templates(params.classes)
-    weights = adopt(Path(checkpoints[place]), start, names=names, prompts=prompts)
+    with processes(1, params.device, "stages.finetune") as world:
+        weights = adopt(source, start, names=names, prompts=prompts, device=world.device.type)
     head = weights.meta["made_by"].get("knobs", {}).get("head", "own")
     # However it was made, here it stands for this seed.
-    made = {"stage": "finetune", "seed": seed, "source": Path(checkpoints[place]).name, "knobs": {"head": head}}
+    made = {"stage": "finetune", "seed": seed, "source": source.name, "knobs": {"head": head}}
     meta = {**weights.meta, "made_by": {**made, "version": __version__}}
     WeightSet(weights.tensors, meta, weights.source).save(out / "weights.safetensors")
     write_history(out, [])
-    print(
-        f"seed-{seed}: {checkpoints[place]} adopted with the {head} head, identity {weights.identity[:12]}; no training"
-    )
+    print(f"seed-{seed}: {source} adopted with the {head} head, identity {weights.identity[:12]}; no training")
     return True
 
 

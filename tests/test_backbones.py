@@ -573,14 +573,18 @@ def test_a_pickled_module_is_refused_with_the_cure(tmp_path, own_anchor):
 class Settings:
     """Params with `finetune.checkpoints`, and nothing else that the function reads."""
 
+    threads, device = torch.get_num_threads(), "cpu"
+
     def __init__(self, seeds, checkpoints):
         self.finetune = type("FinetuneParams", (), {"seeds": seeds, "checkpoints": checkpoints})
         self.classes = ClassesParams(names=["cat", "dog"], templates=["a photo of a {}."])
 
 
-def test_a_seed_takes_the_checkpoint_in_its_place_and_does_not_train(tmp_path, own_anchor, capsys):
-    from stages.finetune import adopted
+def test_a_seed_takes_the_checkpoint_in_its_place_and_does_not_train(tmp_path, own_anchor, capsys, monkeypatch):
+    from stages import finetune as stage
 
+    monkeypatch.setattr(stage, "deterministic", lambda threads: None)
+    adopted = stage.adopted
     own_anchor.save(tmp_path / "anchor.safetensors")
     for number in (0, 1):
         state, layer = tuned(number)
