@@ -9,6 +9,9 @@ ModelstockError            every one of them: say place, got, expected, cure in 
 └── TrackingError          the MLflow server or its store
 """
 
+from functools import partial
+from typing import Any
+
 
 class ModelstockError(Exception):
     """One line that names the place, what was found there, what belongs there, and the cure."""
@@ -16,6 +19,10 @@ class ModelstockError(Exception):
     def __init__(self, place: object, *, got: object, expected: object, cure: str) -> None:
         super().__init__(f"{place}: got {got}; expected {expected}; {cure}")
         self.place, self.got, self.expected, self.cure = str(place), str(got), str(expected), cure
+
+    def __reduce__(self) -> Any:
+        """Errors cross from one process to another."""
+        return partial(type(self), got=self.got, expected=self.expected, cure=self.cure), (self.place,)
 
 
 class ParamsError(ModelstockError):

@@ -105,14 +105,14 @@ class _Scorer:
             self.saved = self.scored
 
 
-class Batches(Dataset[Decoded]):
+class Batches(Dataset[Decoded | DataError]):
     """One item a batch of at most `batch_size` examples in their order, framed in every way that is asked for."""
 
     def __init__(self, folder: Path, manifest: Manifest, framings: Sequence[Framing], batch_size: int) -> None:
         self._folder, self._images, self._framings = folder, InShards(folder, manifest), framings
         self._batch_size = batch_size
 
-    def __getitem__(self, number: int) -> Decoded:
+    def __getitem__(self, number: int) -> Decoded | DataError:
         labels = self._images.labels[number * self._batch_size : (number + 1) * self._batch_size]
         rows = range(number * self._batch_size, number * self._batch_size + len(labels))
         framed: list[list[NDArray[np.uint8]]] = []
@@ -121,16 +121,23 @@ class Batches(Dataset[Decoded]):
                 image = self._images.cut(row)
                 framed.append([framing(image) for framing in self._framings])
             except (OSError, ValueError) as error:
-                raise DataError(
+                # Given back rather than raised: torch would wrap what a worker raises.
+                return DataError(
                     f"{self._folder}, example {row}", got=f"{type(error).__name__}: {error}",
                     expected="an image that decodes", cure="run the stage prepare again for this split",
-                ) from error  # fmt: skip
+                )  # fmt: skip
         return [torch.from_numpy(np.stack(images)) for images in zip(*framed, strict=True)], torch.from_numpy(labels)
 
     def load(self, start: int, *, workers: int, pin: bool) -> Iterator[Decoded]:
         """The batches from number `start` on, decoded ahead by `workers` processes, or by this one."""
         numbers = range(start, -(-len(self._images.labels) // self._batch_size))
-        return iter(DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pin))
+        loader: DataLoader[Decoded | DataError] = DataLoader(
+            self, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pin
+        )
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
 
 
 class Frames:

@@ -181,11 +181,12 @@ evaluation.score(folder / "data", [load_weights(folder / "a.safetensors")], cach
     assert equal(again, score(tmp_path / "data", variants[:1], batch_size=10))
 
 
-def test_an_image_that_does_not_decode_is_named(tmp_path, variants, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_does_not_decode_is_named(tmp_path, variants, monkeypatch, workers):
     make_split(tmp_path, "shapes", 30)
     monkeypatch.setattr(evaluation.InShards, "cut", lambda self, row: Image.open(io.BytesIO(b"no image")))
     with pytest.raises(DataError, match=r"example 0: got UnidentifiedImageError: .*; expected an image that decodes"):
-        score(tmp_path, variants)
+        score(tmp_path, variants, workers=workers)
 
 
 def test_the_ensemble_is_the_mean_of_the_members_logits(tmp_path, variants):
