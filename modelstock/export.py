@@ -84,7 +84,7 @@ def _check(weights: WeightSet, clip: WeightSet) -> tuple[str, ...]:
                      "name the CLIP that the weights were fine-tuned from")  # fmt: skip
     ancestors = {weights.meta.get("clip"), *weights.meta.get("parents", [])}
     if clip.identity not in ancestors:
-        known = str(weights.meta.get("clip") or "none recorded")[:12]
+        known = str(weights.meta.get("clip", ""))[:12] or "none recorded"
         raise refuse(clip.source, f"the CLIP {clip.identity[:12]}", f"the ancestor of {weights.source} ({known})",
                      "name the CLIP that its anchor was made of")  # fmt: skip
     own = {n: t.shape for n, t in weights.tensors.items() if n.startswith("visual.")}
