@@ -159,8 +159,9 @@ class Tracker:
     ) -> str:
         """A finished weight set: its run, params, history, LoggedModel, and metrics by benchmark. Returns the run id.
 
-        `metrics`: benchmark -> {metric: value}; `datasets`: benchmark -> sha256 of its data; `held_out`: the benchmark with
-        that role, whose data validate. A second call with the same arguments changes nothing.
+        `metrics`: benchmark -> {metric: value}; `datasets`: benchmark -> sha256 of its data; `held_out`: the benchmark
+        of that role, whose data are for validation, all others for tests. A second call with the same arguments
+        changes nothing.
         """
         found = load_weights(weights)
         made = found.meta.get("made_by", {})

@@ -22,7 +22,7 @@ from stages import run
 
 
 def cosines(anchor: WeightSet, seeds: dict[int, WeightSet]) -> dict[str, Any]:
-    """Quantiles, over tensors and pairs of seeds, of the cosine between two seeds' updates; empty where none has two."""
+    """Quantiles, over tensors and pairs of seeds, of the cosine between two seeds' updates; empty without any."""
     found = []
     for name, origin in anchor.tensors.items():
         if origin.dtype.kind == "f":

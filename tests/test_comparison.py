@@ -1,11 +1,12 @@
 """The statistics against values worked by hand, published values and simulations of what they promise."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 
-from modelstock.comparison import champion, compare, mcnemar, percentile, resampled, wilson
+from modelstock.comparison import champion, compare, mcnemar, metrics, per_class, percentile, resampled, wilson
 from modelstock.errors import DataError
 from modelstock.scores import Row, Scores
 
@@ -30,19 +31,45 @@ ACCURACY = {
     "shift-b": [0.45, 0.30, 0.32, 0.28, 0.34, 0.34, 0.38, 0.38, 0.40, 0.42, 0.33, 0.37],
 }
 ROLES = {"held-out": "held-out", "shapes": "in-distribution", "shift-a": "shift", "shift-b": "shift"}
+LABELS = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
 
 
 def made(name: str, accuracies: list[float], count: int = 400, rows: tuple[Row, ...] = ROWS) -> Scores:
-    """Exactly these accuracies: examples have a difficulty in common, and a row gets the easiest share right."""
+    """Exactly these accuracies: examples have a difficulty in common, and a row gets the easiest share right.
+
+    Row i is sure of each of its answers by 0.9 - i / 100, has an NLL of 1 + i / 10 on each example, and the truth among
+    its first five on the nine tenths that are the easiest, or on what it gets right where that is more.
+    """
     difficulty = np.random.default_rng(len(name)).permutation(count)
     correct = np.stack([difficulty < round(a * count) for a in accuracies])
-    prediction = np.where(correct, 0, 1).astype(np.int32)
-    return Scores(name, ROLES[name], "d" * 64, rows, correct, prediction, np.ones(correct.shape, np.float32))
+    truth = (np.arange(count) % len(LABELS)).astype(np.int32)
+    prediction = np.where(correct, truth, (truth + 1) % len(LABELS)).astype(np.int32)
+    number = np.arange(len(rows), dtype=np.float32)[:, None] * np.ones(count, np.float32)
+    return Scores(
+        name, ROLES[name], "d" * 64, rows, LABELS, truth, correct, correct | (difficulty < 0.9 * count), prediction,
+        np.float32(0.9) - number / 100, 1 + number / 10,
+    )  # fmt: skip
+
+
+def without_shifts(results):
+    return [s for s in results if s.role != "shift"]
 
 
 @pytest.fixture(scope="module")
 def results():
     return [made(name, accuracies) for name, accuracies in ACCURACY.items()]
+
+
+def few(confidence, correct, correct5=None, truth=None, labels=("no", "yes")):
+    """One row's scores on a handful of examples."""
+    right = np.array([correct], bool)
+    truth = np.array(truth if truth is not None else [0] * len(correct), np.int32)
+    right5 = right if correct5 is None else np.array([correct5], bool)
+    nll = np.arange(len(correct), dtype=np.float32)[None]
+    return Scores(
+        "few", "in-distribution", "d" * 64, ROWS[1:2], labels, truth, right, right5,
+        np.where(right, truth, 1 - truth).astype(np.int32), np.array([confidence], np.float32), nll,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -93,24 +120,104 @@ def line(comparison, start):
 def test_means_and_differences_by_hand(comparison):
     stock = line(comparison, "model_stock of 2, mean of 2")
     assert stock.accuracy["shapes"].value == pytest.approx(0.76)
-    assert stock.shift_mean.value == pytest.approx(0.48)
+    assert stock.summary["in-distribution"] == stock.accuracy["shapes"]
+    assert stock.summary["shifts"].value == pytest.approx(0.48)
     assert stock.over_seed["in-distribution"].value == pytest.approx(0.76 - 0.70)
     assert stock.over_seed["shifts"].value == pytest.approx(0.48 - 0.40)
     assert stock.over_uniform["in-distribution"].value == pytest.approx(0.02)
     assert stock.over_uniform["shifts"].value == pytest.approx(0.04)
     assert stock.over_uniform["shifts"].low <= 0.04 <= stock.over_uniform["shifts"].high
     assert stock.over_uniform["shifts"].low > 0
-    assert stock.spread == (pytest.approx(0), pytest.approx(0))
+    assert stock.spread == {"in-distribution": pytest.approx(0), "shifts": pytest.approx(0)}
     seeds = line(comparison, "mean single seed")
     assert seeds.accuracy["shapes"].value == pytest.approx(0.70)
-    assert seeds.spread == (pytest.approx(0.02), pytest.approx(0.02))
-    assert line(comparison, "zero-shot").shift_mean.value == pytest.approx(0.55)
+    assert seeds.spread == {"in-distribution": pytest.approx(0.02), "shifts": pytest.approx(0.02)}
+    assert line(comparison, "zero-shot").summary["shifts"].value == pytest.approx(0.55)
     assert line(comparison, "uniform of 2").over_uniform == {}
 
 
 def test_of_a_methods_knobs_the_one_best_on_the_held_out_cut_is_shown(comparison):
     assert line(comparison, "wise_ft").rows == ("wise_ft/0-1-2@0.6",)
     assert "wise_ft/0-1-2@0.3" in comparison.accuracy
+
+
+def test_top5_and_nll_are_means_over_examples():
+    found = metrics(few([0.5] * 4, [True, False, False, True], [True, True, False, True]), 0)
+    assert found == {"top1": 0.5, "top5": 0.75, "nll": 1.5, "ece": 0.0}
+
+
+def test_calibration_error_by_hand_on_ten_examples():
+    # Fifteen bins: 0.42 and 0.45 share the seventh, 0.4 to 0.4667; 0.62 and 0.65 the tenth, 0.6 to 0.6667; 0.8 to
+    # 0.8667 is the thirteenth, and 0.95 and the like lie in the last.
+    confidence = [0.42, 0.45, 0.62, 0.65, 0.81, 0.82, 0.85, 0.95, 0.96, 0.99]
+    correct = [True, False, False, False, True, True, False, True, True, True]
+    by_hand = (abs(1 - 0.87) + abs(0 - 1.27) + abs(2 - 2.48) + abs(3 - 2.90)) / 10
+    assert by_hand == pytest.approx(0.198)
+    assert metrics(few(confidence, correct), 0)["ece"] == pytest.approx(0.198, abs=1e-6)
+
+
+def test_a_confidence_that_rounds_to_one_lies_in_the_last_bin_and_one_above_is_no_logit():
+    # The last bin holds 0.95 right and 1 wrong: |1 - 1.95| / 2. Two bins of one would give (0.05 + 1) / 2.
+    assert metrics(few([0.95, 1.0], [True, False]), 0)["ece"] == pytest.approx(0.475, abs=1e-6)
+    above = np.nextafter(np.float32(1), np.float32(2))
+    assert metrics(few([0.95, above], [True, False]), 0)["ece"] == pytest.approx(0.475, abs=1e-6)
+
+
+def test_calibration_error_is_that_of_the_predicted_label_among_many():
+    import torch
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    generator = np.random.default_rng(5)
+    shares = torch.from_numpy(generator.dirichlet([0.3] * 7, 500).astype(np.float32))
+    truth = torch.from_numpy(generator.integers(0, 7, 500))
+    confidence, prediction = shares.max(dim=1)
+    expected = multiclass_calibration_error(shares, truth, num_classes=7, n_bins=15)
+    found = metrics(few(confidence.numpy(), (prediction == truth).numpy()), 0)["ece"]
+    assert found == pytest.approx(float(expected), abs=1e-5)
+    assert found > 0.1
+
+
+def test_accuracy_by_class_by_hand():
+    scores = few([0.5] * 5, [True, False, True, True, False], truth=[0, 0, 0, 2, 2], labels=("ant", "bee", "cat"))
+    np.testing.assert_allclose(per_class(scores), [[2 / 3, np.nan, 1 / 2]])
+
+
+def test_every_row_has_every_metric_on_every_benchmark(results, comparison):
+    found = comparison.metrics["seed-1"]
+    assert set(found) == set(ACCURACY)
+    assert found["shift-a"]["top1"] == pytest.approx(0.52)
+    assert found["shift-a"]["top5"] == pytest.approx(0.9)
+    assert found["shift-a"]["nll"] == pytest.approx(1.2)
+    assert found["shift-a"]["ece"] == pytest.approx(0.88 - 0.52, abs=1e-6)
+    classes = comparison.classes["shapes"]
+    assert (classes.labels, classes.images) == (LABELS, (50,) * 8)
+    truth, correct = results[1].truth, results[1].correct[2]
+    assert classes.accuracy["seed-1"][3] == correct[truth == 3].mean()
+
+
+def test_a_label_without_images_has_no_accuracy(results):
+    wider = [dataclasses.replace(s, labels=(*LABELS, "yak")) for s in results]
+    classes = compare(wider, draws=100).classes["shapes"]
+    assert classes.images[-1] == 0
+    assert {shares[-1] for shares in classes.accuracy.values()} == {None}
+
+
+def test_without_shifts_everything_about_them_is_absent_and_the_rest_is_as_with_them(results, comparison):
+    alone = compare(without_shifts(results), draws=500)
+    assert alone.summaries == ("in-distribution",)
+    assert comparison.summaries == ("in-distribution", "shifts")
+    assert alone.shifts == ()
+    assert alone.champion == comparison.champion
+    for found, full in zip(alone.lines, comparison.lines, strict=True):
+        assert found.name == full.name
+        assert found.accuracy == {b: full.accuracy[b] for b in found.accuracy}
+        for part in ("summary", "spread", "over_seed", "over_uniform"):
+            with_shifts = getattr(full, part)
+            assert getattr(found, part) == {k: v for k, v in with_shifts.items() if k == "in-distribution"}, part
+    test = alone.tests["uniform"]["model_stock/0-1"]
+    assert set(test) == {"in-distribution"}
+    # Two tests in the family where there were four: Holm's correction doubles the smaller p.
+    assert test["in-distribution"].holm == pytest.approx(2 * 2 / 2**8)
 
 
 def test_tests_are_against_the_uniform_soup_of_the_same_seeds_and_the_median_seed(comparison):
@@ -145,20 +252,25 @@ def test_the_champion_is_the_best_single_weight_set_on_the_held_out_cut_and_look
 
 def test_the_same_seed_gives_the_same_comparison(results, comparison):
     assert compare(results, draws=500) == comparison
-    assert compare(results, draws=500, seed=1).shift_mean != comparison.shift_mean
+    assert compare(results, draws=500, seed=1).summary != comparison.summary
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda r: r[1:], "0 benchmarks with the role held-out"),
-        (lambda r: r[:2], "no benchmark with the role shift"),
+        (lambda r: [r[0], *r[2:]], "0 benchmarks with the role in-distribution"),
+        (lambda r: [*r, r[1]], "2 benchmarks with the role in-distribution"),
         (
             lambda r: [*r[:3], dataclasses.replace(r[3], rows=ROWS[:-1])],
             "shift-b: got rows that differ: ensemble/0-1-2",
         ),
         (lambda r: [dataclasses.replace(s, rows=(ROWS[0], *ROWS[:-1])) for s in r], "2 rows named anchor"),
         (lambda r: [dataclasses.replace(s, rows=ROWS[:1], correct=s.correct[:1]) for s in r], "no row of kind seed"),
+        (
+            lambda r: [*r[:3], dataclasses.replace(r[3], nll=np.where(r[3].truth == 2, math.inf, r[3].nll))],
+            "shift-b, row anchor: got nll that is NaN or infinite",
+        ),
     ],
 )
 def test_results_that_cannot_be_compared_are_refused(results, change, message):

@@ -1,6 +1,7 @@
 """The report says what the comparison says, in bytes that repeat."""
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -8,15 +9,31 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from test_comparison import ACCURACY, made
+from test_comparison import ACCURACY, LABELS, ROWS, made, without_shifts
 
 from modelstock.comparison import compare
-from modelstock.report import summary_lines, write_report
+from modelstock.report import as_class_csv, as_markdown, as_validation_csv, summary_lines, write_report
+
+
+def results():
+    return [made(name, accuracies) for name, accuracies in ACCURACY.items()]
 
 
 @pytest.fixture(scope="module")
 def comparison():
-    return compare([made(name, accuracies) for name, accuracies in ACCURACY.items()], draws=200)
+    return compare(results(), draws=200)
+
+
+def table(text, heading):
+    """The cells of the first table after a heading, its own line of heads first."""
+    lines = text.split(f"{heading}\n", 1)[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return [rows[0], *rows[2:]]
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +53,9 @@ def test_the_bytes_repeat(comparison, folder, tmp_path):
         "figure.png",
         "metrics.json",
         "accuracy.csv",
+        "held_out.csv",
+        "per_class.csv",
+        "quality.json",
     }
     assert all((folder / n).read_bytes() == (tmp_path / n).read_bytes() for n in names)
 
@@ -67,7 +87,7 @@ def test_the_page_needs_no_other_file_and_no_network(folder):
     page = (folder / "comparison.html").read_text()
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
     assert "http" not in page
-    assert page.count("<table>") == 5
+    assert page.count("<table>") == 7
 
 
 def test_the_figure_shows_something(folder):
@@ -81,3 +101,115 @@ def test_the_terminal_gets_the_same_lines(comparison):
     text = summary_lines(comparison)
     assert all(line.name in text for line in comparison.lines)
     assert "+6.0 [" in text
+
+
+def test_the_main_table_has_the_benchmarks_in_distribution_first_then_each_shift_and_their_mean(folder):
+    rows = table((folder / "comparison.md").read_text(), "# Comparison of merges")
+    assert rows[0] == ["weights", "shapes", "shift-a", "shift-b", "mean of shifts"]
+    assert [cells[0] for cells in rows[1:4]] == [
+        "zero-shot anchor",
+        "mean single seed",
+        "best single seed on held-out (seed-1)",
+    ]
+    assert [re.sub(r" ±.*", "", cell) for cell in rows[1]] == ["zero-shot anchor", "60.0", "65.0", "45.0", "55.0"]
+    assert rows[1][1] == "60.0 ± 4.8"  # Wilson's of 240 among 400: 0.5513 to 0.6468
+
+
+def test_calibration_is_the_mean_over_a_lines_weight_sets_and_over_the_shifts(comparison, folder):
+    rows = table((folder / "comparison.md").read_text(), "## Calibration and top-5")
+    assert rows[0] == ["weights", "top-5", "NLL", "ECE", "shifts, NLL", "shifts, ECE"]
+    assert [cells[0] for cells in rows[1:]] == [line.name for line in comparison.lines]
+    # Seeds are rows 1 to 3: NLL 1.1, 1.2, 1.3; sure by 0.89, 0.88, 0.87 and right on 0.70, 0.72, 0.68 in distribution,
+    # and on 0.50, 0.52, 0.48 and 0.30, 0.32, 0.28 of the shifts: 0.88 - 0.70 and 0.88 - 0.40 in the mean.
+    assert rows[2] == ["mean single seed", "90.0", "1.200", "18.0", "1.200", "48.0"]
+    quality = json.loads((folder / "quality.json").read_text())
+    assert quality["lines"]["mean single seed"]["shift-a"] == {"top1": 0.5, "top5": 0.9, "nll": 1.2, "ece": 0.38}
+    assert quality["rows"]["seed-1"]["shapes"] == {"top1": 0.72, "top5": 0.9, "nll": 1.2, "ece": 0.16}
+
+
+def test_top5_is_left_out_where_no_benchmark_has_more_than_five_labels():
+    few = [dataclasses.replace(s, labels=LABELS[:5], truth=s.truth % 5) for s in results()]
+    text = as_markdown(compare(few, draws=100), {})
+    assert "op-5" not in text
+    assert table(text, "## Calibration")[0] == ["weights", "NLL", "ECE", "shifts, NLL", "shifts, ECE"]
+
+
+def test_classes_that_the_champion_gains_and_loses_most_on_by_hand():
+    # Six labels of 10 to 60 images; every seed has the first half of each label's right. The champion has all of "fox",
+    # 60 % of "bee", none of "dog", and of the others what the seeds have.
+    truth = np.repeat(np.arange(6), [10, 20, 30, 40, 50, 60]).astype(np.int32)
+    place = np.concatenate([np.arange(n) / n for n in (10, 20, 30, 40, 50, 60)])
+    seed, best = place < 0.5, np.where(truth == 5, True, np.where(truth == 1, place < 0.6, place < 0.5) & (truth != 3))
+    rows = [row for row in ROWS if row.kind == "seed"] + [ROWS[6]]
+    correct = np.stack([seed, seed, seed, best])
+    sets = [
+        dataclasses.replace(
+            made(name, [0.5] * 4, len(truth), tuple(rows)), correct=correct, truth=truth, labels=("a|b", *LABELS[1:6])
+        )
+        for name in ("held-out", "shapes")
+    ]
+    found = compare(sets, draws=100)
+    assert found.champion == "model_stock/0-1"
+    assert table(as_markdown(found, {}), "## Classes") == [
+        ["class", "images", "mean single seed", "champion", "change"],
+        ["fox", "60", "50.0", "100.0", "+50.0"],
+        ["bee", "20", "50.0", "60.0", "+10.0"],
+        ["dog", "40", "50.0", "0.0", "-50.0"],
+    ]
+
+
+def test_accuracy_by_class_has_every_weight_set_or_beyond_fifty_thousand_lines_the_first_of_each_line(comparison):
+    rows = list(csv.DictReader(io.StringIO(as_class_csv(comparison))))
+    assert len(rows) == 12 * 4 * 8
+    assert rows[0].keys() == {"row", "benchmark", "label", "images", "accuracy"}
+    of = [r for r in rows if (r["row"], r["benchmark"]) == ("seed-0", "shapes")]
+    assert [r["label"] for r in of] == list(LABELS)
+    assert sum(float(r["accuracy"]) * int(r["images"]) for r in of) / 400 == pytest.approx(70, abs=1e-3)
+    many = tuple(f"class {i}" for i in range(1100))  # 12 rows x 4 benchmarks x 1,100
+    wide = compare([dataclasses.replace(s, labels=many) for s in results()], draws=100)
+    rows = list(csv.DictReader(io.StringIO(as_class_csv(wide))))
+    assert list(dict.fromkeys(r["row"] for r in rows)) == [
+        "anchor", "seed-0", "seed-1", "greedy/0-2", "model_stock/0-1", "uniform/0-1", "ensemble/0-1-2", "wise_ft/0-1-2@0.6",
+    ]  # fmt: skip
+    assert (rows[8]["images"], rows[8]["accuracy"]) == ("0", "")
+    assert "for the first weight set of each line" in as_markdown(wide, {})
+    assert "for every weight set" in as_markdown(comparison, {})
+
+
+def test_published_figures_stand_beside_ours(comparison):
+    figure = {
+        "row": "zero-shot anchor", "backbone": "ViT-B/32", "figure": "imagenet", "published": 63.3, "ours": 62.91,
+        "low": 62.5, "high": 63.34, "gap": -0.39, "within": True, "source": "open_clip's table",
+    }  # fmt: skip
+    text = as_markdown(comparison, {"published": [figure]})
+    assert table(text, "## Beside published figures")[1] == [
+        "zero-shot anchor", "ViT-B/32", "imagenet", "63.3", "62.9 [62.5, 63.3]", "-0.4", "yes", "open_clip's table",
+    ]  # fmt: skip
+    assert "Beside" not in as_markdown(comparison, {"published": []})
+
+
+def test_the_held_out_curve_is_over_the_seeds_that_have_one_and_only_a_head_line_where_none_has():
+    one = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "validation/top1": 0.5}]
+    other = [{"step": 2, "validation/top1": 0.75}]
+    assert as_validation_csv([one, [], other]) == "step,high,low,mean\n2,75.0,50.0,62.5\n"
+    assert as_validation_csv([[], []]) == "step,high,low,mean\n"
+
+
+def test_without_shifts_no_file_mentions_them(comparison, tmp_path):
+    alone = compare(without_shifts(results()), draws=200)
+    write_report(alone, tmp_path, facts={})
+    for path in tmp_path.iterdir():
+        if path.suffix != ".png":
+            text = re.sub(r"data:image/png;base64,[^\"]*", "", path.read_text()).replace('"shifts": []', "")
+            assert "shift" not in text, path.name
+            assert "nan" not in re.findall(r"\w+", text.lower()), path.name
+    text = (tmp_path / "comparison.md").read_text()
+    assert table(text, "# Comparison of merges")[0] == ["weights", "shapes"]
+    assert table(text, "## Differences, in points")[0] == ["weights", "over mean seed", "over uniform soup"]
+    assert (tmp_path / "comparison.html").read_text().count("<table>") == 7
+    assert json.loads((tmp_path / "metrics.json").read_text())["mean single seed"] == {"shapes": 70.0}
+    with Image.open(tmp_path / "figure.png") as picture:
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+    shown = summary_lines(alone)
+    assert all(line.name in shown for line in alone.lines)
+    assert "shifts" not in shown

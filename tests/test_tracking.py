@@ -119,6 +119,15 @@ def test_an_ensemble_has_a_run_and_no_model(tmp_path):
     assert tracker.client.search_logged_models([tracker.experiment]) == []
 
 
+def test_data_of_the_held_out_benchmark_are_for_validation_whatever_its_name(tmp_path):
+    tracker = Tracker(tmp_path, "e")
+    metrics, data = {"val": {"ece": 0.1}, "shapes": {"ece": 0.2}}, {"val": "a" * 64, "shapes": "b" * 64}
+    run = tracker.record_scores("e" * 64, name="r", metrics=metrics, datasets=data, params={}, held_out="val")
+    inputs = tracker.client.get_run(run).inputs.dataset_inputs
+    contexts = {d.dataset.name: [t.value for t in d.tags if t.key == "mlflow.data.context"] for d in inputs}
+    assert contexts == {"val": ["validation"], "shapes": ["test"]}
+
+
 def test_the_alias_moves_to_the_new_champion(tmp_path, weights):
     tracker = Tracker(tmp_path, "e")
     record(tracker, weights)
