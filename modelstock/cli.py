@@ -490,7 +490,7 @@ def compare(
     from modelstock.evaluation import collect, ensemble_identity, score
     from modelstock.experiment import merge_subsets
     from modelstock.methods import METHODS
-    from modelstock.report import summary_lines, write_report
+    from modelstock.report import published_figures, summary_lines, write_report
     from modelstock.scores import Row, save_scores
     from modelstock.shards import check_classes, load_manifest
     from modelstock.soups import ensembles, row_of
@@ -541,7 +541,8 @@ def compare(
         results.append(collect(folder, rows, outcomes))
         save_scores(out / "results" / f"{results[-1].benchmark}.safetensors", results[-1])
     comparison = compared(results, draws=draws)
-    write_report(comparison, out / "report", facts={"champion": comparison.champion})
+    published = published_figures(comparison, origin.meta.get("backbone"))
+    write_report(comparison, out / "report", facts={"champion": comparison.champion, "published": published})
     print(summary_lines(comparison))
     best = next(row for row in rows if row.name == comparison.champion)
     places = {one.identity: one.source for one in everything}

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from modelstock.comparison import Comparison, Estimate, Line, Test
 from modelstock.files import atomic_path, write_json
+from modelstock.published import beside, matching
 from modelstock.scores import Row
 
 matplotlib.use("Agg")
@@ -193,6 +194,19 @@ def _published(figures: Sequence[Mapping[str, Any]]) -> str:
         for f in figures
     ]
     return _table(head, body)
+
+
+def published_figures(comparison: Comparison, backbone: Mapping[str, str] | None) -> list[dict[str, Any]]:
+    """Published figures of the anchor's backbone {name, pretrained}, with ours beside; see modelstock.published."""
+    lines = {
+        line.name: {
+            figure: (100 * e.value, 100 * e.low, 100 * e.high)
+            for figure, e in (*line.accuracy.items(), *((MEANS[s], line.summary[s]) for s in comparison.summaries[1:]))
+        }
+        for line in comparison.lines
+    }
+    rows = matching(backbone, [comparison.in_distribution, *comparison.shifts])
+    return [dataclasses.asdict(found) for found in beside(rows, lines)]
 
 
 def as_markdown(comparison: Comparison, facts: Mapping[str, Any]) -> str:

@@ -163,7 +163,7 @@ class Tracker:
         of that role, whose data are for validation, all others for tests. A second call with the same arguments
         changes nothing.
         """
-        found = load_weights(weights)
+        found = load_weights(weights, lazy=True)
         made = found.meta.get("made_by", {})
         params = {k: v for k, v in made.items() if k not in ("knobs", "key", "members")}
         params |= {f"knobs.{k}": v for k, v in made.get("knobs", {}).items()}

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from modelstock.comparison import Comparison, compare
 from modelstock.errors import TrackingError, WeightsError
 from modelstock.params import TrackingParams, load_params
-from modelstock.report import summary_lines, write_report
+from modelstock.report import published_figures, summary_lines, write_report
 from modelstock.scores import Scores, load_scores
 from modelstock.scratch import read_history
 from modelstock.soups import beside, finetuned
@@ -56,7 +56,7 @@ def located(results: list[Scores], paths: list[Path]) -> dict[str, Path]:
         WeightsError: no file has a row's weights.
     """
     # Of equal tensors in two files, as a greedy soup of one seed gives, the first is the one that counts.
-    files = {load_weights(p).identity: p for p in reversed(paths)}
+    files = {load_weights(p, lazy=True).identity: p for p in reversed(paths)}
     missing = [row.name for row in results[0].rows if row.kind != "ensemble" and row.identity not in files]
     if missing:
         raise WeightsError(
@@ -90,7 +90,7 @@ def track(params: TrackingParams, results: list[Scores], comparison: Comparison,
         parent = next((p for p in (str(file), str(file.parent)) if p in hashes), None)
         own |= {"dvc.md5": hashes[parent]} if parent else {}
         history = file.with_name("history.jsonl")
-        key = load_weights(file).meta["made_by"].get("key")
+        key = load_weights(file, lazy=True).meta["made_by"].get("key")
         tracker.record(
             file, name=row.name, key=key, history=history if key and history.exists() else None,
             tags=own, metrics=metrics, datasets=datasets, held_out=comparison.held_out,
@@ -110,8 +110,11 @@ def main(results: Path, models: Path, out: Path) -> None:
     paths += [p for p in beside(tuned, models / "periodic", models / "longer", params) if p.exists()]
     files = located(scores, paths)
     comparison = compare(scores, draws=params.compare.draws, seed=params.compare.seed)
-    angles = cosines(load_weights(anchor), finetuned(tuned, params.finetune.seeds))
-    facts = {"champion": comparison.champion, **({"cosines": angles} if angles else {})}
+    origin = load_weights(anchor, lazy=True)
+    angles = cosines(origin, finetuned(tuned, params.finetune.seeds, lazy=True))
+    published = published_figures(comparison, origin.meta.get("backbone"))
+    facts: dict[str, Any] = {"champion": comparison.champion, "cosines": angles, "published": published}
+    facts = {name: value for name, value in facts.items() if value}
     histories = [path for seed in params.finetune.seeds if (path := tuned / str(seed) / "history.jsonl").exists()]
     write_report(comparison, out, facts=facts, histories=[read_history(path) for path in histories])
     try:
