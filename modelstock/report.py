@@ -159,7 +159,7 @@ def _class_changes(comparison: Comparison) -> str:
         single = [share for seed in seeds if (share := classes.accuracy[seed][place]) is not None]
         if best is not None:
             mean = sum(single) / len(single)
-            changes.append((best - mean, label, images, mean, best))
+            changes.append((round(best - mean, 9), label, images, mean, best))  # no change is none, not 1e-17
     changes.sort(key=lambda change: -change[0])  # stable: of equal ones, in the order of the labels
     shown = [change for change in changes[:CHANGED] if change[0] > 0]
     shown += [change for change in changes[-CHANGED:] if change[0] < 0]
