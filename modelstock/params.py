@@ -201,7 +201,8 @@ class FilesSplit(Section):
     published layouts (modelstock.sources). `role`: what a test set stands for; `train` and `held-out` have theirs by
     their names. `part`: all images, or those that are (`held-out`) or are not (`train`) in the cut of
     `held_out_per_class` images a class. `devkit`: ImageNet's development kit, for labels of the flat validation set.
-    `mappings`: ObjectNet's folder of that name, where it is not beside the images. `password`: of a zip archive.
+    `mappings`: ObjectNet's folder of that name, where it is not beside the images. `password`: of a zip archive, which
+    Python decrypts slowly: unpacking it first is faster.
     """
 
     source: Literal["files"]

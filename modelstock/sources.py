@@ -38,7 +38,7 @@ IMAGES = frozenset(
 _TEXTS = frozenset(
     (".txt", ".md", ".json", ".csv", ".tsv", ".xml", ".html", ".pdf", ".yaml", ".yml", ".log", ".mat", ".ini", ".url")
 )  # fmt: skip
-_JUNK = frozenset(("thumbs.db", "desktop.ini", "__macosx", "license", "readme"))
+_JUNK = frozenset(("thumbs.db", "desktop.ini", "license", "readme"))
 _FLAT = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")
 OBJECTNET_BORDER = 2  # pixels of red around every image of ObjectNet, there to find it in training sets
 _MAPPINGS = (
@@ -208,7 +208,8 @@ def read_devkit(path: Path) -> list[str]:
 
 def _is_junk(path: str) -> bool:
     parts = path.lower().split("/")
-    return any(part.startswith(".") or part in _JUNK for part in parts) or splitext(parts[-1])[1] in _TEXTS
+    hidden = any(part.startswith(".") or part == "__macosx" for part in parts)
+    return hidden or parts[-1] in _JUNK or splitext(parts[-1])[1] in _TEXTS
 
 
 def _is_image(path: str) -> bool:
