@@ -147,7 +147,7 @@ def _source(params: OpenClipPretraining) -> tuple[dict[str, Any], Path | None, M
     tags = {tag: published.get_pretrained_cfg(name, tag) for tag in published.list_pretrained_tags_by_model(name)}
     tag = wanted.lower().replace("-", "_")
     path = Path(wanted)
-    if tag in tags and not path.exists():
+    if tag in tags:
         config = _model_config(name)
         _check_activation(name, config, wanted, tags[tag])
         return config, _hub_file(f"pretrain.pretrained {name} {wanted}", tags[tag]), tags[tag]
