@@ -113,7 +113,7 @@ def train_seed(
 def adopted(params: Params, seed: int, anchor: Path, out: Path) -> bool:
     """Whether `finetune.checkpoints` brings this seed's weights: then they are written to `out` with no history."""
     # The i-th checkpoint stands for the i-th seed.
-    checkpoints = getattr(params.finetune, "checkpoints", None)
+    checkpoints = params.finetune.checkpoints
     if not checkpoints:
         return False
     place = params.finetune.seeds.index(seed)
