@@ -296,7 +296,7 @@ def test_the_command_does_the_same_without_params(tmp_path):
     (["--role", "test", "--classes", "cat,dog"], "--role: got 'test' for 'pets'"),
     (["--role", "train", "--name", "x", "--classes", "cat,dog"], "--name: got 'x'; expected 'train'"),
     (["--role", "shift"], "--classes: got none"),
-    (["--role", "shift", "--classes", "cat,cat"], "names: Value error, two names or more, each once"),
+    (["--role", "shift", "--classes", "cat,cat"], "got 'cat,cat'; expected two names or more, each once"),
     (["--role", "shift", "--labels", "imagenet-x"], "labels: Input should be"),
 ])  # fmt: skip
 def test_its_mistakes_are_named(tmp_path, options, message):

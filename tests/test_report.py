@@ -15,7 +15,14 @@ from test_comparison import ACCURACY, LABELS, ROWS, made, without_shifts
 
 from modelstock.comparison import compare
 from modelstock.errors import WeightsError
-from modelstock.report import as_class_csv, as_markdown, as_validation_csv, summary_lines, write_report
+from modelstock.report import (
+    as_class_csv,
+    as_markdown,
+    as_validation_csv,
+    published_figures,
+    summary_lines,
+    write_report,
+)
 from modelstock.scores import Row, save_scores
 from modelstock.tracking import IDENTITY, Tracker
 from modelstock.weights import WeightSet
@@ -196,6 +203,20 @@ def test_published_figures_stand_beside_ours(comparison):
         "zero-shot anchor", "ViT-B/32", "imagenet", "63.3", "62.9 [62.5, 63.3]", "-0.4", "yes", "open_clip's table",
     ]  # fmt: skip
     assert "Beside" not in as_markdown(comparison, {"published": []})
+
+
+def test_the_anchors_backbone_says_which_published_figures_stand_there():
+    """OpenAI's ViT-B/32 scored on sets that are called ImageNet and -R: the table's zero-shot figures, and no mean."""
+    names = dict(zip(ACCURACY, ("held-out", "imagenet", "imagenet-r", "other"), strict=False))
+    renamed = [dataclasses.replace(s, benchmark=names[s.benchmark]) for s in results() if s.benchmark in names]
+    found = compare(renamed, draws=200)
+    figures = published_figures(found, {"name": "ViT-B-32-quickgelu", "pretrained": "openai"})
+    zero = {f["figure"]: f for f in figures if f["row"] == "zero-shot"}
+    assert {name: f["published"] for name, f in zero.items()} == {"imagenet": 63.3, "imagenet-r": 69.3}
+    ours = 100 * found.lines[0].accuracy["imagenet"].value
+    assert zero["imagenet"]["gap"] == pytest.approx(ours - 63.3)
+    assert published_figures(found, {"name": "tiny", "pretrained": "shapes"}) == published_figures(found, None) == []
+    assert "zero-shot" in as_markdown(found, {"published": figures})
 
 
 def test_the_held_out_curve_is_over_the_seeds_that_have_one_and_only_a_head_line_where_none_has():
