@@ -60,7 +60,7 @@ def project(tmp_path_factory):
         "loading": {"in_memory": False},
         "finetune": {"seeds": [0, 1], "epochs": 1, "batch_size": 12, "warmup_steps": 1, "lawa": 0, "ema": []},
         "periodic": {"sizes": []},
-        "merge": {"methods": ["model_stock", "uniform"]},
+        "merge": {"methods": ["model_stock"]},
         "evaluate": {"benchmarks": ["held-out", "photos"], "workers": 1, "batch_size": 5},
         "compare": {"draws": 200},
     })  # fmt: skip
@@ -89,7 +89,7 @@ def test_folders_become_splits_and_the_cut_is_never_trained_on(project):
 
 
 def test_without_shifts_the_comparison_has_no_columns_for_them(project):
-    assert set(results(project)) == {"anchor", "seed-0", "seed-1", "model_stock/0-1", "uniform/0-1", "ensemble/0-1"}
+    assert set(results(project)) == {"anchor", "seed-0", "seed-1", "model_stock/0-1", "ensemble/0-1"}
     table = (project / "reports/comparison.md").read_text()
     assert "mean of shifts" not in table
     assert set(json.loads((project / "reports/metrics.json").read_text())["zero-shot anchor"]) == {"held-out", "photos"}
