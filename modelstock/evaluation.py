@@ -35,7 +35,7 @@ from modelstock.shards import Manifest, check_classes, load_manifest
 from modelstock.weights import WeightSet
 
 Decoded = tuple[list[Tensor], Tensor]  # (B, S, S, 3) uint8 for each framing, and labels (B,)
-SAVE_EVERY_S = 20.0
+SAVE_EVERY_S = 60.0
 SPAN_BYTES = 1 << 30  # of decoded images, on which weight sets take turns
 
 
@@ -243,13 +243,14 @@ def score(
         identity: _Scorer(None if place is None else place / f"{key}.safetensors", manifest.count, batch_size)
         for identity, key in keys.items()
     }
-    open_ = {i: s for i, s in scorers.items() if s.scored < manifest.count}
-    needed = [i for i in by_identity if i in open_ or any(i in groups[g] for g in open_ if g in groups)]
+    unfinished = {i: s for i, s in scorers.items() if s.scored < manifest.count}
+    wanted = {i for name in unfinished for i in groups.get(name, [name])}
+    needed = [i for i in by_identity if i in wanted]
     if needed:
         chosen = [by_identity[i] for i in needed]
         most = fitting(chosen, device, precision) if resident == "auto" else resident
         turns = [chosen[i : i + most] for i in range(0, len(chosen), most)]
-        _pass(folder, manifest, turns, open_, groups, settings, workers)
+        _pass(folder, manifest, turns, unfinished, groups, settings, workers)
     return {identity: scorer.outcome for identity, scorer in scorers.items()}
 
 
@@ -271,6 +272,12 @@ def _pass(
     span = 1 if held else max(1, SPAN_BYTES // bytes_a_batch)
     members = {m for group in groups.keys() & scorers.keys() for m in groups[group]}
     title, saved = f"{manifest.benchmark} x {len(towers_of)}", time.monotonic()
+
+    def due(name: str, start: int) -> _Scorer | None:
+        """The scorer of this name, if what it lacks begins at this example."""
+        scorer = scorers.get(name)
+        return scorer if scorer is not None and scorer.scored == start else None
+
     with tqdm(total=manifest.count, initial=done, desc=title, unit="image", mininterval=2) as bar:
         try:
             while decoded := list(islice(batches, span)):
@@ -282,19 +289,17 @@ def _pass(
                     for number, (images, labels) in enumerate(decoded):
                         start, frames = ends[number] - len(labels), Frames(images, framings, device, dtype)
                         for identity, tower in towers.items():
-                            scorer = scorers.get(identity)
-                            due = scorer is not None and scorer.scored == start
-                            if due or identity in members:
+                            scorer = due(identity, start)
+                            if scorer or identity in members:
                                 logits = tower(frames)
-                                if scorer is not None and due:
+                                if scorer:
                                     scorer.add(Outcome.of(logits, truths[number], manifest.label_groups))
                                 if identity in members:
                                     kept[identity, number] = logits
-                    del towers
+                    del towers  # before the next turn's are built
                 for group, identities in groups.items():
-                    scorer = scorers.get(group)
                     for number, (_, labels) in enumerate(decoded):
-                        if scorer is not None and scorer.scored == ends[number] - len(labels):
+                        if scorer := due(group, ends[number] - len(labels)):
                             mean = torch.stack([kept[identity, number] for identity in identities]).mean(dim=0)
                             scorer.add(Outcome.of(mean, truths[number], manifest.label_groups))
                 bar.update(int(ends[-1]) - done)
