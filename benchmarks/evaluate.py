@@ -1,12 +1,12 @@
 """Scoring many weight sets: one pass beside a pass each, and beside bare forward passes.
 
-    python benchmarks/evaluate.py [--sets N] [--photographs N] [--rounds N] [--workers N] [--threads N] [--real]
+    python benchmarks/evaluate.py [--setting NAME]... [--sets N] [--images N] [--rounds N] [--workers N] [--threads N]
                                   [--device cpu|cuda] [--precision float32|bfloat16]
 
-Three settings, of `sets` weight sets each:
-- tiny tower, photographs: JPEGs of 500x375, and a tower of 0.8M parameters: decoding binds, as it does on a GPU.
-- tiny tower, shapes: the embedded benchmark's own images of 32x32.
-- ViT-B/32, photographs (with --real): the tower binds on a CPU.
+Three settings, all or those that are named, of `sets` weight sets each:
+- photographs: `images` JPEGs of 500x375, and a tower of 0.8M parameters: decoding binds, as it does on a GPU.
+- shapes: four times as many of the embedded benchmark's own images of 32x32, and the same tower.
+- vit-b-32: the photographs and a ViT-B/32: the tower binds on a CPU.
 
 - usual: for each weight set, open_clip's transform in a torch DataLoader over the same files, and accuracy.
 - ours: modelstock.evaluation.score, with everything it does: shards checked by hash, all metrics, no cache.
@@ -185,22 +185,22 @@ def measure(
 def main() -> None:
     """Run it and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("sets", 20), ("photographs", 512), ("shapes", 2000), ("real-photographs", 96), ("rounds", 3),
-                        ("workers", 0), ("threads", 2), ("batch-size", 64)):  # fmt: skip
+    parser.add_argument("--setting", action="append", choices=["photographs", "shapes", "vit-b-32"])
+    for name, value in (("sets", 20), ("images", 512), ("rounds", 3), ("workers", 0), ("threads", 2),
+                        ("batch-size", 64)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--real", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    pictures = photographs(max(options.photographs, options.real_photographs))
-    lines = [
-        measure("tiny tower, photographs", TINY_CLIP, TINY_PREPROCESS, pictures[: options.photographs], options),
-        measure("tiny tower, shapes", TINY_CLIP, TINY_PREPROCESS, shapes(options.shapes), options),
-    ]
-    if options.real:
-        config = open_clip.get_model_config("ViT-B-32-quickgelu")
-        lines.append(measure("ViT-B/32, photographs", config, VIT, pictures[: options.real_photographs], options))
+    pictures, drawn = photographs(options.images), shapes(4 * options.images)
+    real = open_clip.get_model_config("ViT-B-32-quickgelu")
+    settings = {
+        "photographs": lambda: measure("tiny tower, photographs", TINY_CLIP, TINY_PREPROCESS, pictures, options),
+        "shapes": lambda: measure("tiny tower, shapes", TINY_CLIP, TINY_PREPROCESS, drawn, options),
+        "vit-b-32": lambda: measure("ViT-B/32, photographs", real, VIT, pictures, options),
+    }
+    lines = [settings[name]() for name in options.setting or settings]
     print(f"\n{options.sets} weight sets, {platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, "
           f"{options.workers} decoding processes, {options.device}, {options.precision}, batch {options.batch_size}, "
           f"Python {platform.python_version()}, torch {torch.__version__}, medians of {options.rounds}\n")  # fmt: skip
