@@ -1,6 +1,9 @@
 """Small real things that several test modules need: shards of the embedded benchmark and a tiny untrained CLIP."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in what tests start
 
 import numpy as np
 import pytest

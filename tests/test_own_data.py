@@ -50,6 +50,7 @@ def project(tmp_path_factory):
     folder_of(folder / "backbone", model.state_dict(), TINY_CLIP, **clip.meta["preprocess"])
     files = {"source": "files", "path": "photos/train"}
     write_params(folder, {
+        "threads": 1,
         "prepare": {
             "held_out_per_class": 4, "workers": 1, "shard_size": 10,
             "splits": {

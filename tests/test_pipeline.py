@@ -83,6 +83,7 @@ def test_what_a_recipe_sets_for_every_seed_is_what_the_fine_tuning_stage_depends
 
 
 SMALL = {
+    "threads": 1,
     "prepare": {
         "seed": 7, "shard_size": 40, "reference_draws": 200, "reference_epochs": 1,
         "splits": {
