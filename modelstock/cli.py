@@ -334,7 +334,20 @@ def evaluate(
             share = wilson(scores.correct[number])
             interval = {"low": share.low, "high": share.high}
             table.append({**common, "images": len(scores.truth), **metrics(scores, number), **interval})
-    _show("scores; low and high: Wilson's 95 % interval of top1", table, as_json)
+    if as_json or per_class:
+        _show("accuracy by class", table, as_json)
+        return
+    for number in range(len(benchmark)):
+        own = table[number * len(rows) : (number + 1) * len(rows)]
+        shown = [
+            {
+                "weights": f"{place}  {row['weights']}" if place <= len(found) else row["weights"],
+                "top-1 %": f"{100 * row['top1']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]",
+                "top-5 %": f"{100 * row['top5']:.1f}", "NLL": f"{row['nll']:.3f}", "ECE %": f"{100 * row['ece']:.1f}",
+            }
+            for place, row in enumerate(own, 1)
+        ]  # fmt: skip
+        _show(f"{own[0]['benchmark']}: {own[0]['images']} images; 95 % interval of top-1 by Wilson", shown, False)
 
 
 def _listed(text: str, what: str) -> Any:

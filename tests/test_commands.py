@@ -71,6 +71,14 @@ def test_evaluate_prints_what_scoring_says(folder, tmp_path, variants):
             np.testing.assert_array_equal(kept.prediction[number], outcome.prediction)
 
 
+def test_evaluate_shows_percent_with_intervals_to_people(folder, variants):
+    shown = call("evaluate", folder / "0.safetensors", *benchmarks(folder, "shapes", "shapes-sketch"))
+    for split, images in (("shapes", 70), ("shapes-sketch", 40)):
+        assert f"{split}: {images} images" in shown
+        share = 100 * score(folder / split, variants[:1])[variants[0].identity].correct.mean()
+        assert f"{share:.1f} [" in shown
+
+
 def test_evaluate_tells_classes_apart(folder):
     shown = call("evaluate", folder / "0.safetensors", *benchmarks(folder, "shapes"), "--per-class", "--json")
     table = json.loads(shown)
