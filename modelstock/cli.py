@@ -15,7 +15,7 @@ from modelstock.errors import DataError, MergeError, ModelstockError, ParamsErro
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-    help="Merge fine-tuned checkpoints, exactly and a chunk at a time.",
+    help="Prepare data, merge fine-tuned checkpoints exactly, score them in one pass, compare and export them.",
 )  # fmt: skip
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON rather than a table.")]
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
