@@ -588,14 +588,14 @@ def anchor(
     from modelstock.backbones import anchor_of, load_clip
     from modelstock.classes import class_names
     from modelstock.classes import templates as prompts_of
-    from modelstock.distributed import processes
+    from modelstock.distributed import device_kind
     from modelstock.params import OpenClipPretraining
 
     names, prompts = class_names(section), prompts_of(section)
     wanted = OpenClipPretraining(source="open_clip", architecture=architecture, pretrained=pretrained, seed=seed)
-    with processes(1, device, "modelstock.cli") as world:
-        clip = load_clip(wanted)
-        made = anchor_of(clip, names, prompts, device=world.device.type)
+    kind = device_kind(device)
+    clip = load_clip(wanted)
+    made = anchor_of(clip, names, prompts, device=kind)
     if clip_out is not None:
         clip.save(clip_out)
     made.save(out)

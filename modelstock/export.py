@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from modelstock.backbones import CONFIG
 from modelstock.errors import DataError, ParamsError, WeightsError
 from modelstock.files import dump_json
 from modelstock.weights import Array, WeightSet, check_finite, classes_sha256
 
-CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 HEAD = "head.safetensors"
 CLASSES = "classes.json"
