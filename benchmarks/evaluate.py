@@ -32,15 +32,19 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from modelstock.evaluation import score
-from modelstock.images import InShards
-from modelstock.models import TINY_CLIP, TINY_PREPROCESS, build_classifier, build_visual, tensors_of
-from modelstock.shapes import NAMES, draw
-from modelstock.shards import load_manifest, make_manifest, save_manifest, write_shard
-from modelstock.weights import WeightSet, classes_sha256
+from modelstock.data.images import InShards
+from modelstock.data.shapes.render import NAMES, TINY_PREPROCESS, draw
+from modelstock.data.shards import load_manifest, make_manifest, save_manifest, write_shard
+from modelstock.models.towers import TINY_CLIP, build_classifier, build_visual, tensors_of
+from modelstock.scoring.one_pass import score
+from modelstock.weights.weight_set import WeightSet, classes_sha256
 
-VIT = {"size": 224, "mean": list(open_clip.OPENAI_DATASET_MEAN), "std": list(open_clip.OPENAI_DATASET_STD),
-       "interpolation": "bicubic"}  # fmt: skip
+VIT = {
+    "size": 224,
+    "mean": list(open_clip.OPENAI_DATASET_MEAN),
+    "std": list(open_clip.OPENAI_DATASET_STD),
+    "interpolation": "bicubic",
+}
 
 
 def weight_sets(config: dict, preprocess: dict, count: int) -> list[WeightSet]:
@@ -89,9 +93,13 @@ def shards(folder: Path, files: Sequence[tuple[str, bytes]]) -> Path:
         part = [(i, i % len(NAMES), *files[i]) for i in range(start, min(start + 1000, len(files)))]
         written.append(write_shard(folder / f"{number:06d}.tar", part))
     manifest = make_manifest(
-        benchmark=folder.name, role="shift", labels=NAMES, label_groups=[[i] for i in range(len(NAMES))],
-        classes=NAMES, shards=[shard for shard in written if shard],
-    )  # fmt: skip
+        benchmark=folder.name,
+        role="shift",
+        labels=NAMES,
+        label_groups=[[i] for i in range(len(NAMES))],
+        classes=NAMES,
+        shards=[shard for shard in written if shard],
+    )
     save_manifest(folder, manifest)
     return folder
 
@@ -126,9 +134,11 @@ def usual(
     for weights in sets:
         model = build_classifier(weights).to(options.device, dtype_of(options))
         loader = DataLoader(
-            Files(files, weights.meta["preprocess"]), batch_size=options.batch_size, num_workers=options.workers,
+            Files(files, weights.meta["preprocess"]),
+            batch_size=options.batch_size,
+            num_workers=options.workers,
             pin_memory=options.device == "cuda",
-        )  # fmt: skip
+        )
         guesses, hits = [], 0
         for images, labels in loader:
             guess = model(images.to(options.device, dtype_of(options), non_blocking=True)).argmax(dim=1).cpu()
@@ -162,11 +172,15 @@ def measure(
         call = {
             "usual": lambda: usual(sets, files, options),
             "ours": lambda: score(
-                folder, sets, batch_size=options.batch_size, workers=options.workers, device=options.device,
+                folder,
+                sets,
+                batch_size=options.batch_size,
+                workers=options.workers,
+                device=options.device,
                 precision=options.precision,
             ),
             "bare": lambda: bare(sets, pixels, options),
-        }  # fmt: skip
+        }
         bare(sets[:1], pixels, options)
         for _ in range(options.rounds):
             results = {}
@@ -174,10 +188,16 @@ def measure(
                 begun = time.perf_counter()
                 results[variant] = function()
                 times[variant].append(time.perf_counter() - begun)
-        agree = np.mean([(results["ours"][w.identity].prediction == guess).mean()
-                         for w, guess in zip(sets, results["usual"], strict=True)])  # fmt: skip
-    ratio, share = (statistics.median(a / b for a, b in zip(times[x], times[y], strict=True))
-                    for x, y in (("usual", "ours"), ("bare", "ours")))  # fmt: skip
+        agree = np.mean(
+            [
+                (results["ours"][w.identity].prediction == guess).mean()
+                for w, guess in zip(sets, results["usual"], strict=True)
+            ]
+        )
+    ratio, share = (
+        statistics.median(a / b for a, b in zip(times[x], times[y], strict=True))
+        for x, y in (("usual", "ours"), ("bare", "ours"))
+    )
     seconds = " | ".join(f"{statistics.median(times[variant]):.1f}" for variant in ("usual", "ours", "bare"))
     return f"| {name} | {len(files)} | {seconds} | {ratio:.1f} | {share:.2f} | {100 * agree:.2f} % |"
 
@@ -186,8 +206,14 @@ def main() -> None:
     """Run it and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", action="append", choices=["photographs", "shapes", "vit-b-32"])
-    for name, value in (("sets", 20), ("images", 512), ("rounds", 3), ("workers", 0), ("threads", 2),
-                        ("batch-size", 64)):  # fmt: skip
+    for name, value in (
+        ("sets", 20),
+        ("images", 512),
+        ("rounds", 3),
+        ("workers", 0),
+        ("threads", 2),
+        ("batch-size", 64),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32")
@@ -201,9 +227,11 @@ def main() -> None:
         "vit-b-32": lambda: measure("ViT-B/32, photographs", real, VIT, pictures, options),
     }
     lines = [settings[name]() for name in options.setting or settings]
-    print(f"\n{options.sets} weight sets, {platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, "
-          f"{options.workers} decoding processes, {options.device}, {options.precision}, batch {options.batch_size}, "
-          f"Python {platform.python_version()}, torch {torch.__version__}, medians of {options.rounds}\n")  # fmt: skip
+    print(
+        f"\n{options.sets} weight sets, {platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, "
+        f"{options.workers} decoding processes, {options.device}, {options.precision}, batch {options.batch_size}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, medians of {options.rounds}\n"
+    )
     print("| | images | usual, s | ours, s | bare forward, s | usual / ours | bare / ours | same predictions |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     print("\n".join(lines))

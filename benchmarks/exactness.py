@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from modelstock.merging import merge
-from modelstock.weights import WeightSet, load_weights
+from modelstock.merging.engine import merge
+from modelstock.weights.weight_set import WeightSet, load_weights
 
 RMS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 COSINES = (0.2, 0.4, 0.6, 0.8)
@@ -55,9 +55,12 @@ def by_mergekit(python: str, sets: list[WeightSet], by_filter: bool) -> WeightSe
         for name, weights in zip(names, sets, strict=True):
             weights.save(Path(name))
         config = {
-            "merge_method": "model_stock", "base_model": names[0], "dtype": "float32",
-            "models": [{"model": name} for name in names[1:]], "parameters": {"filter_wise": by_filter},
-        }  # fmt: skip
+            "merge_method": "model_stock",
+            "base_model": names[0],
+            "dtype": "float32",
+            "models": [{"model": name} for name in names[1:]],
+            "parameters": {"filter_wise": by_filter},
+        }
         (folder / "config.yml").write_text(json.dumps(config))
         command = [str(Path(python).parent / "mergekit-pytorch"), str(folder / "config.yml"), str(folder / "out")]
         subprocess.run(command, check=True, capture_output=True)

@@ -18,8 +18,8 @@ import open_clip
 import torch
 from PIL import Image
 
-from modelstock.images import Framing
-from modelstock.models import build_visual
+from modelstock.data.images import Framing
+from modelstock.models.towers import build_visual
 
 
 def picture(width: int, height: int, kind: str) -> bytes:

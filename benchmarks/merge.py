@@ -55,7 +55,7 @@ save_file(out, sys.argv[-1])
 MAKE = """
 import sys, numpy as np, open_clip, torch
 from pathlib import Path
-from modelstock.weights import WeightSet
+from modelstock.weights.weight_set import WeightSet
 with torch.device("meta"):
     model = open_clip.CLIP(**open_clip.get_model_config("ViT-L-14"))
 shapes = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
@@ -101,16 +101,30 @@ def main() -> None:
         commands = {
             "floor: read three, write one": [sys.executable, "-c", FLOOR, *names, out],
             "modelstock merge": [
-                sys.executable, "-m", "modelstock.cli", "merge", "--overwrite", "--anchor", *names, "-o", out,
+                sys.executable,
+                "-m",
+                "modelstock.cli",
+                "merge",
+                "--overwrite",
+                "--anchor",
+                *names,
+                "-o",
+                out,
             ],
             "torch: load, merge, save": [sys.executable, "-c", TORCH, *names, out],
-        }  # fmt: skip
+        }
         if options.mergekit:
             config = folder / "config.yml"
-            config.write_text(json.dumps({
-                "merge_method": "model_stock", "base_model": names[0], "dtype": "float32",
-                "models": [{"model": name} for name in names[1:]],
-            }))  # fmt: skip
+            config.write_text(
+                json.dumps(
+                    {
+                        "merge_method": "model_stock",
+                        "base_model": names[0],
+                        "dtype": "float32",
+                        "models": [{"model": name} for name in names[1:]],
+                    }
+                )
+            )
             script = Path(options.mergekit).parent / "mergekit-pytorch"
             commands["mergekit-pytorch"] = [str(script), str(config), str(folder / "mergekit")]
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
@@ -118,8 +132,10 @@ def main() -> None:
             for name, command in commands.items():
                 found[name].append(measure(command, env))
         floor = statistics.median(seconds for seconds, _ in next(iter(found.values())))
-        print(f"{int(made.stdout):,} parameters, {os.cpu_count()} cores ({platform.machine()}), Python "
-              f"{platform.python_version()}, medians of {options.rounds}\n")  # fmt: skip
+        print(
+            f"{int(made.stdout):,} parameters, {os.cpu_count()} cores ({platform.machine()}), Python "
+            f"{platform.python_version()}, medians of {options.rounds}\n"
+        )
         print("| | seconds | times the floor | peak memory, MB |\n|---|---:|---:|---:|")
         for name, rounds in found.items():
             seconds, memory = (statistics.median(column) for column in zip(*rounds, strict=True))

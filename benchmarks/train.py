@@ -27,15 +27,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from modelstock import callbacks
-from modelstock.callbacks import Ema, Lawa, Log, ResumePoint
-from modelstock.finetuning import new_run
-from modelstock.loading import InMemory, epoch_order
-from modelstock.models import TINY_CLIP, TINY_PREPROCESS, Classifier, build_clip, normalise
+from modelstock.data.images import normalise
+from modelstock.data.shapes.render import NAMES, TINY_PREPROCESS, draw
+from modelstock.models.towers import TINY_CLIP, Classifier, build_clip
 from modelstock.params import load_params
-from modelstock.shapes import NAMES, draw
-from modelstock.tracking import Mirror, Tracker
-from modelstock.training import Batch, Callback, Run
+from modelstock.tracking.mlflow import Mirror, Tracker
+from modelstock.training import callbacks
+from modelstock.training.batches import InMemory, epoch_order
+from modelstock.training.callbacks import Ema, Lawa, Log, ResumePoint
+from modelstock.training.finetune import new_run
+from modelstock.training.loop import Batch, Callback, Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -158,9 +159,11 @@ def main() -> None:
         begun = time.perf_counter()
         point._save(run)
         saves.append(time.perf_counter() - begun)
-    print(f"\n{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, Python "
-          f"{platform.python_version()}, torch {torch.__version__}, batch {options.batch_size}, {options.steps} steps, "
-          f"medians of {options.rounds}; bare: {statistics.median(floor):,.0f} images a second\n")  # fmt: skip
+    print(
+        f"\n{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, batch {options.batch_size}, {options.steps} steps, "
+        f"medians of {options.rounds}; bare: {statistics.median(floor):,.0f} images a second\n"
+    )
     print("| | of the bare loop's speed | of the time waiting for data |\n|---|---:|---:|\n| bare | 1.00 | |")
     for name in variants:
         print(f"| {name} | {statistics.median(speed[name]):.3f} | {100 * statistics.median(waiting[name]):.1f} % |")

@@ -93,9 +93,11 @@ def plan(root: Path, targets: list[str], *, force: bool = False) -> Plan:
             )
     except (DvcException, LockError) as error:
         raise FlowError(
-            root, got=f"{type(error).__name__}: {' '.join(str(error).split())}", expected="a DVC project",
+            root,
+            got=f"{type(error).__name__}: {' '.join(str(error).split())}",
+            expected="a DVC project",
             cure="run in the repository's root, after `make setup`",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def devices(slots: int) -> list[dict[str, str]]:
@@ -128,9 +130,15 @@ class Children:
             if self.closed:
                 raise FlowError("stage", got="a flow that is ending", expected="a running flow", cure="run it again")
             process = subprocess.Popen(
-                command, cwd=cwd, env=dict(env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, errors="replace", start_new_session=True,
-            )  # fmt: skip
+                command,
+                cwd=cwd,
+                env=dict(env),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
             self.running.add(process)
         try:
             yield process
@@ -176,8 +184,12 @@ def _run(name: str, root: Path, children: Children, slots: "queue.Queue[dict[str
         if slots:
             slots.put(held)
     if code:
-        raise FlowError(f"stage {name}", got=f"exit code {code}: " + " | ".join(last), expected="0",
-                        cure=f"mend what it says, and see it alone with: dvc repro --single-item {name}")  # fmt: skip
+        raise FlowError(
+            f"stage {name}",
+            got=f"exit code {code}: " + " | ".join(last),
+            expected="0",
+            cure=f"mend what it says, and see it alone with: dvc repro --single-item {name}",
+        )
 
 
 # A task that waits for others holds a thread: there must be more threads than stages.
@@ -214,8 +226,12 @@ def reproduce(params: ReproduceParams = ReproduceParams()) -> str:  # noqa: B008
         raise
     failed = [name for name, future in futures.items() if not future.state.is_completed()]
     if failed:
-        raise FlowError("flow", got=f"not completed: {', '.join(failed)}", expected="all stages completed",
-                        cure="see the log of the first of them; what is done is not run again")  # fmt: skip
+        raise FlowError(
+            "flow",
+            got=f"not completed: {', '.join(failed)}",
+            expected="all stages completed",
+            cure="see the log of the first of them; what is done is not run again",
+        )
     report = root / "reports" / "comparison.md"
     text = report.read_text(encoding="utf-8") if report.exists() else "All stages are up to date."
     create_markdown_artifact(

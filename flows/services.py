@@ -48,9 +48,13 @@ def start(name: str, command: list[str], env: dict[str, str]) -> None:
     """Start a service in its own session, its output in `.services/<name>.log`."""
     with open(FOLDER / f"{name}.log", "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", *command], env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=log,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-m", *command],
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     write_json(FOLDER / f"{name}.json", {"pid": process.pid, "started": started_at(process.pid)})
 
 
@@ -110,13 +114,15 @@ def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None
                     probe.bind((HOST, port))
                 except OSError as error:
                     raise ServiceError(
-                        f"{HOST}:{port}", got=error.strerror, expected=f"a free port for {name}",
+                        f"{HOST}:{port}",
+                        got=error.strerror,
+                        expected=f"a free port for {name}",
                         cure=f"end what uses it, or set MODELSTOCK_{name.upper()}_PORT",
-                    ) from error  # fmt: skip
+                    ) from error
     env = environment(prefect_port, mlflow_port)
     if alive("mlflow") is None:
         # The store is made before the server's process and a stage could both try to.
-        from modelstock.tracking import Tracker
+        from modelstock.tracking.mlflow import Tracker
 
         Tracker(Path.cwd())
         command = ["mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
@@ -135,9 +141,11 @@ def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None
             )
             if done.returncode:
                 raise ServiceError(
-                    f"prefect {' '.join(command)}", got=f"exit code {done.returncode}: {done.stderr.strip()[-300:]}",
-                    expected="0", cure=f"read {FOLDER / 'prefect.log'}",
-                )  # fmt: skip
+                    f"prefect {' '.join(command)}",
+                    got=f"exit code {done.returncode}: {done.stderr.strip()[-300:]}",
+                    expected="0",
+                    cure=f"read {FOLDER / 'prefect.log'}",
+                )
         start("worker", ["prefect", "worker", "start", "--pool", "modelstock", "--limit", "1"], env)
     await_service("mlflow", f"http://{HOST}:{mlflow_port}/health")
     print(f"Prefect: http://{HOST}:{prefect_port}   deployment reproduce/shapes, schedule off until you switch it on")

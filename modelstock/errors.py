@@ -9,6 +9,8 @@ ModelstockError            every one of them: say place, got, expected, cure in 
 └── TrackingError          the MLflow server or its store
 """
 
+import difflib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -47,3 +49,14 @@ class TrainingError(ModelstockError):
 
 class TrackingError(ModelstockError):
     """The tracking server or its store cannot be reached or refuses."""
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first `most` names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A cure for a name that is not known."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]}?" if close else "choose one of these"

@@ -209,7 +209,7 @@ class FilesSplit(Section):
     path: str = Field(min_length=1)
     labels: Literal[
         "classes", "imagenet", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet"
-    ] = "classes"  # fmt: skip
+    ] = "classes"
     role: Literal["in-distribution", "shift"] | None = None
     part: Literal["all", "train", "held-out"] = "all"
     devkit: str | None = None
@@ -246,7 +246,7 @@ class PrepareParams(Section):
         source = self.splits[split]
         if isinstance(source, FilesSplit):
             return source.role or "none"
-        from modelstock.shapes import SPLITS
+        from modelstock.data.shapes.render import SPLITS
 
         return SPLITS[split].role
 
@@ -345,10 +345,23 @@ class MergeParams(Section):
 
     methods: list[
         Literal[
-            "model_stock", "uniform", "greedy", "wise_ft", "lines", "karcher", "ties", "dare_linear", "dare_ties",
-            "breadcrumbs", "della", "fisher", "regmean", "oracle_scale", "oracle_scales",
+            "model_stock",
+            "uniform",
+            "greedy",
+            "wise_ft",
+            "lines",
+            "karcher",
+            "ties",
+            "dare_linear",
+            "dare_ties",
+            "breadcrumbs",
+            "della",
+            "fisher",
+            "regmean",
+            "oracle_scale",
+            "oracle_scales",
         ]
-    ] = Field(min_length=1)  # fmt: skip
+    ] = Field(min_length=1)
     model_stock: ModelStockParams
     uniform: MethodParams
     greedy: MethodParams
@@ -412,7 +425,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _splits(self) -> "Params":
-        from modelstock.shapes import SPLITS
+        from modelstock.data.shapes.render import SPLITS
 
         splits, wanted = self.prepare.splits, self.evaluate.benchmarks
         drawn = [name for name, split in splits.items() if isinstance(split, DrawnSplit)]

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from modelstock.backbones import anchor_of
-from modelstock.classes import class_names, templates
-from modelstock.distributed import processes
+from modelstock.data.classes import class_names, templates
+from modelstock.models.pretrained import anchor_of
 from modelstock.params import load_params
-from modelstock.weights import load_weights
+from modelstock.training.distributed import processes
+from modelstock.weights.weight_set import load_weights
 from stages import deterministic, run
 
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from ruamel.yaml import YAML
 
-from modelstock.comparison import Comparison, compare
+from modelstock.comparison.compare import Comparison, compare
+from modelstock.comparison.report import published_figures, summary_lines, write_report
 from modelstock.errors import TrackingError, WeightsError
+from modelstock.experiment.subsets import beside, finetuned
 from modelstock.params import TrackingParams, load_params
-from modelstock.report import published_figures, summary_lines, write_report
-from modelstock.scores import Scores, load_scores
-from modelstock.scratch import read_history
-from modelstock.soups import beside, finetuned
-from modelstock.tracking import Tracker
-from modelstock.weights import WeightSet, load_weights
+from modelstock.scoring.results import Scores, load_scores
+from modelstock.tracking.history import read_history
+from modelstock.tracking.mlflow import Tracker
+from modelstock.weights.weight_set import WeightSet, load_weights
 from stages import run
 
 
@@ -60,9 +60,11 @@ def located(results: list[Scores], paths: list[Path]) -> dict[str, Path]:
     missing = [row.name for row in results[0].rows if row.kind != "ensemble" and row.identity not in files]
     if missing:
         raise WeightsError(
-            "models", got=f"no file with the weights of {', '.join(missing[:5])}", expected="those that were scored",
+            "models",
+            got=f"no file with the weights of {', '.join(missing[:5])}",
+            expected="those that were scored",
             cure="run the stage evaluate for every benchmark again",
-        )  # fmt: skip
+        )
     return files
 
 
@@ -82,9 +84,14 @@ def track(params: TrackingParams, results: list[Scores], comparison: Comparison,
         if row.kind == "ensemble":
             shown: dict[str, Any] = {"method": "ensemble", "members": "-".join(map(str, row.members))}
             tracker.record_scores(
-                row.identity, name=row.name, metrics=metrics, datasets=datasets, params=shown, tags=own,
+                row.identity,
+                name=row.name,
+                metrics=metrics,
+                datasets=datasets,
+                params=shown,
+                tags=own,
                 held_out=comparison.held_out,
-            )  # fmt: skip
+            )
             continue
         file = files[row.identity]
         parent = next((p for p in (str(file), str(file.parent)) if p in hashes), None)
@@ -92,9 +99,15 @@ def track(params: TrackingParams, results: list[Scores], comparison: Comparison,
         history = file.with_name("history.jsonl")
         key = load_weights(file, lazy=True).meta["made_by"].get("key")
         tracker.record(
-            file, name=row.name, key=key, history=history if key and history.exists() else None,
-            tags=own, metrics=metrics, datasets=datasets, held_out=comparison.held_out,
-        )  # fmt: skip
+            file,
+            name=row.name,
+            key=key,
+            history=history if key and history.exists() else None,
+            tags=own,
+            metrics=metrics,
+            datasets=datasets,
+            held_out=comparison.held_out,
+        )
         alias = "champion" if comparison.champion in names[row.identity] else None
         tracker.register(row.identity, model_name=params.model, alias=alias)
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from modelstock.evaluation import collect, ensemble_identity, score
+from modelstock.experiment.subsets import beside, ensembles, finetuned, row_of
 from modelstock.params import load_params
-from modelstock.scores import Row, save_scores
-from modelstock.soups import beside, ensembles, finetuned, row_of
-from modelstock.weights import load_weights
+from modelstock.scoring.one_pass import collect, ensemble_identity, score
+from modelstock.scoring.results import Row, save_scores
+from modelstock.weights.weight_set import load_weights
 from stages import deterministic, run
 
 
@@ -25,9 +25,13 @@ def main(data: Path, models: Path, out: Path) -> None:
         name = f"ensemble/{'-'.join(map(str, members))}"
         rows.append(Row(name, ensemble_identity(identities), "ensemble", members, {}))
     outcomes = score(
-        data, weights, list(groups.values()), cache=Path("scratch/scores"), device=params.device,
+        data,
+        weights,
+        list(groups.values()),
+        cache=Path("scratch/scores"),
+        device=params.device,
         **params.evaluate.model_dump(exclude={"benchmarks"}),
-    )  # fmt: skip
+    )
     save_scores(out, collect(data, rows, outcomes))
     print(f"{data}: {len(rows)} rows scored in one pass")
 

@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from modelstock import __version__
-from modelstock.backbones import adopt
-from modelstock.classes import templates
-from modelstock.distributed import World, processes
+from modelstock.data.classes import templates
+from modelstock.data.shards import check_classes, load_manifest
 from modelstock.errors import ParamsError
 from modelstock.files import atomic_path
-from modelstock.finetuning import finetune
-from modelstock.loading import Examples, open_examples
-from modelstock.models import build_classifier, tensors_of
+from modelstock.models.pretrained import adopt
+from modelstock.models.towers import build_classifier, tensors_of
 from modelstock.params import FinetuneParams, Params, load_params
-from modelstock.scratch import fingerprint, write_history
-from modelstock.shards import check_classes, load_manifest
-from modelstock.tracking import Mirror, Tracker
-from modelstock.weights import WeightSet, load_weights
+from modelstock.provenance import key_of
+from modelstock.tracking.history import write_history
+from modelstock.tracking.mlflow import Mirror, Tracker
+from modelstock.training.batches import Examples, open_examples
+from modelstock.training.distributed import World, processes
+from modelstock.training.finetune import finetune
+from modelstock.weights.weight_set import WeightSet, load_weights
 from stages import deterministic, run
 
 
@@ -51,9 +52,12 @@ def mirror(params: Params, world: World, folder: Path, key: str, name: str, fact
     if world.rank:
         return contextlib.nullcontext()
     return Mirror(
-        lambda: Tracker(Path.cwd(), params.tracking.experiment), folder / "history.jsonl", key=key, name=name,
+        lambda: Tracker(Path.cwd(), params.tracking.experiment),
+        folder / "history.jsonl",
+        key=key,
+        name=name,
         params=facts,
-    )  # fmt: skip
+    )
 
 
 def train_seed(
@@ -69,7 +73,13 @@ def train_seed(
     with processes(recipe.devices, params.device, f"stages.{made['stage']}") as world:
         inputs = read_inputs(params, *paths)
         knobs = recipe.model_dump(mode="json", exclude={"seeds"})
-        key = fingerprint(knobs, made, inputs.identities, {"threads": params.threads, "device": world.device.type})
+        key = key_of(
+            "modelstock.training.finetune",
+            knobs,
+            made,
+            inputs.identities,
+            {"threads": params.threads, "device": world.device.type},
+        )
         meta = {**inputs.anchor.meta, "parents": [inputs.anchor.identity]}
         made = {**made, "knobs": knobs, "version": __version__}
         model, folder = build_classifier(inputs.anchor).to(world.device), Path("scratch") / made["stage"] / key
@@ -119,9 +129,11 @@ def adopted(params: Params, seed: int, anchor: Path, out: Path) -> bool:
     place = params.finetune.seeds.index(seed)
     if place >= len(checkpoints):
         raise ParamsError(
-            "finetune.checkpoints", got=f"{len(checkpoints)} of them", expected=f"one a seed, {seed} being number "
-            f"{place + 1}", cure="name as many checkpoints as seeds",
-        )  # fmt: skip
+            "finetune.checkpoints",
+            got=f"{len(checkpoints)} of them",
+            expected=f"one a seed, {seed} being number {place + 1}",
+            cure="name as many checkpoints as seeds",
+        )
     deterministic(params.threads)
     start, source = load_weights(anchor), Path(checkpoints[place])
     names, prompts = start.meta.get("classes"), templates(params.classes)

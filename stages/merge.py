@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from modelstock.distributed import device_kind
+from modelstock.devices import device_kind
 from modelstock.errors import MergeError
-from modelstock.experiment import merge_subsets
+from modelstock.experiment.choices import merge_subsets
+from modelstock.experiment.subsets import finetuned
 from modelstock.files import write_json
 from modelstock.params import load_params
-from modelstock.soups import finetuned
-from modelstock.weights import load_weights
+from modelstock.weights.weight_set import load_weights
 from stages import deterministic, run
 
 
@@ -22,13 +22,19 @@ def main(method: str, anchor: Path, tuned: Path, train: Path, held_out: Path, ou
         )
     deterministic(params.threads)
     scoring = params.evaluate.model_dump(exclude={"benchmarks"}) | {
-        "cache": Path("scratch/scores"), "device": device_kind(params.device)
-    }  # fmt: skip
+        "cache": Path("scratch/scores"),
+        "device": device_kind(params.device),
+    }
     report: dict[str, Any] = {}
     merged = merge_subsets(
-        method, getattr(params.merge, method), load_weights(anchor), finetuned(tuned, params.finetune.seeds),
-        held_out=held_out, train=train, scoring=scoring,
-    )  # fmt: skip
+        method,
+        getattr(params.merge, method),
+        load_weights(anchor),
+        finetuned(tuned, params.finetune.seeds),
+        held_out=held_out,
+        train=train,
+        scoring=scoring,
+    )
     for name, weights, facts in merged:
         weights.save(out / f"{name}.safetensors")
         report[name] = facts

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from modelstock import __version__
-from modelstock.distributed import processes
 from modelstock.files import write_json
-from modelstock.models import build_classifier, tensors_of
+from modelstock.models.towers import build_classifier, tensors_of
 from modelstock.params import load_params
-from modelstock.periodic import train_periodic
-from modelstock.scratch import fingerprint, write_history
-from modelstock.weights import WeightSet
+from modelstock.provenance import key_of
+from modelstock.tracking.history import write_history
+from modelstock.training.distributed import processes
+from modelstock.training.periodic import train_periodic
+from modelstock.weights.weight_set import WeightSet
 from stages import deterministic, run
 from stages.finetune import mirror, read_inputs
 
@@ -24,7 +25,12 @@ def main(size: int, anchor: Path, train: Path, held_out: Path, out: Path) -> Non
         recipe = params.finetune.model_dump(mode="json", exclude={"seeds", "ema", "lawa", "snapshots", "devices"})
         merging = params.periodic.model_dump(mode="json", exclude={"sizes", "devices"})
         made = {"stage": "periodic", "method": "periodic", "members": seeds, "knobs": {**recipe, **merging}}
-        key = fingerprint(made, inputs.identities, {"threads": params.threads, "device": world.device.type})
+        key = key_of(
+            "modelstock.training.periodic",
+            made,
+            inputs.identities,
+            {"threads": params.threads, "device": world.device.type},
+        )
         name, folder = f"periodic/{'-'.join(map(str, seeds))}", Path("scratch/periodic") / key
         facts = {"stage": "periodic", "members": "-".join(map(str, seeds))}
         facts |= {f"knobs.{k}": v for k, v in made["knobs"].items()}

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from modelstock.data.preparation import prepare
 from modelstock.params import load_params
-from modelstock.preparation import prepare
 from stages import deterministic, run
 
 

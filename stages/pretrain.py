@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from modelstock import __version__
-from modelstock.backbones import load_clip
-from modelstock.models import TINY_CLIP, TINY_PREPROCESS, tensors_of
+from modelstock.data.shapes.render import TINY_PREPROCESS
+from modelstock.models.pretrained import load_clip
+from modelstock.models.towers import TINY_CLIP, tensors_of
 from modelstock.params import OpenClipPretraining, Params, load_params
-from modelstock.pretraining import pretrain
-from modelstock.scratch import fingerprint, write_history
-from modelstock.weights import WeightSet
+from modelstock.provenance import key_of
+from modelstock.tracking.history import write_history
+from modelstock.training.pretrain import pretrain
+from modelstock.weights.weight_set import WeightSet
 from stages import deterministic, run
 
 
@@ -18,7 +20,8 @@ def clip_of(params: Params, out: Path) -> WeightSet:
         return load_clip(params.pretrain)
     knobs = params.pretrain.model_dump(mode="json")
     clip, history = pretrain(
-        params.pretrain, folder=Path("scratch/pretrain") / fingerprint(knobs, {"threads": params.threads})
+        params.pretrain,
+        folder=Path("scratch/pretrain") / key_of("modelstock.training.pretrain", knobs, {"threads": params.threads}),
     )
     write_history(out, history)
     made = {"stage": "pretrain", "seed": params.pretrain.seed, "knobs": knobs, "version": __version__}

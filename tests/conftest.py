@@ -8,8 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here 
 import numpy as np
 import pytest
 
-from modelstock.shapes import NAMES, SPLITS, draw
-from modelstock.shards import write_shards
+from modelstock.data.shapes.render import NAMES, SPLITS, TINY_PREPROCESS, draw
+from modelstock.data.shards import write_shards
 
 
 def make_split(folder: Path, split: str, count: int, shard_size: int = 50):
@@ -33,10 +33,10 @@ def anchor():
     """An anchor with random weights: a real open_clip tower and a real zero-shot head."""
     import torch
 
-    from modelstock import models
-    from modelstock.classes import templates
+    from modelstock.data.classes import templates
+    from modelstock.models import towers as models
     from modelstock.params import ClassesParams
-    from modelstock.weights import WeightSet, classes_sha256
+    from modelstock.weights.weight_set import WeightSet, classes_sha256
 
     torch.manual_seed(0)
     clip = models.build_clip(models.TINY_CLIP).eval()
@@ -46,7 +46,7 @@ def anchor():
     tensors |= {"head.weight": weight.numpy(), "head.bias": bias.numpy()}
     meta = {
         "architecture": models.TINY_CLIP,
-        "preprocess": models.TINY_PREPROCESS,
+        "preprocess": TINY_PREPROCESS,
         "classes_sha256": classes_sha256(NAMES),
         "parents": [],
         "made_by": {"stage": "anchor", "knobs": {}, "version": "test"},
@@ -57,7 +57,7 @@ def anchor():
 @pytest.fixture(scope="session")
 def variants(anchor):
     """Three weight sets near the anchor, as if fine-tuned."""
-    from modelstock.weights import WeightSet
+    from modelstock.weights.weight_set import WeightSet
 
     def near(seed: int) -> WeightSet:
         random = np.random.default_rng(seed)

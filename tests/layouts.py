@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modelstock.classes import wnids
+from modelstock.data.classes import wnids
 from modelstock.params import ClassesParams, PrepareParams
 
 IMAGENET = ClassesParams(names="imagenet", templates=["{}"])

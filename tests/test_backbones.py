@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from modelstock import backbones, models
-from modelstock.backbones import adopt, anchor_of, load_clip
-from modelstock.classes import templates
+from modelstock.data.classes import templates
 from modelstock.errors import DataError, ParamsError, WeightsError
-from modelstock.merging import merge
+from modelstock.experiment.subsets import row_of
+from modelstock.merging.engine import merge
+from modelstock.models import pretrained as backbones
+from modelstock.models import towers as models
+from modelstock.models.pretrained import adopt, anchor_of, load_clip
 from modelstock.params import ClassesParams, OpenClipPretraining
-from modelstock.scratch import read_history
-from modelstock.soups import row_of
-from modelstock.weights import WeightSet, classes_sha256, load_weights
+from modelstock.tracking.history import read_history
+from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
 
 TINY = models.TINY_CLIP
 TEXT = TINY["text_cfg"]
@@ -27,8 +28,13 @@ PROMPTS = templates(ClassesParams(names=["cat", "dog"], templates=["a photo of a
 
 
 def timm_config(name: str, size: int, pool: str) -> dict:
-    vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": "linear", "image_size": size,
-              "timm_model_pretrained": True}  # fmt: skip
+    vision = {
+        "timm_model_name": name,
+        "timm_pool": pool,
+        "timm_proj": "linear",
+        "image_size": size,
+        "timm_model_pretrained": True,
+    }
     return {"embed_dim": 32, "vision_cfg": vision, "text_cfg": TEXT}
 
 
@@ -50,10 +56,13 @@ CONFIGS = {
     },
     "a ViT of timm": timm_config("vit_tiny_patch16_224", 224, ""),
     "rotary embeddings": {
-        **open_clip.get_model_config("PE-Core-T-16-384"), "text_cfg": TEXT, "embed_dim": 512, "custom_text": False
+        **open_clip.get_model_config("PE-Core-T-16-384"),
+        "text_cfg": TEXT,
+        "embed_dim": 512,
+        "custom_text": False,
     },
     "relative positions and masks": timm_config("swin_tiny_patch4_window7_224", 224, "avg"),
-}  # fmt: skip
+}
 
 
 def clip_of(config, seed=0):
@@ -214,9 +223,12 @@ def test_random_weights_repeat_by_seed_and_leave_the_generator_alone(tiny):
     assert torch.equal(torch.get_rng_state(), before)
     assert one.meta["backbone"] == {"name": "ViT-tiny", "pretrained": "random"}
     assert one.meta["preprocess"] == {
-        "size": 32, "mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711],
-        "interpolation": "bicubic", "resize_mode": "shortest",
-    }  # fmt: skip
+        "size": 32,
+        "mean": [0.48145466, 0.4578275, 0.40821073],
+        "std": [0.26862954, 0.26130258, 0.27577711],
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
     json.dumps(dict(one.meta))
 
 
@@ -257,9 +269,14 @@ def folder_of(path, state, config, **preprocess):
 def test_a_folder_brings_its_own_architecture_and_preprocessing(tmp_path):
     model, expected = clip_of(CONFIGS["QuickGELU"])
     folder = folder_of(
-        tmp_path / "clip", model.state_dict(), CONFIGS["QuickGELU"],
-        mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], resize_mode="squash", size=99,
-    )  # fmt: skip
+        tmp_path / "clip",
+        model.state_dict(),
+        CONFIGS["QuickGELU"],
+        mean=[0.5, 0.5, 0.5],
+        std=[0.5, 0.5, 0.5],
+        resize_mode="squash",
+        size=99,
+    )
     # Another library's form of the same model lies beside it in many repositories.
     save_file({"blocks.0.weight": torch.zeros(1)}, folder / "model.safetensors")
     by_folder = load_clip(params("anything", folder))
@@ -267,8 +284,12 @@ def test_a_folder_brings_its_own_architecture_and_preprocessing(tmp_path):
     assert by_folder.identity == by_file.identity == expected.identity
     assert by_folder.meta["architecture"]["quick_gelu"] is True
     assert by_folder.meta["preprocess"] == {
-        "size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash",
-    }  # fmt: skip
+        "size": 32,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    }
 
 
 def test_a_folder_that_is_not_what_its_name_means_to_open_clip_is_warned_of(tmp_path, tiny):
@@ -346,9 +367,11 @@ def test_without_a_network_the_file_to_bring_is_named_at_once(tmp_path, monkeypa
         load_clip(params("ViT-B-32-quickgelu", "openai"))
     assert time.monotonic() - start < 10
     for part in (
-        "open_clip_model.safetensors", "timm/vit_base_patch32_clip_224.openai", "ViT-B-32.pt",
+        "open_clip_model.safetensors",
+        "timm/vit_base_patch32_clip_224.openai",
+        "ViT-B-32.pt",
         "set pretrain.pretrained: PATH",
-    ):  # fmt: skip
+    ):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -9,11 +9,11 @@ import torch
 from conftest import make_split
 from typer.testing import CliRunner
 
-from modelstock.cli import app
+from modelstock.cli.main import app
 from modelstock.errors import ModelstockError
-from modelstock.evaluation import ensemble_identity, score
-from modelstock.scores import load_scores
-from modelstock.weights import load_weights
+from modelstock.scoring.one_pass import ensemble_identity, score
+from modelstock.scoring.results import load_scores
+from modelstock.weights.weight_set import load_weights
 
 SHIFTS = ("shapes-sketch", "shapes-objectnet")
 
@@ -51,14 +51,25 @@ def benchmarks(folder, *names: str) -> list[object]:
 
 def test_evaluate_prints_what_scoring_says(folder, tmp_path, variants):
     files = [folder / "0.safetensors", folder / "1.safetensors"]
-    shown = call("evaluate", *files, *benchmarks(folder, "shapes", "shapes-objectnet"), "--ensemble", "1,2", "--json",
-                 "-o", tmp_path / "results", "--batch-size", 32)  # fmt: skip
+    shown = call(
+        "evaluate",
+        *files,
+        *benchmarks(folder, "shapes", "shapes-objectnet"),
+        "--ensemble",
+        "1,2",
+        "--json",
+        "-o",
+        tmp_path / "results",
+        "--batch-size",
+        32,
+    )
     table = json.loads(shown)
     identities = [w.identity for w in variants[:2]]
     assert [(row["weights"], row["benchmark"]) for row in table] == [
-        (name, split) for split in ("shapes", "shapes-objectnet")
+        (name, split)
+        for split in ("shapes", "shapes-objectnet")
         for name in (str(files[0]), str(files[1]), "ensemble of 1, 2")
-    ]  # fmt: skip
+    ]
     for split, part in (("shapes", table[:3]), ("shapes-objectnet", table[3:])):
         known = score(folder / split, variants[:2], [identities], batch_size=32)
         kept = load_scores(tmp_path / f"results/{split}.safetensors")
@@ -90,8 +101,16 @@ def test_evaluate_tells_classes_apart(folder):
 
 
 def test_evaluate_takes_foreign_checkpoints_with_their_anchor(folder, variants, anchor):
-    table = json.loads(call("evaluate", folder / "foreign.pt", "--anchor", folder / "anchor.safetensors",
-                            *benchmarks(folder, "shapes"), "--json"))  # fmt: skip
+    table = json.loads(
+        call(
+            "evaluate",
+            folder / "foreign.pt",
+            "--anchor",
+            folder / "anchor.safetensors",
+            *benchmarks(folder, "shapes"),
+            "--json",
+        )
+    )
     head = {k: v for k, v in anchor.tensors.items() if k.startswith("head.")}
     same = type(anchor)({**variants[2].tensors, **head}, anchor.meta, "same")
     assert table[0]["top1"] == pytest.approx(score(folder / "shapes", [same])[same.identity].correct.mean())
@@ -131,8 +150,21 @@ def test_compare_does_without_shifts_and_takes_methods_from_a_params_file(folder
     shutil.copy("params.yaml", params)
     params.write_text(params.read_text().replace("[model_stock, uniform, greedy", "[ties, uniform, greedy"))
     files = (folder / "0.safetensors", folder / "1.safetensors", "--anchor", folder / "anchor.safetensors")
-    call("compare", *files, *benchmarks(folder, "held-out", "shapes"), "--params", params, "--method", "ties",
-         "--method", "uniform", "--draws", 200, "-o", tmp_path / "out")  # fmt: skip
+    call(
+        "compare",
+        *files,
+        *benchmarks(folder, "held-out", "shapes"),
+        "--params",
+        params,
+        "--method",
+        "ties",
+        "--method",
+        "uniform",
+        "--draws",
+        200,
+        "-o",
+        tmp_path / "out",
+    )
     names = {row.name.partition("@")[0] for row in load_scores(tmp_path / "out/results/shapes.safetensors").rows}
     assert names == {"anchor", "seed-0", "seed-1", "ties/0-1", "uniform/0-1", "ensemble/0-1"}
     assert "shifts" not in (tmp_path / "out/report/metrics.json").read_text()

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from modelstock.comparison import champion, compare, mcnemar, metrics, per_class, percentile, resampled, wilson
+from modelstock.comparison.compare import champion, compare, mcnemar, metrics, per_class, percentile, resampled, wilson
 from modelstock.errors import DataError
-from modelstock.scores import Row, Scores
+from modelstock.scoring.results import Row, Scores
 
 ROWS = (
     Row("anchor", "a" * 64, "anchor", (), {}),
@@ -46,9 +46,18 @@ def made(name: str, accuracies: list[float], count: int = 400, rows: tuple[Row, 
     prediction = np.where(correct, truth, (truth + 1) % len(LABELS)).astype(np.int32)
     number = np.arange(len(rows), dtype=np.float32)[:, None] * np.ones(count, np.float32)
     return Scores(
-        name, ROLES[name], "d" * 64, rows, LABELS, truth, correct, correct | (difficulty < 0.9 * count), prediction,
-        np.float32(0.9) - number / 100, 1 + number / 10,
-    )  # fmt: skip
+        name,
+        ROLES[name],
+        "d" * 64,
+        rows,
+        LABELS,
+        truth,
+        correct,
+        correct | (difficulty < 0.9 * count),
+        prediction,
+        np.float32(0.9) - number / 100,
+        1 + number / 10,
+    )
 
 
 def without_shifts(results):
@@ -67,9 +76,18 @@ def few(confidence, correct, correct5=None, truth=None, labels=("no", "yes")):
     right5 = right if correct5 is None else np.array([correct5], bool)
     nll = np.arange(len(correct), dtype=np.float32)[None]
     return Scores(
-        "few", "in-distribution", "d" * 64, ROWS[1:2], labels, truth, right, right5,
-        np.where(right, truth, 1 - truth).astype(np.int32), np.array([confidence], np.float32), nll,
-    )  # fmt: skip
+        "few",
+        "in-distribution",
+        "d" * 64,
+        ROWS[1:2],
+        labels,
+        truth,
+        right,
+        right5,
+        np.where(right, truth, 1 - truth).astype(np.int32),
+        np.array([confidence], np.float32),
+        nll,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,14 @@ import torch
 from conftest import make_split
 from PIL import Image
 
-import modelstock.evaluation as evaluation
+import modelstock.scoring.one_pass as evaluation
+from modelstock.data.images import normalise
+from modelstock.data.shards import read_all
 from modelstock.errors import DataError, WeightsError
-from modelstock.evaluation import Outcome, collect, ensemble_identity, label_logits, score
-from modelstock.models import TINY_CLIP, build_classifier, build_clip, normalise, tensors_of
-from modelstock.scores import Row, load_scores, save_scores
-from modelstock.shards import read_all
-from modelstock.weights import WeightSet, load_weights
+from modelstock.models.towers import TINY_CLIP, build_classifier, build_clip, tensors_of
+from modelstock.scoring.one_pass import Outcome, collect, ensemble_identity, label_logits, score
+from modelstock.scoring.results import Row, load_scores, save_scores
+from modelstock.weights.weight_set import WeightSet, load_weights
 
 
 def alone(folder, weights):
@@ -159,8 +160,8 @@ def test_a_pass_that_is_killed_keeps_what_it_had_scored(tmp_path, variants):
     script = f"""
 import os, signal
 from pathlib import Path
-import modelstock.evaluation as evaluation
-from modelstock.weights import load_weights
+import modelstock.scoring.one_pass as evaluation
+from modelstock.weights.weight_set import load_weights
 evaluation.SAVE_EVERY_S = 0.0
 read = evaluation.Batches.__getitem__
 def killed(self, number):

@@ -11,14 +11,15 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from modelstock import models
-from modelstock.backbones import anchor_of, load_clip
-from modelstock.cli import app
+from modelstock.cli.main import app
+from modelstock.data.images import normalise
 from modelstock.errors import DataError, ParamsError, WeightsError
-from modelstock.export import export
-from modelstock.merging import merge
+from modelstock.merging.engine import merge
+from modelstock.models import towers as models
+from modelstock.models.export import export
+from modelstock.models.pretrained import anchor_of, load_clip
 from modelstock.params import OpenClipPretraining
-from modelstock.weights import WeightSet, load_weights
+from modelstock.weights.weight_set import WeightSet, load_weights
 
 CLASSES = ["cat", "dog", "cow"]
 COCA = {
@@ -76,7 +77,7 @@ def test_open_clip_loads_the_folder_and_it_predicts_as_the_weights_do(tmp_path, 
     with torch.inference_mode():
         features = model.eval().encode_image(torch.stack([preprocess(i) for i in images]), normalize=True)
         found = features @ head["weight"].T + head["bias"]
-        expected = models.build_classifier(weights)(models.normalise(pixels, weights.meta["preprocess"]))
+        expected = models.build_classifier(weights)(normalise(pixels, weights.meta["preprocess"]))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert len(set(found.argmax(dim=1).tolist())) > 1
     # The text tower is the backbone's own.
@@ -102,7 +103,7 @@ def test_the_cards_example_runs_as_printed(tmp_path, pair, monkeypatch, capsys):
     images[0].save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     exec(example_of(tmp_path / "my model"), {})
-    logits = models.build_classifier(weights)(models.normalise(pixels, weights.meta["preprocess"]))
+    logits = models.build_classifier(weights)(normalise(pixels, weights.meta["preprocess"]))
     assert capsys.readouterr().out.strip() == CLASSES[logits.argmax().item()]
     assert len(example_of(tmp_path / "my model").splitlines()) <= 12
 
@@ -112,10 +113,13 @@ def report_of(weights):
     benchmarks = ["held-out", "imagenet", "imagenet-r"]
     return {
         "rows": [{"name": "seed-0", "identity": "0" * 64}, {"name": "model_stock/0-1", "identity": weights.identity}],
-        "benchmarks": benchmarks, "held_out": "held-out", "in_distribution": "imagenet", "shifts": ["imagenet-r"],
+        "benchmarks": benchmarks,
+        "held_out": "held-out",
+        "in_distribution": "imagenet",
+        "shifts": ["imagenet-r"],
         "accuracy": {"model_stock/0-1": dict.fromkeys(benchmarks, estimate), "seed-0": {}},
         "summary": {"model_stock/0-1": {"shifts": {"value": 0.5, "low": 0.4, "high": 0.6}}},
-    }  # fmt: skip
+    }
 
 
 def test_the_card_says_what_it_is_how_good_and_whose_licence_counts(tmp_path, pair):
@@ -164,8 +168,12 @@ def test_equal_weights_give_equal_bytes(tmp_path, pair):
     files = [{p.name: p.read_bytes() for p in (tmp_path / parent / "out").iterdir()} for parent in ("one", "two")]
     assert files[0] == files[1]
     assert sorted(files[0]) == [
-        "README.md", "classes.json", "head.safetensors", "open_clip_config.json", "open_clip_model.safetensors"
-    ]  # fmt: skip
+        "README.md",
+        "classes.json",
+        "head.safetensors",
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +210,7 @@ def test_a_folder_is_replaced_only_where_it_is_an_export_and_never_half(tmp_path
         def full(*_):
             raise OSError("No space left on device")
 
-        patch.setattr("modelstock.export._card", full)
+        patch.setattr("modelstock.models.export._card", full)
         with pytest.raises(OSError, match="No space"):
             export(clip_like(weights), clip, out, overwrite=True)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
@@ -222,17 +230,40 @@ def test_the_commands_anchor_and_export_go_from_a_name_to_a_folder(tmp_path, pai
     (tmp_path / "names.txt").write_text("cat\n\ndog\n")
     (tmp_path / "names.json").write_text('{"n01": "cat", "n02": "dog"}')
     for number, classes in enumerate(("cat,dog", tmp_path / "names.txt", tmp_path / "names.json")):
-        done = run("anchor", "tiny", "--pretrained", "random", "--classes", classes, "--templates", "a {}.",
-                   "-o", tmp_path / f"{number}.safetensors", "--clip-out", tmp_path / f"clip-{number}.safetensors",
-                   "--device", "cpu")  # fmt: skip
+        done = run(
+            "anchor",
+            "tiny",
+            "--pretrained",
+            "random",
+            "--classes",
+            classes,
+            "--templates",
+            "a {}.",
+            "-o",
+            tmp_path / f"{number}.safetensors",
+            "--clip-out",
+            tmp_path / f"clip-{number}.safetensors",
+            "--device",
+            "cpu",
+        )
         assert done.exit_code == 0, done.output
         assert "2 classes x 1 templates" in done.output
     made = [load_weights(tmp_path / f"{number}.safetensors") for number in range(3)]
     assert len({w.identity for w in made}) == 1
     assert made[0].meta["classes"] == ["cat", "dog"]
     (tmp_path / "report.json").write_text(json.dumps(report_of(made[0])))
-    done = run("export", tmp_path / "0.safetensors", "-o", tmp_path / "out", "--clip", tmp_path / "clip-0.safetensors",
-               "--report", tmp_path / "report.json", "--license", "apache-2.0")  # fmt: skip
+    done = run(
+        "export",
+        tmp_path / "0.safetensors",
+        "-o",
+        tmp_path / "out",
+        "--clip",
+        tmp_path / "clip-0.safetensors",
+        "--report",
+        tmp_path / "report.json",
+        "--license",
+        "apache-2.0",
+    )
     assert done.exit_code == 0, done.output
     assert '\nlicense: "apache-2.0"\n' in (tmp_path / "out/README.md").read_text()
     assert "| imagenet | in distribution | 81.2 |" in (tmp_path / "out/README.md").read_text()

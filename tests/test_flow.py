@@ -54,13 +54,20 @@ def server(tmp_path_factory):
     home = tmp_path_factory.mktemp("prefect")
     port = free_port()
     env = {
-        **os.environ, "PREFECT_HOME": str(home), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PYTHONPATH": str(ROOT), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "true",
-    }  # fmt: skip
+        **os.environ,
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PYTHONPATH": str(ROOT),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "true",
+    }
     process = subprocess.Popen(
         [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         try:
@@ -150,9 +157,11 @@ def test_the_flow_keeps_order_and_slots_and_a_second_run_runs_nothing(project, s
     assert again.stderr.count("Cached(") == 5
     assert "# The table" in again.stdout
     request = urllib.request.Request(
-        f"{server['PREFECT_API_URL']}/artifacts/filter", method="POST", headers={"content-type": "application/json"},
+        f"{server['PREFECT_API_URL']}/artifacts/filter",
+        method="POST",
+        headers={"content-type": "application/json"},
         data=json.dumps({"artifacts": {"key": {"any_": ["comparison"]}}}).encode(),
-    )  # fmt: skip
+    )
     with urllib.request.urlopen(request) as answer:
         assert "# The table" in [artifact["data"] for artifact in json.load(answer)]
 
@@ -181,11 +190,14 @@ def test_an_ended_flow_leaves_no_process(project, server, number):
         PIPELINE.replace("log.py b 1.0", "log.py b 60").replace("log.py c 1.0", "log.py c 60")
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.reproduce"], cwd=project, env={**server, "LOG": str(project / "log")},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "flows.reproduce"],
+        cwd=project,
+        env={**server, "LOG": str(project / "log")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         # Where the tests run in a shell's background, SIGINT is ignored, and children would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not {("b", "begin"), ("c", "begin")} & (
         set(moments(project)) if (project / "log").exists() else set()
@@ -218,8 +230,10 @@ def test_services_start_deploy_and_stop(tmp_path):
     prefect, mlflow = free_port(), free_port()
     env = {
         **{k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "PREFECT"))},
-        "MODELSTOCK_PREFECT_PORT": str(prefect), "MODELSTOCK_MLFLOW_PORT": str(mlflow), "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
+        "MODELSTOCK_PREFECT_PORT": str(prefect),
+        "MODELSTOCK_MLFLOW_PORT": str(mlflow),
+        "PYTHONPATH": str(ROOT),
+    }
 
     def services(command):
         return subprocess.run(

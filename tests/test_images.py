@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from modelstock.images import Framing, InShards
-from modelstock.models import normalise
-from modelstock.shards import load_manifest, write_shards
+from modelstock.data.images import Framing, InShards, normalise
+from modelstock.data.shards import load_manifest, write_shards
 
 OPENAI = {
-    "size": 64, "mean": list(open_clip.OPENAI_DATASET_MEAN), "std": list(open_clip.OPENAI_DATASET_STD),
+    "size": 64,
+    "mean": list(open_clip.OPENAI_DATASET_MEAN),
+    "std": list(open_clip.OPENAI_DATASET_STD),
     "interpolation": "bicubic",
-}  # fmt: skip
+}
 
 
 def photograph(width: int, height: int, mode: str) -> Image.Image:
@@ -53,9 +54,15 @@ def test_a_border_is_cut_before_anything_else(tmp_path):
     image = np.zeros((12, 14, 3), np.uint8)
     image[2:-2, 2:-2] = 255  # what is left is white
     manifest = write_shards(
-        tmp_path, [(image, 0)], benchmark="objectnet", role="shift", labels=["a", "b"], label_groups=[[0], [1]],
-        classes=["a", "b"], shard_size=1,
-    )  # fmt: skip
+        tmp_path,
+        [(image, 0)],
+        benchmark="objectnet",
+        role="shift",
+        labels=["a", "b"],
+        label_groups=[[0], [1]],
+        classes=["a", "b"],
+        shard_size=1,
+    )
     stored = InShards(tmp_path, manifest.model_copy(update={"border": 2}))
     assert stored.size(0) == (8, 10)
     assert (stored.image(0) == 255).all()

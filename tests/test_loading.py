@@ -12,10 +12,11 @@ from test_training import RECIPE
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 
-from modelstock.distributed import World
+from modelstock.data.images import InShards, normalise
+from modelstock.data.shapes.render import NAMES, TINY_PREPROCESS
+from modelstock.data.shards import load_manifest, read_all, write_shards
 from modelstock.errors import DataError
-from modelstock.images import InShards
-from modelstock.loading import (
+from modelstock.training.batches import (
     Batches,
     InMemory,
     Scored,
@@ -24,9 +25,7 @@ from modelstock.loading import (
     mixed_pairs,
     resized_crops,
 )
-from modelstock.models import TINY_PREPROCESS, normalise
-from modelstock.shapes import NAMES
-from modelstock.shards import load_manifest, read_all, write_shards
+from modelstock.training.distributed import World
 
 EVERYTHING = {"mixup": 0.4, "rand_augment_operations": 2, "flip": True, "crop_scale": (0.3, 1.0)}
 
@@ -136,9 +135,15 @@ def test_images_of_different_sizes_make_one_batch(tmp_path):
     sizes = [(40, 50), (32, 32), (64, 33), (50, 40)] * 2
     pictures = [random.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
     write_shards(
-        tmp_path, zip(pictures, range(8), strict=True), benchmark="train", role="train", labels=list(NAMES),
-        label_groups=[[i] for i in range(24)], classes=NAMES, shard_size=3,
-    )  # fmt: skip
+        tmp_path,
+        zip(pictures, range(8), strict=True),
+        benchmark="train",
+        role="train",
+        labels=list(NAMES),
+        label_groups=[[i] for i in range(24)],
+        classes=NAMES,
+        shard_size=3,
+    )
     stored = InShards(tmp_path, load_manifest(tmp_path))
     assert [stored.size(row) for row in range(8)] == sizes
     images, labels = batches(stored, **{**EVERYTHING, "mixup": 0.0})[0]

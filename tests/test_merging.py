@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from modelstock.errors import MergeError, WeightsError
-from modelstock.merging import merge
-from modelstock.methods import METHODS, blocks, depths, fisher, regmean, stock_ratio
-from modelstock.weights import WeightSet
+from modelstock.merging.engine import merge
+from modelstock.merging.methods.table import METHODS, fisher, regmean, stock_ratio
+from modelstock.weights.layout import blocks, depths
+from modelstock.weights.weight_set import WeightSet
 
 COUNT = {name: row.most for name, row in METHODS.items() if row.most}  # where the laws' three seeds are too many
 CASES = [
@@ -246,8 +247,11 @@ class TestModelStock:
             one("model_stock", [0], [[1.0], [-1.0]], clip="none")
 
     def test_a_zero_update_keeps_the_anchor_and_is_flagged(self):
-        sets = [{"w": np.ones(3), "b": np.zeros(1)}, {"w": np.ones(3), "b": np.ones(1)},
-                {"w": np.full(3, 2.0), "b": np.full(1, 2.0)}]  # fmt: skip
+        sets = [
+            {"w": np.ones(3), "b": np.zeros(1)},
+            {"w": np.ones(3), "b": np.ones(1)},
+            {"w": np.full(3, 2.0), "b": np.full(1, 2.0)},
+        ]
         anchor, *tuned = (WeightSet(s, source=str(i)) for i, s in enumerate(sets))
         merged, report = merge("model_stock", anchor, tuned)
         np.testing.assert_array_equal(merged.tensors["w"], np.ones(3))
@@ -440,8 +444,11 @@ class TestSearches:
         assert report["w"]["score"] == pytest.approx(-0.1)
         assert soup.tensors["w"][0] == pytest.approx(1.1)
         assert soup.meta["made_by"] | {"version": ""} == {
-            "stage": "merge", "method": "greedy", "knobs": {}, "version": "",
-        }  # fmt: skip
+            "stage": "merge",
+            "method": "greedy",
+            "knobs": {},
+            "version": "",
+        }
         assert asked == [3, 1, 1]  # all of them in one pass, then one trial each
 
     def test_the_oracle_scale_is_the_best_of_its_grid_and_of_equals_the_nearest_to_the_anchor(self):
@@ -538,17 +545,43 @@ class TestWeighedByData:
 
 class TestLines:
     def test_depth_is_read_off_the_names_of_many_architectures(self):
-        found = depths([
-            "visual.conv1.weight", "visual.class_embedding", "visual.ln_pre.weight", "visual.proj", "head.weight",
-            *(f"visual.transformer.resblocks.{i}.mlp.c_fc.weight" for i in range(5)),
-            *(f"transformer.resblocks.{i}.ln_1.weight" for i in range(3)),
-            "token_embedding.weight", "ln_final.weight", "resnet.layer1.0.conv1.weight", "resnet.layer4.2.bn3.weight",
-            "model.embed_tokens.weight", "model.layers.0.q.weight", "model.layers.1.q.weight", "lm_head.weight",
-        ])  # fmt: skip
-        zero = ["visual.conv1.weight", "visual.class_embedding", "visual.ln_pre.weight", "token_embedding.weight",
-                "model.embed_tokens.weight", "resnet.layer1.0.conv1.weight", "model.layers.0.q.weight"]  # fmt: skip
-        one = ["visual.proj", "head.weight", "ln_final.weight", "resnet.layer4.2.bn3.weight", "lm_head.weight",
-               "visual.transformer.resblocks.4.mlp.c_fc.weight", "transformer.resblocks.2.ln_1.weight"]  # fmt: skip
+        found = depths(
+            [
+                "visual.conv1.weight",
+                "visual.class_embedding",
+                "visual.ln_pre.weight",
+                "visual.proj",
+                "head.weight",
+                *(f"visual.transformer.resblocks.{i}.mlp.c_fc.weight" for i in range(5)),
+                *(f"transformer.resblocks.{i}.ln_1.weight" for i in range(3)),
+                "token_embedding.weight",
+                "ln_final.weight",
+                "resnet.layer1.0.conv1.weight",
+                "resnet.layer4.2.bn3.weight",
+                "model.embed_tokens.weight",
+                "model.layers.0.q.weight",
+                "model.layers.1.q.weight",
+                "lm_head.weight",
+            ]
+        )
+        zero = [
+            "visual.conv1.weight",
+            "visual.class_embedding",
+            "visual.ln_pre.weight",
+            "token_embedding.weight",
+            "model.embed_tokens.weight",
+            "resnet.layer1.0.conv1.weight",
+            "model.layers.0.q.weight",
+        ]
+        one = [
+            "visual.proj",
+            "head.weight",
+            "ln_final.weight",
+            "resnet.layer4.2.bn3.weight",
+            "lm_head.weight",
+            "visual.transformer.resblocks.4.mlp.c_fc.weight",
+            "transformer.resblocks.2.ln_1.weight",
+        ]
         assert [found[n] for n in zero] == [0] * len(zero)
         assert [found[n] for n in one] == [1] * len(one)
         assert found["visual.transformer.resblocks.1.mlp.c_fc.weight"] == 0.25
@@ -556,17 +589,34 @@ class TestLines:
 
     def test_blocks_by_hand(self):
         openai = [f"visual.transformer.resblocks.{i}.attn.out_proj.weight" for i in range(4)]
-        outside = {"visual.class_embedding": -1, "visual.positional_embedding": -1, "visual.conv1.weight": -1,
-                   "visual.ln_pre.bias": -1, "visual.ln_post.weight": 4, "visual.proj": 4, "head.bias": 4}  # fmt: skip
+        outside = {
+            "visual.class_embedding": -1,
+            "visual.positional_embedding": -1,
+            "visual.conv1.weight": -1,
+            "visual.ln_pre.bias": -1,
+            "visual.ln_post.weight": 4,
+            "visual.proj": 4,
+            "head.bias": 4,
+        }
         assert blocks([*openai, *outside]) == {
-            **{name: (i, 4) for i, name in enumerate(openai)}, **{name: (i, 4) for name, i in outside.items()}
-        }  # fmt: skip
-        resnet = {"visual.conv3.weight": -1, "visual.bn2.bias": -1, "visual.layer1.0.conv1.weight": 0,
-                  "visual.layer4.2.bn3.weight": 3, "visual.attnpool.positional_embedding": 4}  # fmt: skip
+            **{name: (i, 4) for i, name in enumerate(openai)},
+            **{name: (i, 4) for name, i in outside.items()},
+        }
+        resnet = {
+            "visual.conv3.weight": -1,
+            "visual.bn2.bias": -1,
+            "visual.layer1.0.conv1.weight": 0,
+            "visual.layer4.2.bn3.weight": 3,
+            "visual.attnpool.positional_embedding": 4,
+        }
         assert blocks(list(resnet)) == {name: (i, 4) for name, i in resnet.items()}
-        timm = {"visual.trunk.patch_embed.proj.bias": -1, "visual.trunk.blocks.0.norm1.weight": 0,
-                "visual.trunk.blocks.2.norm1.weight": 2, "visual.trunk.attn_pool.latent": 3,
-                "visual.trunk.norm.weight": 3}  # fmt: skip
+        timm = {
+            "visual.trunk.patch_embed.proj.bias": -1,
+            "visual.trunk.blocks.0.norm1.weight": 0,
+            "visual.trunk.blocks.2.norm1.weight": 2,
+            "visual.trunk.attn_pool.latent": 3,
+            "visual.trunk.norm.weight": 3,
+        }
         assert blocks(list(timm)) == {name: (i, 3) for name, i in timm.items()}
         assert blocks(["fc.weight"]) == {"fc.weight": (0, 0)}
 

@@ -12,11 +12,11 @@ from ruamel.yaml import YAML
 from test_backbones import clip_of, folder_of
 from test_pipeline import ROOT, run, write_params
 
-from modelstock.models import TINY_CLIP
-from modelstock.scores import load_scores
-from modelstock.shapes import NAMES, draw
-from modelstock.shards import load_manifest
-from modelstock.weights import load_weights
+from modelstock.data.shapes.render import NAMES, draw
+from modelstock.data.shards import load_manifest
+from modelstock.models.towers import TINY_CLIP
+from modelstock.scoring.results import load_scores
+from modelstock.weights.weight_set import load_weights
 
 CHOSEN = ("disc", "heart", "cross")
 FOLDERS = {"n01": "disc", "n02": "heart", "n03": "cross"}
@@ -49,22 +49,28 @@ def project(tmp_path_factory):
     model, clip = clip_of(TINY_CLIP)
     folder_of(folder / "backbone", model.state_dict(), TINY_CLIP, **clip.meta["preprocess"])
     files = {"source": "files", "path": "photos/train"}
-    write_params(folder, {
-        "threads": 1,
-        "prepare": {
-            "held_out_per_class": 4, "workers": 1, "shard_size": 10,
-            "splits": {
-                "train": {**files, "part": "train"}, "held-out": {**files, "part": "held-out"},
-                "photos": {"source": "files", "path": "photos/test", "role": "in-distribution"},
+    write_params(
+        folder,
+        {
+            "threads": 1,
+            "prepare": {
+                "held_out_per_class": 4,
+                "workers": 1,
+                "shard_size": 10,
+                "splits": {
+                    "train": {**files, "part": "train"},
+                    "held-out": {**files, "part": "held-out"},
+                    "photos": {"source": "files", "path": "photos/test", "role": "in-distribution"},
+                },
             },
+            "loading": {"in_memory": False},
+            "finetune": {"seeds": [0, 1], "epochs": 1, "batch_size": 12, "warmup_steps": 1, "lawa": 0, "ema": []},
+            "periodic": {"sizes": []},
+            "merge": {"methods": ["model_stock"]},
+            "evaluate": {"benchmarks": ["held-out", "photos"], "workers": 1, "batch_size": 5},
+            "compare": {"draws": 200},
         },
-        "loading": {"in_memory": False},
-        "finetune": {"seeds": [0, 1], "epochs": 1, "batch_size": 12, "warmup_steps": 1, "lawa": 0, "ema": []},
-        "periodic": {"sizes": []},
-        "merge": {"methods": ["model_stock"]},
-        "evaluate": {"benchmarks": ["held-out", "photos"], "workers": 1, "batch_size": 5},
-        "compare": {"draws": 200},
-    })  # fmt: skip
+    )
     yaml = YAML(typ="safe")
     raw = yaml.load((folder / "params.yaml").read_text())
     raw["classes"] = {"names": FOLDERS, "templates": ["a photo of a {}."]}
@@ -99,8 +105,15 @@ def test_without_shifts_the_comparison_has_no_columns_for_them(project):
 def test_the_pipelines_scores_are_those_of_open_clips_own_loop(project):
     """Model, transform and loop of open_clip on the photographs themselves, with the head of the weight set."""
     folder = project / "exported"
-    command = ("modelstock.cli", "export", "models/finetuned/0/weights.safetensors", "--clip",
-               "models/clip/clip.safetensors", "-o", "exported")  # fmt: skip
+    command = (
+        "modelstock.cli",
+        "export",
+        "models/finetuned/0/weights.safetensors",
+        "--clip",
+        "models/clip/clip.safetensors",
+        "-o",
+        "exported",
+    )
     done = run(project, *command)
     assert done.returncode == 0, done.stderr
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")

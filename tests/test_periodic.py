@@ -13,18 +13,20 @@ from conftest import make_split
 from ruamel.yaml import YAML
 from test_training import RECIPE, equal, examples, train
 
-from modelstock import callbacks, merging
-from modelstock.distributed import World, processes
+from modelstock.data.shapes.render import TINY_PREPROCESS
+from modelstock.data.shards import read_all
 from modelstock.errors import ParamsError, TrainingError
-from modelstock.finetuning import new_run
-from modelstock.loading import InMemory
-from modelstock.models import TINY_PREPROCESS, build_classifier, set_tensors, tensors_of
+from modelstock.experiment.subsets import row_of
+from modelstock.merging import engine as merging
+from modelstock.models.towers import build_classifier, set_tensors, tensors_of
 from modelstock.params import PeriodicParams, load_params
-from modelstock.periodic import Periodic, blocks_of, merge_models, shares_of, train_periodic
-from modelstock.scratch import read_history
-from modelstock.shards import read_all
-from modelstock.soups import row_of
-from modelstock.weights import WeightSet, load_weights
+from modelstock.tracking.history import read_history
+from modelstock.training import callbacks
+from modelstock.training.batches import InMemory
+from modelstock.training.distributed import World, processes
+from modelstock.training.finetune import new_run
+from modelstock.training.periodic import Periodic, blocks_of, merge_models, shares_of, train_periodic
+from modelstock.weights.weight_set import WeightSet, load_weights
 
 ROOT = Path(__file__).parent.parent
 EVERY_EPOCH = PeriodicParams(sizes=[2])
@@ -33,9 +35,17 @@ EVERY_EPOCH = PeriodicParams(sizes=[2])
 def run(anchor, folder, *, seeds=(0, 1), params=EVERY_EPOCH, world=None, workers=0, **changes):
     """Periodic training on noise; returns tensors, history and reports."""
     model, history, reports = train_periodic(
-        anchor, lambda: build_classifier(anchor), examples(), examples(), RECIPE.model_copy(update=changes), params,
-        seeds=seeds, folder=folder, workers=workers, world=world or World(),
-    )  # fmt: skip
+        anchor,
+        lambda: build_classifier(anchor),
+        examples(),
+        examples(),
+        RECIPE.model_copy(update=changes),
+        params,
+        seeds=seeds,
+        folder=folder,
+        workers=workers,
+        world=world or World(),
+    )
     return tensors_of(model), history, reports
 
 
@@ -190,8 +200,8 @@ import torch
 sys.path.insert(0, {tests!r})
 from test_periodic import keep, run
 from test_training import child
-from modelstock import callbacks
-from modelstock.weights import load_weights
+from modelstock.training import callbacks
+from modelstock.weights.weight_set import load_weights
 torch.set_num_threads(1)
 callbacks.SAVE_EVERY_S = -1.0
 anchor, out = load_weights(Path(sys.argv[1])), Path(sys.argv[2])
@@ -227,9 +237,13 @@ def started(script: Path, text: str, *arguments: object, code: int = 0) -> str:
     """Run a script in a process of its own; returns what it printed."""
     script.write_text(text.format(tests=str(Path(__file__).parent)))
     done = subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)], env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=script.parent, capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
+        [sys.executable, str(script), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=script.parent,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
     assert (done.returncode == 0) == (code == 0), done.stderr[-3000:]
     return done.stdout
 
@@ -249,9 +263,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from test_periodic import keep, run
 from test_training import train
-from modelstock import callbacks
-from modelstock.distributed import processes
-from modelstock.weights import load_weights
+from modelstock.training import callbacks
+from modelstock.training.distributed import processes
+from modelstock.weights.weight_set import load_weights
 
 def main():
     with processes(2, "cpu", "two") as world:
@@ -361,8 +375,12 @@ def test_the_stage_starts_a_process_a_seed_by_itself_and_gives_the_bytes_of_one_
         yaml.dump(settings, file)
     done = subprocess.run(
         [sys.executable, "-m", "stages.periodic", "2", "anchor.safetensors", "data/train", "data/held-out", "out"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("periodic/0-1: 2 merges, held-out accuracy") == 1
     params = load_params(tmp_path / "params.yaml")
@@ -370,9 +388,15 @@ def test_the_stage_starts_a_process_a_seed_by_itself_and_gives_the_bytes_of_one_
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model, history, reports = train_periodic(
-        anchor, lambda: build_classifier(anchor), train, held_out, params.finetune, params.periodic, seeds=[0, 1],
+        anchor,
+        lambda: build_classifier(anchor),
+        train,
+        held_out,
+        params.finetune,
+        params.periodic,
+        seeds=[0, 1],
         folder=tmp_path / "one",
-    )  # fmt: skip
+    )
     torch.set_num_threads(threads)
     found = load_weights(tmp_path / "out/weights.safetensors")
     assert equal(found.tensors, tensors_of(model))

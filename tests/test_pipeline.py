@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from modelstock.evaluation import ensemble_identity
 from modelstock.params import Params, load_params
-from modelstock.scores import load_scores
-from modelstock.tracking import IDENTITY, Tracker
-from modelstock.weights import load_weights
+from modelstock.scoring.one_pass import ensemble_identity
+from modelstock.scoring.results import load_scores
+from modelstock.tracking.mlflow import IDENTITY, Tracker
+from modelstock.weights.weight_set import load_weights
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -85,11 +85,18 @@ def test_what_a_recipe_sets_for_every_seed_is_what_the_fine_tuning_stage_depends
 SMALL = {
     "threads": 1,
     "prepare": {
-        "seed": 7, "shard_size": 40, "reference_draws": 200, "reference_epochs": 1,
+        "seed": 7,
+        "shard_size": 40,
+        "reference_draws": 200,
+        "reference_epochs": 1,
         "splits": {
             name: {"source": "shapes", "images": images}
             for name, images in (
-                ("train", 64), ("held-out", 48), ("shapes", 60), ("shapes-adversarial", 36), ("shapes-objectnet", 52)
+                ("train", 64),
+                ("held-out", 48),
+                ("shapes", 60),
+                ("shapes-adversarial", 36),
+                ("shapes-objectnet", 52),
             )
         },
     },
@@ -97,12 +104,13 @@ SMALL = {
     "finetune": {"seeds": [0, 1, 2], "epochs": 2, "batch_size": 32, "warmup_steps": 1, "lawa": 2, "snapshots": True},
     "merge": {
         "methods": ["model_stock", "uniform", "greedy", "wise_ft", "regmean", "oracle_scales"],
-        "wise_ft": {"alphas": [0.25, 0.5]}, "regmean": {"examples": 40, "scales": [0.5, 1.0]},
+        "wise_ft": {"alphas": [0.25, 0.5]},
+        "regmean": {"examples": 40, "scales": [0.5, 1.0]},
         "oracle_scales": {"iterations": 2},
     },
     "evaluate": {"benchmarks": ["held-out", "shapes", "shapes-objectnet"]},
     "compare": {"draws": 200},
-}  # fmt: skip
+}
 
 
 def update(base: dict, change: dict) -> None:

@@ -14,13 +14,13 @@ from layouts import examples, picture, settings
 from PIL import Image
 from typer.testing import CliRunner
 
-from modelstock.cli import app
-from modelstock.drawing import drawn, reference_model
+from modelstock.cli.main import app
+from modelstock.data.preparation import prepare
+from modelstock.data.shapes.reference import drawn, reference_model
+from modelstock.data.shapes.render import SPLITS
+from modelstock.data.shards import load_manifest, read_all
 from modelstock.errors import DataError, ParamsError
 from modelstock.params import ClassesParams, DrawnSplit, load_params
-from modelstock.preparation import prepare
-from modelstock.shapes import SPLITS
-from modelstock.shards import load_manifest, read_all
 
 PETS = ClassesParams(names=["cat", "dog"], templates=["a {}"])
 SHAPES = ClassesParams(names="shapes", templates="shapes")
@@ -43,7 +43,8 @@ def test_preparing_a_split_writes_shards_and_a_picture_of_it(tmp_path, small):
 def test_the_adversarial_split_holds_what_the_reference_model_gets_wrong(tmp_path, small):
     import torch
 
-    from modelstock.models import TINY_PREPROCESS, normalise
+    from modelstock.data.images import normalise
+    from modelstock.data.shapes.render import TINY_PREPROCESS
 
     prepare("shapes-adversarial", small, SHAPES, tmp_path)
     images, labels, manifest = read_all(tmp_path)
@@ -145,8 +146,13 @@ def test_images_are_made_smaller_with_antialiasing(tmp_path):
 
 def test_the_border_is_cut_before_images_are_made_smaller(tmp_path):
     path = layouts.folder(tmp_path / "unpacked", layouts.objectnet())
-    found = prepare("test", settings(path, labels="objectnet", short_side=6), layouts.IMAGENET, tmp_path / "out",
-                    scratch=tmp_path / "scratch")  # fmt: skip
+    found = prepare(
+        "test",
+        settings(path, labels="objectnet", short_side=6),
+        layouts.IMAGENET,
+        tmp_path / "out",
+        scratch=tmp_path / "scratch",
+    )
     assert found.border == 0
     images, _, _ = read_all(tmp_path / "out")  # 12x10, less 2 on each side, is 8x6
     assert images.shape[1:] == (6, 8, 3)
@@ -179,8 +185,15 @@ def test_unreadable_images_are_left_out_counted_and_listed(tmp_path):
     manifest = made(tmp_path, path, unreadable=0.2, shard_size=4, workers=2)
     assert manifest.unreadable == [f"cat/{name}" for name in sorted(BAD)]
     assert manifest.count == 20
-    assert [s.name for s in manifest.shards] == ["000000.tar", "000001.tar", "000002.tar", "000003.tar", "000004.tar",
-                                                 "000005.tar", "000006.tar"]  # fmt: skip
+    assert [s.name for s in manifest.shards] == [
+        "000000.tar",
+        "000001.tar",
+        "000002.tar",
+        "000003.tar",
+        "000004.tar",
+        "000005.tar",
+        "000006.tar",
+    ]
     keys = [key for key, *_ in examples(tmp_path / "out", manifest)]
     assert keys == [f"{i:08d}" for i in range(25) if not 10 <= i < 15]  # a key is the place in the list of the source
 
@@ -287,18 +300,32 @@ def test_the_command_does_the_same_without_params(tmp_path):
     manifest = load_manifest(tmp_path / "out")
     assert (manifest.benchmark, manifest.role) == ("pets", "in-distribution")
     assert manifest.labels == ["a small tiger", "a small wolf"]
-    run(path, "-o", tmp_path / "cut", "--classes", "cat,dog", "--role", "held-out", "--part", "held-out",
-        "--held-out-per-class", 3)  # fmt: skip
+    run(
+        path,
+        "-o",
+        tmp_path / "cut",
+        "--classes",
+        "cat,dog",
+        "--role",
+        "held-out",
+        "--part",
+        "held-out",
+        "--held-out-per-class",
+        3,
+    )
     assert (load_manifest(tmp_path / "cut").count, load_manifest(tmp_path / "cut").role) == (6, "held-out")
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--role", "test", "--classes", "cat,dog"], "--role: got 'test' for 'pets'"),
-    (["--role", "train", "--name", "x", "--classes", "cat,dog"], "--name: got 'x'; expected 'train'"),
-    (["--role", "shift"], "--classes: got none"),
-    (["--role", "shift", "--classes", "cat,cat"], "got 'cat,cat'; expected two names or more, each once"),
-    (["--role", "shift", "--labels", "imagenet-x"], "labels: Input should be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--role", "test", "--classes", "cat,dog"], "--role: got 'test' for 'pets'"),
+        (["--role", "train", "--name", "x", "--classes", "cat,dog"], "--name: got 'x'; expected 'train'"),
+        (["--role", "shift"], "--classes: got none"),
+        (["--role", "shift", "--classes", "cat,cat"], "got 'cat,cat'; expected two names or more, each once"),
+        (["--role", "shift", "--labels", "imagenet-x"], "labels: Input should be"),
+    ],
+)
 def test_its_mistakes_are_named(tmp_path, options, message):
     result = run(pets(tmp_path), "-o", tmp_path / "out", *options)
     assert isinstance(result.exception, ParamsError)

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from modelstock.published import MEAN, SHIFTS, beside, matching
-from modelstock.published import _table as table
+from modelstock.comparison.published import MEAN, SHIFTS, beside, matching
+from modelstock.comparison.published import _table as table
 
 B32 = {"name": "ViT-B-32-quickgelu", "pretrained": "openai"}
 ALL = ("held-out", "imagenet", *SHIFTS)
@@ -26,9 +26,12 @@ def test_the_table_is_whole_and_its_zero_shot_means_are_those_of_their_five_shif
 
 @pytest.mark.parametrize(
     ("name", "zero_shot", "stock"),
-    [("ViT-B-32", (63.3, 48.7), (81.19, 48.69)), ("ViT-B-16", (68.3, 58.6), (85.2, 60.1)),
-     ("ViT-L-14", (75.5, 71.4), (87.7, 73.5))],
-)  # fmt: skip
+    [
+        ("ViT-B-32", (63.3, 48.7), (81.19, 48.69)),
+        ("ViT-B-16", (68.3, 58.6), (85.2, 60.1)),
+        ("ViT-L-14", (75.5, 71.4), (87.7, 73.5)),
+    ],
+)
 def test_the_papers_figures_belong_to_openais_weights(name, zero_shot, stock):
     rows = {r.row: r for r in matching({"name": f"{name}-quickgelu", "pretrained": "openai"}, ALL)}
     for row, expected in (("zero-shot", zero_shot), ("Model Stock of 2", stock)):
@@ -93,5 +96,14 @@ def test_ours_stands_beside_with_gap_and_interval():
     mean = found["zero-shot", MEAN]
     assert (mean.within, mean.gap) == (False, pytest.approx(1.2))
     assert set(dataclasses.asdict(zero)) == {
-        "row", "backbone", "figure", "published", "ours", "low", "high", "gap", "within", "source"
-    }  # fmt: skip
+        "row",
+        "backbone",
+        "figure",
+        "published",
+        "ours",
+        "low",
+        "high",
+        "gap",
+        "within",
+        "source",
+    }

@@ -10,15 +10,16 @@ import torch
 from test_presets import composed
 from test_training import equal
 
-from modelstock import callbacks, merging
-from modelstock.finetuning import finetune
-from modelstock.images import InShards
-from modelstock.models import build_classifier, build_clip, tensors_of
+from modelstock.data.images import InShards
+from modelstock.data.shapes.render import NAMES, draw
+from modelstock.data.shards import write_shards
+from modelstock.merging import engine as merging
+from modelstock.models.towers import build_classifier, build_clip, tensors_of
 from modelstock.params import PeriodicParams, load_params
-from modelstock.periodic import merge_models
-from modelstock.shapes import NAMES, draw
-from modelstock.shards import write_shards
-from modelstock.weights import WeightSet
+from modelstock.training import callbacks
+from modelstock.training.finetune import finetune
+from modelstock.training.periodic import merge_models
+from modelstock.weights.weight_set import WeightSet
 
 PREPROCESS = {"size": 224, "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
 
@@ -32,9 +33,15 @@ def shards(folder: Path, split: str, count: int) -> InShards:
         height, width = random.integers(224, 321, 2)
         images.append(image[np.arange(height) * 32 // height][:, np.arange(width) * 32 // width])
     manifest = write_shards(
-        folder, zip(images, labels, strict=True), benchmark=split, role=split, labels=list(NAMES),
-        label_groups=[[i] for i in range(24)], classes=NAMES, shard_size=100,
-    )  # fmt: skip
+        folder,
+        zip(images, labels, strict=True),
+        benchmark=split,
+        role=split,
+        labels=list(NAMES),
+        label_groups=[[i] for i in range(24)],
+        classes=NAMES,
+        shard_size=100,
+    )
     return InShards(folder, manifest)
 
 

@@ -13,9 +13,8 @@ from PIL import Image
 from ruamel.yaml import YAML
 from test_comparison import ACCURACY, LABELS, ROWS, made, without_shifts
 
-from modelstock.comparison import compare
-from modelstock.errors import WeightsError
-from modelstock.report import (
+from modelstock.comparison.compare import compare
+from modelstock.comparison.report import (
     as_class_csv,
     as_markdown,
     as_validation_csv,
@@ -23,9 +22,10 @@ from modelstock.report import (
     summary_lines,
     write_report,
 )
-from modelstock.scores import Row, save_scores
-from modelstock.tracking import IDENTITY, Tracker
-from modelstock.weights import WeightSet
+from modelstock.errors import WeightsError
+from modelstock.scoring.results import Row, save_scores
+from modelstock.tracking.mlflow import IDENTITY, Tracker
+from modelstock.weights.weight_set import WeightSet
 from stages.compare import main as compare_stage
 
 
@@ -185,9 +185,15 @@ def test_accuracy_by_class_has_every_weight_set_or_beyond_fifty_thousand_lines_t
     wide = compare([dataclasses.replace(s, labels=many) for s in results()], draws=100)
     rows = list(csv.DictReader(io.StringIO(as_class_csv(wide))))
     assert list(dict.fromkeys(r["row"] for r in rows)) == [
-        "anchor", "seed-0", "seed-1", "greedy/0-2", "model_stock/0-1", "uniform/0-1", "ensemble/0-1-2",
+        "anchor",
+        "seed-0",
+        "seed-1",
+        "greedy/0-2",
+        "model_stock/0-1",
+        "uniform/0-1",
+        "ensemble/0-1-2",
         "wise_ft/0-1-2@0.6",
-    ]  # fmt: skip
+    ]
     assert (rows[8]["images"], rows[8]["accuracy"]) == ("0", "")
     assert "for the first weight set of each line" in as_markdown(wide, {})
     assert "for every weight set" in as_markdown(comparison, {})
@@ -195,13 +201,28 @@ def test_accuracy_by_class_has_every_weight_set_or_beyond_fifty_thousand_lines_t
 
 def test_published_figures_stand_beside_ours(comparison):
     figure = {
-        "row": "zero-shot anchor", "backbone": "ViT-B/32", "figure": "imagenet", "published": 63.3, "ours": 62.91,
-        "low": 62.5, "high": 63.34, "gap": -0.39, "within": True, "source": "open_clip's table",
-    }  # fmt: skip
+        "row": "zero-shot anchor",
+        "backbone": "ViT-B/32",
+        "figure": "imagenet",
+        "published": 63.3,
+        "ours": 62.91,
+        "low": 62.5,
+        "high": 63.34,
+        "gap": -0.39,
+        "within": True,
+        "source": "open_clip's table",
+    }
     text = as_markdown(comparison, {"published": [figure]})
     assert table(text, "## Beside published figures")[1] == [
-        "zero-shot anchor", "ViT-B/32", "imagenet", "63.3", "62.9 [62.5, 63.3]", "-0.4", "yes", "open_clip's table",
-    ]  # fmt: skip
+        "zero-shot anchor",
+        "ViT-B/32",
+        "imagenet",
+        "63.3",
+        "62.9 [62.5, 63.3]",
+        "-0.4",
+        "yes",
+        "open_clip's table",
+    ]
     assert "Beside" not in as_markdown(comparison, {"published": []})
 
 

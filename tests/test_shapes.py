@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from modelstock.shapes import CLASSES, NAMES, SIZE, SPLITS, draw, web
+from modelstock.data.shapes.render import CLASSES, NAMES, SIZE, SPLITS, draw, web
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -9,10 +9,8 @@ from conftest import make_split
 from layouts import picture
 from PIL import Image
 
-from modelstock.errors import DataError, WeightsError
-from modelstock.loading import open_examples
-from modelstock.shapes import draw
-from modelstock.shards import (
+from modelstock.data.shapes.render import draw
+from modelstock.data.shards import (
     IMAGES,
     check_classes,
     example_places,
@@ -23,7 +21,9 @@ from modelstock.shards import (
     save_manifest,
     write_shard,
 )
-from modelstock.weights import WeightSet
+from modelstock.errors import DataError, WeightsError
+from modelstock.training.batches import open_examples
+from modelstock.weights.weight_set import WeightSet
 
 
 def test_the_same_examples_give_the_same_bytes(tmp_path):
@@ -41,8 +41,9 @@ def test_images_and_labels_come_back_in_order_and_exact(tmp_path):
     expected, truth = draw("shapes-objectnet", range(110), seed=3)
     np.testing.assert_array_equal(images, expected)
     np.testing.assert_array_equal(labels, truth)
-    assert manifest.label_groups[manifest.labels.index("wheel")] == [manifest.classes.index(c) for c in
-                                                                     ("disc", "ring", "gear")]  # fmt: skip
+    assert manifest.label_groups[manifest.labels.index("wheel")] == [
+        manifest.classes.index(c) for c in ("disc", "ring", "gear")
+    ]
 
 
 def test_any_webdataset_reader_can_read_them_and_nothing_in_them_names_their_maker(tmp_path):
@@ -96,9 +97,15 @@ def mixed(folder, sizes, border=0, root=None):
     folder.mkdir(exist_ok=True)
     shards = [write_shard(place / f"{n}.tar", files[3 * n : 3 * n + 3]) for n in range(-(-len(files) // 3))]
     manifest = make_manifest(
-        benchmark="b", role="shift", labels=["a"], label_groups=[[0]], classes=["a", "b"], shards=shards, border=border,
+        benchmark="b",
+        role="shift",
+        labels=["a"],
+        label_groups=[[0]],
+        classes=["a", "b"],
+        shards=shards,
+        border=border,
         root=root and str(root),
-    )  # fmt: skip
+    )
     save_manifest(folder, manifest)
     return manifest, files
 

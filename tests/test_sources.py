@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from layouts import IMAGENET, examples, folder, imagenet_train, packed, picture, settings, tar
 
-from modelstock.classes import wnids
+from modelstock.data.classes import wnids
+from modelstock.data.preparation import prepare
+from modelstock.data.shards import load_manifest, read_all
 from modelstock.errors import DataError
 from modelstock.params import ClassesParams
-from modelstock.preparation import prepare
-from modelstock.shards import load_manifest, read_all
 
 PETS = ClassesParams(names={"c0": "cat", "d0": "dog", "o0": "owl"}, templates=["a {}"])
 FILES = {f"{f}/{i}{f}.jpg": picture(100 * k + i) for k, f in enumerate(("c0", "d0", "o0")) for i in range(4)}
@@ -77,8 +77,14 @@ def test_a_test_set_may_have_some_of_the_classes_and_a_training_set_may_not(tmp_
 def test_missing_and_unexpected_folders_are_one_error_that_counts_and_names_them(tmp_path):
     files = {n: c for n, c in imagenet_train().items() if n[:9] not in wnids()[:5]} | {"extra/a.jpg": picture(1)}
     place = packed("folder", files, tmp_path)
-    refused(tmp_path, r"995 of 1000 class folders, n01440764, n01443537, n01484850 and 2 more without images, "
-            r"1 images in extra; expected", place, IMAGENET, labels="imagenet")  # fmt: skip
+    refused(
+        tmp_path,
+        r"995 of 1000 class folders, n01440764, n01443537, n01484850 and 2 more without images, "
+        r"1 images in extra; expected",
+        place,
+        IMAGENET,
+        labels="imagenet",
+    )
 
 
 def test_what_is_no_image_is_counted_or_refused(tmp_path):
@@ -104,15 +110,18 @@ def cut_between_members(path: Path) -> None:
         assert len(archive.getnames()) == 5
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda p: None, "got nothing there; expected a folder, a .tar"),
-    (lambda p: p.write_bytes(b"\xfd7zXZ\x00" + bytes(600)), r"got a file that begins with b'\\xfd7zX'"),
-    (lambda p: p.mkdir(), "got 0 of 3 class folders, c0, d0, o0 without images"),
-    (lambda p: tar(p, FILES) and p.write_bytes(p.read_bytes()[:7000]), "damaged archive"),
-    (lambda p: cut_between_members(p), "got an archive that ends early; expected a whole one"),
-    (lambda p: tar(p, FILES, "w:gz") and p.write_bytes(p.read_bytes()[:-20]), "damaged archive"),
-    (lambda p: p.write_bytes(b"PK\3\4" + bytes(99)), "damaged archive"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "got nothing there; expected a folder, a .tar"),
+        (lambda p: p.write_bytes(b"\xfd7zXZ\x00" + bytes(600)), r"got a file that begins with b'\\xfd7zX'"),
+        (lambda p: p.mkdir(), "got 0 of 3 class folders, c0, d0, o0 without images"),
+        (lambda p: tar(p, FILES) and p.write_bytes(p.read_bytes()[:7000]), "damaged archive"),
+        (lambda p: cut_between_members(p), "got an archive that ends early; expected a whole one"),
+        (lambda p: tar(p, FILES, "w:gz") and p.write_bytes(p.read_bytes()[:-20]), "damaged archive"),
+        (lambda p: p.write_bytes(b"PK\3\4" + bytes(99)), "damaged archive"),
+    ],
+)
 def test_what_is_no_source_is_named(tmp_path, make, message):
     make(tmp_path / "source")
     refused(tmp_path, message, tmp_path / "source")
@@ -144,8 +153,9 @@ def test_imagenet_train_is_read_from_the_archive_of_archives(tmp_path, train):
         outer.extractall(tmp_path / "archives", filter="data")
     folder(tmp_path / "train", train)
     for number, place in enumerate(("archives", "train")):
-        again = prepared(tmp_path, tmp_path / place, IMAGENET, labels="imagenet", name="train", shard_size=999,
-                         out=f"again{number}")  # fmt: skip
+        again = prepared(
+            tmp_path, tmp_path / place, IMAGENET, labels="imagenet", name="train", shard_size=999, out=f"again{number}"
+        )
         assert again == manifest
 
 
@@ -209,8 +219,12 @@ def test_imagenet_sketch_in_its_zip(tmp_path):
 
 
 def test_a_layout_of_imagenet_needs_its_classes(tmp_path):
-    refused(tmp_path, "labels: imagenet-r: got 3 classes of another kind; expected classes.names: imagenet",
-            packed("folder", FILES, tmp_path), labels="imagenet-r")  # fmt: skip
+    refused(
+        tmp_path,
+        "labels: imagenet-r: got 3 classes of another kind; expected classes.names: imagenet",
+        packed("folder", FILES, tmp_path),
+        labels="imagenet-r",
+    )
 
 
 # ObjectNet
@@ -223,8 +237,10 @@ def test_objectnet_maps_folders_to_classes_many_to_one_and_leaves_the_others_out
     assert manifest.labels == ["Alarm clock", "Bench", "T-shirt"]  # in the order of folder names
     assert manifest.label_groups == [[409, 530], [703], [610]]
     assert manifest.left_out == {
-        "files that are not images": 4, "folders without a class": 1, "images in folders without a class": 2,
-    }  # fmt: skip
+        "files that are not images": 4,
+        "folders without a class": 1,
+        "images in folders without a class": 2,
+    }
     assert manifest.border == 2
     found = examples(tmp_path / "out", manifest)
     assert [(label, suffix, c) for _, label, suffix, c in found] == [
@@ -262,11 +278,21 @@ def test_a_password_that_is_missing_or_wrong_is_said_at_once(tmp_path):
 def test_objectnet_with_a_folder_or_a_mapping_too_few_is_refused(tmp_path):
     files = layouts.objectnet()
     lacking = {n: c for n, c in files.items() if "/bench/" not in n}
-    refused(tmp_path, "got 2 of 3 class folders, bench without images", packed("zip", lacking, tmp_path), IMAGENET,
-            labels="objectnet")  # fmt: skip
+    refused(
+        tmp_path,
+        "got 2 of 3 class folders, bench without images",
+        packed("zip", lacking, tmp_path),
+        IMAGENET,
+        labels="objectnet",
+    )
     files["objectnet-1.0/mappings/objectnet_to_imagenet_1k.json"] = json.dumps({"Bench": "a pew"}).encode()
-    refused(tmp_path, "mappings that do not fit together .*a pew", packed("tar", files, tmp_path), IMAGENET,
-            labels="objectnet")  # fmt: skip
+    refused(
+        tmp_path,
+        "mappings that do not fit together .*a pew",
+        packed("tar", files, tmp_path),
+        IMAGENET,
+        labels="objectnet",
+    )
 
 
 # The held-out cut
@@ -291,8 +317,14 @@ def test_the_held_out_cut_is_the_same_in_every_container_and_disjoint(tmp_path, 
 
 def test_a_class_too_small_for_the_cut_is_refused(tmp_path):
     path = packed("folder", FILES, tmp_path)
-    refused(tmp_path, "got 4 images of c0 and 3 such classes; expected more than prepare.held_out_per_class, 4", path,
-            part="train", name="train", held_out_per_class=4)  # fmt: skip
+    refused(
+        tmp_path,
+        "got 4 images of c0 and 3 such classes; expected more than prepare.held_out_per_class, 4",
+        path,
+        part="train",
+        name="train",
+        held_out_per_class=4,
+    )
     assert prepared(tmp_path, path, part="train", name="train", held_out_per_class=3).count == 3
 
 
@@ -354,13 +386,19 @@ def test_shards_are_copied_where_only_a_part_of_them_is_wanted(tmp_path):
     assert dict(found) == {picture(i): i % 3 for i in range(12)}
 
 
-@pytest.mark.parametrize(("members", "message"), [
-    ({"a.jpg": picture(1), "a.cls": b"3"}, "with label 3; expected an image and a label from 0 to 2"),
-    ({"a.jpg": picture(1), "b.cls": b"0"}, "2 examples such as 0/a, an image with label None"),
-    ({"a.jpg": picture(1), "a.cls": b"cat"}, "with label cat"),
-    ({"a.jpg": picture(1), "a.png": picture(1), "a.cls": b"0"}, "two images 0/a"),
-    ({"a.jpg": picture(1)[:-40], "a.cls": b"0"}, "1 unreadable images of 1: c0/0/a .*expected at most 0; leave them"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.jpg": picture(1), "a.cls": b"3"}, "with label 3; expected an image and a label from 0 to 2"),
+        ({"a.jpg": picture(1), "b.cls": b"0"}, "2 examples such as 0/a, an image with label None"),
+        ({"a.jpg": picture(1), "a.cls": b"cat"}, "with label cat"),
+        ({"a.jpg": picture(1), "a.png": picture(1), "a.cls": b"0"}, "two images 0/a"),
+        (
+            {"a.jpg": picture(1)[:-40], "a.cls": b"0"},
+            "1 unreadable images of 1: c0/0/a .*expected at most 0; leave them",
+        ),
+    ],
+)
 def test_bad_shards_are_refused(tmp_path, members, message):
     tar(tmp_path / "wds/0.tar", members)
     refused(tmp_path, message, tmp_path / "wds")
@@ -388,7 +426,7 @@ def test_a_folder_of_the_library_datasets(tmp_path):
 
 def test_without_the_library_its_folder_names_the_extra(tmp_path, monkeypatch):
     folder(tmp_path / "rows", {"dataset_info.json": b"{}", "state.json": b"{}"})
-    monkeypatch.setattr("modelstock.containers.find_spec", lambda name: None)
+    monkeypatch.setattr("modelstock.data.containers.find_spec", lambda name: None)
     refused(tmp_path, r"which is not installed; expected modelstock\[datasets\]", tmp_path / "rows")
 
 
@@ -404,14 +442,17 @@ def odd_tar(path: Path, name: str, kind: bytes = tarfile.REGTYPE, link: str = ""
     return path
 
 
-@pytest.mark.parametrize(("name", "kind", "message"), [
-    ("../evil.jpg", tarfile.REGTYPE, r"member '\.\./evil\.jpg': got a path that leads out"),
-    ("c0/../../evil.jpg", tarfile.REGTYPE, "leads out"),
-    ("/etc/evil.jpg", tarfile.REGTYPE, "leads out"),
-    ("c0/link.jpg", tarfile.SYMTYPE, r"member c0/link\.jpg: got a link, device or sparse file"),
-    ("c0/hard.jpg", tarfile.LNKTYPE, "got a link"),
-    ("c0/null.jpg", tarfile.CHRTYPE, "device"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("../evil.jpg", tarfile.REGTYPE, r"member '\.\./evil\.jpg': got a path that leads out"),
+        ("c0/../../evil.jpg", tarfile.REGTYPE, "leads out"),
+        ("/etc/evil.jpg", tarfile.REGTYPE, "leads out"),
+        ("c0/link.jpg", tarfile.SYMTYPE, r"member c0/link\.jpg: got a link, device or sparse file"),
+        ("c0/hard.jpg", tarfile.LNKTYPE, "got a link"),
+        ("c0/null.jpg", tarfile.CHRTYPE, "device"),
+    ],
+)
 def test_members_that_lead_elsewhere_are_refused(tmp_path, name, kind, message):
     path = odd_tar(tmp_path / "a.tar", name, kind, "c0/0c0.jpg")
     refused(tmp_path, message, path)
@@ -446,9 +487,12 @@ def test_a_link_out_of_a_folder_is_refused_and_one_within_is_followed(tmp_path):
 
 
 def test_bombs_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
-    refused(tmp_path, "member c0/bomb.jpg: got 1000000 bytes out of .*; expected at most 100 times",
-            packed("zip", FILES | {"c0/bomb.jpg": bytes(10**6)}, tmp_path))  # fmt: skip
-    monkeypatch.setattr("modelstock.containers.LIMIT", 5000)
+    refused(
+        tmp_path,
+        "member c0/bomb.jpg: got 1000000 bytes out of .*; expected at most 100 times",
+        packed("zip", FILES | {"c0/bomb.jpg": bytes(10**6)}, tmp_path),
+    )
+    monkeypatch.setattr("modelstock.data.containers.LIMIT", 5000)
     noise = {"c0/large.jpg": np.random.default_rng(0).bytes(5001)}
     for kind in ("zip", "tar", "tar.gz", "folder"):
         refused(tmp_path, r"c0/large\.jpg: got 5001 bytes; expected at most", packed(kind, FILES | noise, tmp_path))

@@ -6,13 +6,14 @@ import torch
 from conftest import make_split
 from torch.nn import functional
 
+from modelstock.data.images import normalise
+from modelstock.data.shapes.render import draw
 from modelstock.errors import DataError
-from modelstock.evaluation import score
-from modelstock.merging import merge
-from modelstock.models import build_classifier, normalise
-from modelstock.shapes import draw
-from modelstock.statistics import fisher, inner, loss_gradient, sample
-from modelstock.weights import load_weights
+from modelstock.merging.engine import merge
+from modelstock.models.towers import build_classifier
+from modelstock.scoring.data_statistics import fisher, inner, loss_gradient, sample
+from modelstock.scoring.one_pass import score
+from modelstock.weights.weight_set import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +132,11 @@ def test_every_data_driven_merge_of_real_towers(anchor, variants, train):
         "regmean": {"statistics": [inner(w, images) for w in tuned]},
         "greedy": {"score": lambda trials: [score(train, [w])[w.identity].correct.mean() for w in trials]},
         "oracle_scale": {
-            "score": lambda trials: [score(train, [w])[w.identity].correct.mean() for w in trials], "steps": 3,
+            "score": lambda trials: [score(train, [w])[w.identity].correct.mean() for w in trials],
+            "steps": 3,
         },
         "oracle_scales": {"gradient": loss_gradient(images, labels), "iterations": 3},
-    }  # fmt: skip
+    }
     uniform, _ = merge("uniform", anchor, tuned)
     for method, given in options.items():
         merged, report = merge(method, anchor, tuned, **given)
@@ -149,7 +151,7 @@ def test_every_data_driven_merge_of_real_towers(anchor, variants, train):
 def test_the_command_measures_statistics_and_merges_by_them(anchor, variants, train, tmp_path, monkeypatch, capsys):
     import sys
 
-    from modelstock import cli
+    from modelstock.cli import main as cli
 
     monkeypatch.chdir(tmp_path)
     for name, weights in zip(("w0", "a", "b"), (anchor, *variants[:2]), strict=True):
@@ -162,15 +164,19 @@ def test_the_command_measures_statistics_and_merges_by_them(anchor, variants, tr
         return stop.value.code, capsys.readouterr()
 
     for w in "ab":
-        code, said = command("statistics", "fisher", f"{w}.safetensors", "--data", train, "-o", f"{w}.f.safetensors",
-                             "--examples", 10)  # fmt: skip
+        code, said = command(
+            "statistics", "fisher", f"{w}.safetensors", "--data", train, "-o", f"{w}.f.safetensors", "--examples", 10
+        )
         assert code == 0, said.err
     merging = ["merge", "--anchor", "w0.safetensors", "a.safetensors", "b.safetensors", "--method"]
     by = ["--statistics", "a.f.safetensors", "--statistics", "b.f.safetensors"]
     assert command(*merging, "fisher", *by, "-o", "f.safetensors")[0] == 0
-    expected, _ = merge("fisher", load_weights(tmp_path / "w0.safetensors"),
-                        [load_weights(tmp_path / f"{w}.safetensors") for w in "ab"],
-                        statistics=[load_weights(tmp_path / f"{w}.f.safetensors") for w in "ab"])  # fmt: skip
+    expected, _ = merge(
+        "fisher",
+        load_weights(tmp_path / "w0.safetensors"),
+        [load_weights(tmp_path / f"{w}.safetensors") for w in "ab"],
+        statistics=[load_weights(tmp_path / f"{w}.f.safetensors") for w in "ab"],
+    )
     found = load_weights(tmp_path / "f.safetensors")
     assert found.identity == expected.identity
     assert found.meta["parents"] == expected.meta["parents"]  # our own weight sets are always identified

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-import modelstock.merging as merging
-from modelstock.checkpoints import FLOATS, narrow, open_checkpoint, parse_header, widen
+import modelstock.merging.engine as merging
 from modelstock.errors import MergeError, ModelstockError, WeightsError
-from modelstock.merging import merge
-from modelstock.methods import METHODS
-from modelstock.streaming import merge_files
-from modelstock.weights import WeightSet, load_weights
+from modelstock.merging.engine import merge
+from modelstock.merging.files import merge_files
+from modelstock.merging.methods.table import METHODS
+from modelstock.weights.checkpoints import FLOATS, narrow, open_checkpoint, parse_header, widen
+from modelstock.weights.weight_set import WeightSet, load_weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,9 +83,14 @@ def test_streamed_equals_in_memory_bit_for_bit_at_any_number_of_workers(files, t
             {k: 2 * (v - 0.3) for k, v in w.tensors.items() if v.dtype.kind == "f"},
         )
     merge_files(
-        method, files[0], files[1:], tmp_path / "out.safetensors", workers=workers,
-        statistics=kept.get("on disk", []), **knobs,
-    )  # fmt: skip
+        method,
+        files[0],
+        files[1:],
+        tmp_path / "out.safetensors",
+        workers=workers,
+        statistics=kept.get("on disk", []),
+        **knobs,
+    )
     expected, _ = merge(method, load_weights(files[0]), tuned, statistics=kept.get("in memory", []), **knobs)
     found = load_weights(tmp_path / "out.safetensors")
     assert found.identity == expected.identity
@@ -259,9 +264,14 @@ def test_no_bytes_make_the_header_parser_fail_otherwise(tmp_path_factory, noise,
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda c: st.lists(c, max_size=3)
-                 | st.dictionaries(st.sampled_from(["weight_map", "a", "../a", "w.safetensors"]), c, max_size=3))
-)  # fmt: skip
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda c: (
+            st.lists(c, max_size=3)
+            | st.dictionaries(st.sampled_from(["weight_map", "a", "../a", "w.safetensors"]), c, max_size=3)
+        ),
+    )
+)
 def test_no_index_makes_the_reader_fail_otherwise_or_leave_its_folder(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("index")
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
@@ -311,7 +321,7 @@ def test_paths_that_cannot_be_merged_are_refused(files, tmp_path):
 
 
 def test_a_full_disk_is_found_before_writing(files, tmp_path, monkeypatch):
-    monkeypatch.setattr("modelstock.streaming.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr("modelstock.merging.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
     with pytest.raises(MergeError, match=r"got 100 free bytes; expected \d"):
         merge_files("uniform", files[0], files[1:], tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
@@ -321,7 +331,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing_behind(files, tmp_path, m
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modelstock.streaming.os.pwrite", full)
+    monkeypatch.setattr("modelstock.merging.files.os.pwrite", full)
     with pytest.raises(MergeError, match=r"out\.safetensors: got No space left on device; expected .* make room"):
         merge_files("uniform", files[0], files[1:], tmp_path / "out.safetensors")
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in files}
@@ -355,8 +365,19 @@ def test_killed_while_writing_leaves_no_file_or_the_whole_one(tmp_path):
             {f"t{k}": random.standard_normal(400_000).astype(np.float32) for k in range(20)},
             tmp_path / f"{i}.safetensors",
         )
-    command = [sys.executable, "-m", "modelstock.cli", "merge", "--anchor", "0.safetensors", "1.safetensors",
-               "2.safetensors", "-o", "out.safetensors", "--overwrite"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "modelstock.cli",
+        "merge",
+        "--anchor",
+        "0.safetensors",
+        "1.safetensors",
+        "2.safetensors",
+        "-o",
+        "out.safetensors",
+        "--overwrite",
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
     whole = (tmp_path / "out.safetensors").read_bytes()
@@ -377,9 +398,13 @@ def test_killed_while_writing_leaves_no_file_or_the_whole_one(tmp_path):
 
 def command(folder, *arguments, **options):
     return subprocess.run(
-        [sys.executable, "-m", "modelstock.cli", *map(str, arguments)], cwd=folder, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, **options,
-    )  # fmt: skip
+        [sys.executable, "-m", "modelstock.cli", *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        **options,
+    )
 
 
 def test_the_command_merges_inspects_and_compares(files, tmp_path):
@@ -435,12 +460,18 @@ def test_the_command_says_in_one_line_what_is_wrong(files, tmp_path, arguments, 
 
 def test_merging_imports_neither_torch_nor_the_pipelines_tools(files, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from modelstock.streaming import merge_files; import modelstock.cli;"
+        "import sys; from pathlib import Path; from modelstock.merging.files import merge_files;"
+        "import modelstock.cli.main;"
         "p = [Path(f'w{i}.safetensors') for i in range(3)];"
         "merge_files('model_stock', p[0], p[1:], Path('o.safetensors'));"
         "print([m for m in ('torch', 'prefect', 'dvc', 'mlflow', 'open_clip') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == "[]", done.stderr
     assert set(FLOATS) == {"F64", "F32", "F16", "BF16"}

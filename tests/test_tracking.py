@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from modelstock.errors import TrackingError
-from modelstock.tracking import IDENTITY, Mirror, Tracker
-from modelstock.weights import WeightSet
+from modelstock.tracking.mlflow import IDENTITY, Mirror, Tracker
+from modelstock.weights.weight_set import WeightSet
 
 ROOT = Path(__file__).parent.parent
 METRICS = {"held-out": {"top1": 0.5}, "shapes": {"top1": 0.25, "nll": 1.5}}
@@ -28,17 +28,24 @@ def weights(tmp_path):
     path = tmp_path / "seed" / "weights.safetensors"
     WeightSet({"a": np.arange(4.0)}, {"parents": ["f" * 64], "made_by": made}).save(path)
     path.with_name("history.jsonl").write_text(
-        "".join(json.dumps({"step": s, "loss": 1 / s} | ({"validation/top1": 0.1 * s} if s % 2 == 0 else {})) + "\n"
-                for s in range(1, 7))
-    )  # fmt: skip
+        "".join(
+            json.dumps({"step": s, "loss": 1 / s} | ({"validation/top1": 0.1 * s} if s % 2 == 0 else {})) + "\n"
+            for s in range(1, 7)
+        )
+    )
     return path
 
 
 def record(tracker, path):
     run = tracker.record(
-        path, name="seed-3", key="k3", history=path.with_name("history.jsonl"),
-        tags={"git.commit": "c0ffee"}, metrics=METRICS, datasets=DATASETS,
-    )  # fmt: skip
+        path,
+        name="seed-3",
+        key="k3",
+        history=path.with_name("history.jsonl"),
+        tags={"git.commit": "c0ffee"},
+        metrics=METRICS,
+        datasets=DATASETS,
+    )
     identity = tracker.client.get_run(run).data.tags[IDENTITY]
     return run, tracker.register(identity, model_name="small", alias="champion")
 
@@ -147,11 +154,28 @@ def test_a_real_server_says_the_same(tmp_path, weights, monkeypatch):
         port = probe.getsockname()[1]
     store = f"sqlite:///{tmp_path / 'server.db'}"
     server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", store, "--artifacts-destination", str(tmp_path / "artifacts")],
+        [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            store,
+            "--artifacts-destination",
+            str(tmp_path / "artifacts"),
+        ],
         env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=tmp_path,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd=tmp_path,
+    )
     try:
         for _ in range(300):
             try:
@@ -176,8 +200,11 @@ def test_a_dead_server_costs_seconds_and_never_the_training(tmp_path, weights):
         warnings.simplefilter("always")
         with Mirror(
             lambda: Tracker(tmp_path, "e", "http://127.0.0.1:9"),
-            weights.with_name("history.jsonl"), key="k", name="n", params={},
-        ):  # fmt: skip
+            weights.with_name("history.jsonl"),
+            key="k",
+            name="n",
+            params={},
+        ):
             trained.append(True)
     assert trained
     assert [str(w.message) for w in caught if "training goes on" in str(w.message)]
@@ -195,7 +222,8 @@ def test_the_mirror_sends_the_last_rows_when_the_block_ends(tmp_path, weights):
 
 def test_processes_that_start_at_once_on_a_new_store_all_succeed(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from modelstock.tracking import Tracker; Tracker(Path(sys.argv[1]), 'e')"
+        "import sys; from pathlib import Path; from modelstock.tracking.mlflow import Tracker;"
+        "Tracker(Path(sys.argv[1]), 'e')"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE)

@@ -15,11 +15,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from modelstock import callbacks
-from modelstock.callbacks import Clock, Ema, Lawa, read_state
-from modelstock.distributed import ALONE
+from modelstock.data.shapes.render import TINY_PREPROCESS
 from modelstock.errors import TrainingError
-from modelstock.finetuning import (
+from modelstock.models.towers import Classifier, build_classifier, tensors_of
+from modelstock.params import FinetuneParams, load_params
+from modelstock.training import callbacks
+from modelstock.training.batches import InMemory
+from modelstock.training.callbacks import Clock, Ema, Lawa, read_state
+from modelstock.training.distributed import ALONE
+from modelstock.training.finetune import (
     finetune,
     loss_of,
     new_run,
@@ -27,12 +31,9 @@ from modelstock.finetuning import (
     schedule_of,
     top1,
 )
-from modelstock.loading import InMemory
-from modelstock.models import TINY_PREPROCESS, Classifier, build_classifier, tensors_of
-from modelstock.params import FinetuneParams, load_params
-from modelstock.pretraining import shared_positives_loss
-from modelstock.training import Callback, Run, learning_rate
-from modelstock.weights import WeightSet
+from modelstock.training.loop import Callback, Run, learning_rate
+from modelstock.training.pretrain import shared_positives_loss
+from modelstock.weights.weight_set import WeightSet
 
 ROOT = Path(__file__).parent.parent
 RECIPE = load_params(ROOT / "params.yaml").finetune.model_copy(
@@ -51,9 +52,16 @@ def train(anchor, folder, *, seed=0, data=None, workers=0, world=ALONE, **change
     model = build_classifier(anchor)
     recipe = RECIPE.model_copy(update=changes)
     history, averages = finetune(
-        model, data or examples(), examples(), recipe, TINY_PREPROCESS, seed=seed, folder=folder, workers=workers,
+        model,
+        data or examples(),
+        examples(),
+        recipe,
+        TINY_PREPROCESS,
+        seed=seed,
+        folder=folder,
+        workers=workers,
         world=world,
-    )  # fmt: skip
+    )
     return tensors_of(model), history, {a.name: {k: v.numpy() for k, v in a.tensors().items()} for a in averages}
 
 
@@ -140,9 +148,15 @@ def test_ema_and_lawa_are_their_formulas_over_the_weights_of_every_step(anchor):
 def test_snapshots_are_the_weights_at_the_ends_of_all_epochs_but_the_last(tmp_path, anchor):
     model, kept = build_classifier(anchor), {}
     finetune(
-        model, examples(), examples(), RECIPE, TINY_PREPROCESS, seed=0, folder=tmp_path,
+        model,
+        examples(),
+        examples(),
+        RECIPE,
+        TINY_PREPROCESS,
+        seed=0,
+        folder=tmp_path,
         snapshot=lambda epoch: kept.__setitem__(epoch, tensors_of(model)),
-    )  # fmt: skip
+    )
     short, watch = build_classifier(anchor), Watch()
     new_run(short, examples(), RECIPE, TINY_PREPROCESS, seed=0, callbacks=[watch]).train(until=6)
     assert kept.keys() == {1, 2}
@@ -235,10 +249,11 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
 from test_training import RECIPE, child, dropping, examples
-from modelstock import callbacks
-from modelstock.finetuning import finetune
-from modelstock.models import TINY_PREPROCESS, build_classifier, tensors_of
-from modelstock.weights import WeightSet, load_weights
+from modelstock.training import callbacks
+from modelstock.training.finetune import finetune
+from modelstock.models.towers import build_classifier, tensors_of
+from modelstock.data.shapes.render import TINY_PREPROCESS
+from modelstock.weights.weight_set import WeightSet, load_weights
 torch.set_num_threads(1)
 callbacks.SAVE_EVERY_S = -1.0
 anchor, out, workers = dropping(load_weights(Path(sys.argv[1]))), Path(sys.argv[2]), int(sys.argv[3])
@@ -286,15 +301,24 @@ def test_kill_9_at_random_moments_also_during_a_save_changes_no_byte(tmp_path, a
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "anchor.safetensors"), str(tmp_path), str(workers), str(wanted)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     kills, runs = json.loads(done.stdout)
     assert kills >= wanted
     for number in range(runs):
         folders = tmp_path / "whole", tmp_path / f"killed-{number}"
-        for name in ("weights.safetensors", "ema-0.5.safetensors", "ema-0.9.safetensors", "lawa.safetensors",
-                     "history.jsonl"):  # fmt: skip
+        for name in (
+            "weights.safetensors",
+            "ema-0.5.safetensors",
+            "ema-0.9.safetensors",
+            "lawa.safetensors",
+            "history.jsonl",
+        ):
             whole, killed = ((folder / name).read_bytes() for folder in folders)
             assert whole == killed
         whole, killed = (read_state(folder / "state.pt")["optimizer"]["state"] for folder in folders)
@@ -462,9 +486,16 @@ def test_a_run_needs_nothing_but_a_model_batches_and_a_loss():
     data = (torch.ones(2, 1), torch.ones(2, 1))
     options = RECIPE.model_copy(update={"clip_norm": 100.0})
     run = Run(
-        "linear", model, optimizer, options, 0, 4, lambda m, batch: (m(batch[0]) - batch[1]).square().mean(),
-        lambda step: 0.25, lambda start, stop: iter([data] * (stop - start)),
-    )  # fmt: skip
+        "linear",
+        model,
+        optimizer,
+        options,
+        0,
+        4,
+        lambda m, batch: (m(batch[0]) - batch[1]).square().mean(),
+        lambda step: 0.25,
+        lambda start, stop: iter([data] * (stop - start)),
+    )
     run.train()
     # w <- w - 0.25 * 2 (w - 1) halves the distance to 1 at every step.
     assert model.weight.item() == pytest.approx(1 - 0.5**4)

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from modelstock.errors import WeightsError
 from modelstock.files import atomic_path
-from modelstock.weights import WeightSet, load_weights
+from modelstock.weights.weight_set import WeightSet, load_weights
 
 
 def sample() -> WeightSet:

@@ -1,0 +1,5 @@
+"""The command `modelstock`."""
+
+from modelstock.cli.main import main
+
+__all__ = ["main"]

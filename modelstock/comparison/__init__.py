@@ -1,0 +1,1 @@
+"""From results per example to a comparison with error bars, its report and its figures."""

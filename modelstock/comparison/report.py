@@ -1,0 +1,508 @@
+"""The comparison as Markdown, HTML, a figure and tables for DVC; equal input gives equal bytes."""
+
+import base64
+import csv
+import dataclasses
+import html
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import markdown
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from modelstock.comparison.compare import Comparison, Estimate, Line, Test
+from modelstock.comparison.published import beside, matching
+from modelstock.files import atomic_path, write_json
+from modelstock.scoring.results import Row
+
+matplotlib.use("Agg")
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}
+table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto;margin:1rem 0}
+th,td{padding:.3rem .6rem;border-bottom:1px solid #ccc;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}img{max-width:100%;background:#fff}
+@media(prefers-color-scheme:dark){body{color:#e6e6e6;background:#16181d}th,td{border-color:#444}}
+"""
+MARKS = {
+    "anchor": ("*", "black"),
+    "seed": ("o", "tab:gray"),
+    "uniform": ("s", "tab:blue"),
+    "model_stock": ("D", "tab:red"),
+    "greedy": ("^", "tab:green"),
+    "wise_ft": ("", "tab:orange"),
+    "ensemble": ("P", "tab:purple"),
+    "lines": ("<", "tab:cyan"),
+    "karcher": (">", "tab:cyan"),
+    "ties": ("v", "tab:brown"),
+    "dare_linear": ("<", "tab:brown"),
+    "dare_ties": (">", "tab:brown"),
+    "breadcrumbs": ("d", "tab:brown"),
+    "della": ("h", "tab:brown"),
+    "fisher": ("p", "tab:olive"),
+    "regmean": ("H", "tab:olive"),
+    "oracle_scale": ("x", "black"),
+    "oracle_scales": ("X", "black"),
+    "periodic": ("D", "tab:pink"),
+    "longer": ("^", "tab:pink"),
+    "ema": (".", "tab:green"),
+    "lawa": (".", "tab:cyan"),
+    "snapshot": (".", "silver"),
+}
+MEANS = {"shifts": "mean of shifts"}  # a column of tables that have the in-distribution set's own
+FIELDS = {"shifts": "shift-mean"}  # the same, in files
+BEFORE = {"in-distribution": "", "shifts": "shifts, "}  # a summary, before the name of a column
+CLASS_LINES = 50_000  # of per_class.csv; beyond them it has one weight set for each line of the main table
+CHANGED = 5  # classes shown that gain most, and that lose most
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _with_half(estimate: Estimate) -> str:
+    return f"{_percent(estimate.value)} ± {_percent((estimate.high - estimate.low) / 2)}"
+
+
+def _signed(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+
+
+def _p(test: Test | None) -> str:
+    if test is None:
+        return ""
+    return "< 0.001" if test.holm < 0.001 else f"{test.holm:.3f}"
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rows = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return "\n".join(rows + ["| " + " | ".join(cells) + " |" for cells in body])
+
+
+def main_table(comparison: Comparison) -> str:
+    """Accuracies in percent, one line a method and number of seeds."""
+    means = comparison.summaries[1:]
+    head = ["weights", comparison.in_distribution, *comparison.shifts, *(MEANS[s] for s in means)]
+    body = [
+        [
+            line.name,
+            _with_half(line.accuracy[comparison.in_distribution]),
+            *(_percent(line.accuracy[shift].value) for shift in comparison.shifts),
+            *(_with_half(line.summary[s]) for s in means),
+        ]
+        for line in comparison.lines
+    ]
+    return _table(head, body)
+
+
+def _differences(comparison: Comparison) -> str:
+    others = ("over mean seed", "over uniform soup")
+    head = ["weights", *(BEFORE[s] + other for other in others for s in comparison.summaries)]
+
+    def cells(line: Line) -> list[str]:
+        pairs = (line.over_seed, line.over_uniform)
+        return [_signed(d[s]) if s in d else "" for d in pairs for s in comparison.summaries]
+
+    return _table(head, [[line.name, *cells(line)] for line in comparison.lines if line.over_seed])
+
+
+def _spreads(comparison: Comparison) -> str:
+    heads = {"in-distribution": "standard deviation", "shifts": "on the shifts"}
+    head = ["weights", "sets", *(heads[s] for s in comparison.summaries)]
+    body = [
+        [line.name, str(len(line.rows)), *(_percent(line.spread[s]) for s in comparison.summaries)]
+        for line in comparison.lines
+        if line.spread
+    ]
+    return _table(head, body)
+
+
+def _mcnemar(comparison: Comparison, family: str) -> str:
+    before = {"in-distribution": "", "shifts": "shifts: "}
+    head = ["weights", "against"]
+    for s in comparison.summaries:
+        head += [f"{before[s]}only this right", "only the other", "p (Holm)"]
+    body = []
+    for name, tests in comparison.tests[family].items():
+        found = [tests[s] for s in comparison.summaries]
+        counts = [cell for test in found for cell in (str(test.wins), str(test.losses), _p(test))]
+        body.append([name, found[0].against, *counts])
+    return _table(head, body)
+
+
+def _mean_metric(comparison: Comparison, line: Line, metric: str, benchmarks: Sequence[str]) -> float:
+    values = [comparison.metrics[row][benchmark][metric] for row in line.rows for benchmark in benchmarks]
+    return sum(values) / len(values)
+
+
+def _has_top5(comparison: Comparison) -> bool:
+    return any(len(classes.labels) > 5 for classes in comparison.classes.values())
+
+
+def _calibration(comparison: Comparison) -> str:
+    sets = {"in-distribution": [comparison.in_distribution], "shifts": list(comparison.shifts)}
+    columns = [("top-5", "top5", "in-distribution")] if _has_top5(comparison) else []
+    for summary in comparison.summaries:
+        columns += [(f"{BEFORE[summary]}{name}", name.lower(), summary) for name in ("NLL", "ECE")]
+
+    def cell(line: Line, metric: str, summary: str) -> str:
+        value = _mean_metric(comparison, line, metric, sets[summary])
+        return f"{value:.3f}" if metric == "nll" else _percent(value)
+
+    body = [[line.name, *(cell(line, metric, s) for _, metric, s in columns)] for line in comparison.lines]
+    return _table(["weights", *(head for head, *_ in columns)], body)
+
+
+def _literal(name: str) -> str:
+    """A name from data as the text of a cell, whatever is in it."""
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(name.split()), quote=False))
+
+
+def _class_changes(comparison: Comparison) -> str:
+    """The classes that the champion gains and loses most on against the mean single seed, in distribution."""
+    classes = comparison.classes[comparison.in_distribution]
+    seeds = [row.name for row in comparison.rows if row.kind == "seed"]
+    changes = []
+    for place, (label, images, best) in enumerate(
+        zip(classes.labels, classes.images, classes.accuracy[comparison.champion], strict=True)
+    ):
+        single = [share for seed in seeds if (share := classes.accuracy[seed][place]) is not None]
+        if best is not None:
+            mean = sum(single) / len(single)
+            changes.append((round(best - mean, 9), label, images, mean, best))  # no change is none, not 1e-17
+    changes.sort(key=lambda change: -change[0])  # stable: of equal ones, in the order of the labels
+    shown = [change for change in changes[:CHANGED] if change[0] > 0]
+    shown += [change for change in changes[-CHANGED:] if change[0] < 0]
+    body = [
+        [_literal(label), f"{images:,}", _percent(mean), _percent(best), f"{100 * change:+.1f}"]
+        for change, label, images, mean, best in shown
+    ]
+    return _table(["class", "images", "mean single seed", "champion", "change"], body)
+
+
+def _class_rows(comparison: Comparison) -> list[str]:
+    """The rows of per_class.csv: all, or the first of each line where all would be too many."""
+    labels = sum(len(classes.labels) for classes in comparison.classes.values())
+    if labels * len(comparison.rows) <= CLASS_LINES:
+        return [row.name for row in comparison.rows]
+    return list(dict.fromkeys(line.rows[0] for line in comparison.lines))
+
+
+def _published(figures: Sequence[Mapping[str, Any]]) -> str:
+    head = ["weights", "backbone", "figure", "published", "here", "gap", "published within the interval", "source"]
+    body = [
+        [
+            f["row"],
+            f["backbone"],
+            f["figure"],
+            f"{f['published']:.1f}",
+            f"{f['ours']:.1f} [{f['low']:.1f}, {f['high']:.1f}]",
+            f"{f['gap']:+.1f}",
+            "yes" if f["within"] else "no",
+            f["source"],
+        ]
+        for f in figures
+    ]
+    return _table(head, body)
+
+
+def published_figures(comparison: Comparison, backbone: Mapping[str, str] | None) -> list[dict[str, Any]]:
+    """Published figures of the anchor's backbone {name, pretrained}, with ours beside; see modelstock.published."""
+    lines = {
+        line.name: {
+            figure: (100 * e.value, 100 * e.low, 100 * e.high)
+            for figure, e in (*line.accuracy.items(), *((MEANS[s], line.summary[s]) for s in comparison.summaries[1:]))
+        }
+        for line in comparison.lines
+    }
+    rows = matching(backbone, [comparison.in_distribution, *comparison.shifts])
+    return [dataclasses.asdict(found) for found in beside(rows, lines)]
+
+
+def as_markdown(comparison: Comparison, facts: Mapping[str, Any]) -> str:
+    """The report's text."""
+    sizes = ", ".join(f"{name} {count:,}" for name, count in comparison.examples.items())
+    families = {name: sum(map(len, tests.values())) for name, tests in comparison.tests.items()}
+    pooled = ", those of all shifts pooled" if comparison.shifts else ""
+    top5 = "Top-5 and ECE" if _has_top5(comparison) else "ECE"
+    complete = len(_class_rows(comparison)) == len(comparison.rows)
+    listed = "every weight set" if complete else "the first weight set of each line of the main table"
+    parts = [
+        "# Comparison of merges",
+        f"Best on the held-out cut: **{comparison.champion}** (registered as `champion`). Top-1 accuracy in percent; "
+        "± is half a 95 % interval: Wilson's for a single weight set, paired bootstrap "
+        f"({comparison.draws:,} draws over examples) for means. "
+        "A mean over weight sets is over the sets evaluated; its interval is that of the examples "
+        f"alone. Images: {sizes}.",
+        main_table(comparison),
+        f"![{FIGURES[comparison.summaries][0]}](figure.png)",
+        "## Differences, in points",
+        "Paired over examples, 95 % bootstrap interval. `wise_ft` takes the alpha that is best on the held-out cut.",
+        _differences(comparison),
+        "## Spread over seeds and subsets of seeds",
+        _spreads(comparison),
+        "## McNemar's exact test against the uniform soup of the same seeds",
+        f"Examples that only one of the two gets right{pooled}. "
+        f"{families['uniform']} tests, Holm's correction over them.",
+        _mcnemar(comparison, "uniform"),
+        f"## McNemar's exact test against {comparison.median_seed}",
+        "The test needs one model, and the median seed on the held-out cut stands for a single seed. "
+        f"{families['seed']} tests, Holm's correction over them.",
+        _mcnemar(comparison, "seed"),
+        "## Calibration and top-5" if _has_top5(comparison) else "## Calibration",
+        f"{top5} in percent, NLL in nats; means over the line's weight sets, in distribution"
+        f"{' and over the shifts' if comparison.shifts else ''}. NLL is the mean negative log-likelihood of the truth, "
+        "ECE the expected calibration error of the predicted label over 15 equal bins of its confidence; "
+        "no temperature was fitted.",
+        _calibration(comparison),
+        "## Classes",
+        f"Top-1 accuracy of **{comparison.champion}** against the mean single seed on {comparison.in_distribution}, in "
+        f"percent and points: the {CHANGED} classes that gain most and the {CHANGED} that lose most of "
+        f"{len(comparison.classes[comparison.in_distribution].labels):,}. They are extremes of small samples, so "
+        f"chance makes them larger. `per_class.csv` has every class for {listed}.",
+        _class_changes(comparison),
+    ]
+    if facts.get("published"):
+        parts += [
+            "## Beside published figures",
+            "Top-1 accuracy in percent, with the 95 % interval of the images here; the gap in points is "
+            "here minus published.",
+            _published(facts["published"]),
+        ]
+    if "cosines" in facts:
+        text = ", ".join(f"{name} {value:.2f}" for name, value in facts["cosines"].items())
+        parts += ["## Angles", f"Cosine between the updates of two seeds, over tensors and pairs: {text}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _by_method(comparison: Comparison, drawing: Figure) -> None:
+    """A dot with its interval for each line of the main table, and a small one for each of its weight sets."""
+    drawing.set_size_inches(11, max(3.0, 1.0 + 0.28 * len(comparison.lines)))
+    axes = drawing.subplots()
+    for place, line in enumerate(comparison.lines):
+        mark, colour = MARKS.get(line.kind, ("v", "tab:brown"))
+        for row in line.rows if len(line.rows) > 1 else ():
+            inside = comparison.accuracy[row][comparison.in_distribution]
+            axes.scatter(100 * inside.value, place, marker=".", color=colour, s=25, alpha=0.4, zorder=1)
+        mean = line.accuracy[comparison.in_distribution]
+        x, low, high = 100 * mean.value, 100 * mean.low, 100 * mean.high
+        axes.errorbar(x, place, fmt="none", xerr=[[x - low], [high - x]], ecolor=colour, alpha=0.6, zorder=1)
+        axes.scatter(x, place, marker=mark or "o", color=colour, s=60, zorder=2)
+    axes.set_yticks(range(len(comparison.lines)), [line.name for line in comparison.lines], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{comparison.in_distribution}: top-1 accuracy, %")
+    axes.grid(alpha=0.3)
+
+
+def _against_shifts(comparison: Comparison, drawing: Figure) -> None:
+    axes = drawing.subplots()
+
+    def place(row: Row) -> tuple[float, float]:
+        inside = comparison.accuracy[row.name][comparison.in_distribution].value
+        return 100 * inside, 100 * comparison.summary[row.name]["shifts"].value
+
+    most = max(len(row.members) for row in comparison.rows)
+    curves: dict[tuple[int, ...], list[Row]] = {}
+    for row in comparison.rows:
+        if row.kind == "wise_ft" and len(row.members) == most:
+            curves.setdefault(row.members, []).append(row)
+    for number, rows in enumerate(curves.values()):
+        path = [place(r) for r in sorted(rows, key=lambda r: float(r.knobs["alpha"]))]
+        label = f"WiSE-FT of the soup of {most}, alpha from 0.1 to 0.9" if number == 0 else None
+        axes.plot(*zip(*path, strict=True), ".-", color=MARKS["wise_ft"][1], label=label, zorder=1)
+    named: set[tuple[str, bool]] = set()
+    for row in comparison.rows:
+        mark, colour = MARKS.get(row.kind, ("v", "tab:brown"))
+        if not mark:
+            continue
+        point = row.kind in ("seed", "ema", "lawa", "snapshot")
+        whole = point or row.kind in ("anchor", "greedy", "periodic", "longer")
+        small = not whole and len(row.members) < most
+        if small and row.kind not in ("uniform", "model_stock", "ensemble"):
+            continue  # the table has them
+        key = (row.kind, small)
+        what = f"{row.kind} of fewer" if small else row.kind
+        x, y = place(row)
+        inside = comparison.accuracy[row.name][comparison.in_distribution]
+        outside = comparison.summary[row.name]["shifts"]
+        if not small and not point:
+            axes.errorbar(
+                x,
+                y,
+                fmt="none",
+                ecolor=colour,
+                alpha=0.4,
+                xerr=[[x - 100 * inside.low], [100 * inside.high - x]],
+                yerr=[[y - 100 * outside.low], [100 * outside.high - y]],
+            )
+        axes.scatter(
+            x,
+            y,
+            marker=mark,
+            color=colour,
+            s=25 if small or point else 110,
+            alpha=0.55 if small else 1,
+            label=None if key in named else what,
+            zorder=2,
+        )
+        named.add(key)
+    axes.set_xlabel(f"{comparison.in_distribution}: top-1 accuracy, %")
+    axes.set_ylabel(f"mean of {len(comparison.shifts)} shifts: top-1 accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+
+
+FIGURES: dict[tuple[str, ...], tuple[str, Callable[[Comparison, Figure], None]]] = {  # by the summaries
+    ("in-distribution",): ("in-distribution accuracy by method", _by_method),
+    ("in-distribution", "shifts"): ("in-distribution accuracy against mean shift accuracy", _against_shifts),
+}
+
+
+def figure(comparison: Comparison) -> bytes:
+    """In-distribution accuracy by method, or against mean shift accuracy where there are shifts, as PNG bytes."""
+    drawing = Figure(figsize=(11, 6), dpi=110, layout="constrained")
+    FIGURES[comparison.summaries][1](comparison, drawing)
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def as_html(text: str, picture: bytes) -> str:
+    """One page that needs no other file and no network."""
+    embedded = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    body = markdown.markdown(text, extensions=["tables"]).replace("figure.png", embedded)
+    title = html.escape("modelstock: comparison of merges")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n'
+        f"<body>{body}</body></html>\n"
+    )
+
+
+def as_metrics(comparison: Comparison) -> dict[str, dict[str, float]]:
+    """Line -> benchmark -> top-1 in percent, as `dvc metrics show` prints it."""
+    return {
+        line.name: {name: round(100 * e.value, 4) for name, e in line.accuracy.items()}
+        | {FIELDS[s]: round(100 * line.summary[s].value, 4) for s in comparison.summaries[1:]}
+        for line in comparison.lines
+    }
+
+
+def as_quality(comparison: Comparison) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """ "lines" (means over a line's rows) or "rows" -> name -> benchmark -> top1, top5, ece (shares) and nll (nats)."""
+    keys = ("top1", "top5", "nll", "ece")
+    return {
+        "lines": {
+            line.name: {
+                b: {k: round(_mean_metric(comparison, line, k, [b]), 6) for k in keys} for b in comparison.benchmarks
+            }
+            for line in comparison.lines
+        },
+        "rows": {
+            row: {b: {k: round(values[k], 6) for k in keys} for b, values in found.items()}
+            for row, found in comparison.metrics.items()
+        },
+    }
+
+
+def _csv(head: Sequence[str], body: Iterable[Sequence[object]]) -> str:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(head)
+    table.writerows(body)
+    return text.getvalue()
+
+
+def as_csv(comparison: Comparison) -> str:
+    """One line a weight set: kind, members and accuracies in percent."""
+    means = comparison.summaries[1:]
+    body = []
+    for row in comparison.rows:
+        estimates = [comparison.accuracy[row.name][b] for b in comparison.benchmarks]
+        estimates += [comparison.summary[row.name][s] for s in means]
+        body.append(
+            [row.name, row.kind, "-".join(map(str, row.members)), *(round(100 * e.value, 4) for e in estimates)]
+        )
+    return _csv(["name", "kind", "members", *comparison.benchmarks, *(FIELDS[s] for s in means)], body)
+
+
+def as_class_csv(comparison: Comparison) -> str:
+    """One line a weight set, benchmark and label: its images and accuracy in percent, empty where it has no image."""
+    body = (
+        [row, benchmark, label, images, "" if share is None else round(100 * share, 4)]
+        for row in _class_rows(comparison)
+        for benchmark, classes in comparison.classes.items()
+        for label, images, share in zip(classes.labels, classes.images, classes.accuracy[row], strict=True)
+    )
+    return _csv(["row", "benchmark", "label", "images", "accuracy"], body)
+
+
+def as_validation_csv(histories: Iterable[Sequence[Mapping[str, float]]]) -> str:
+    """By step, the seeds' mean, lowest and highest top-1 on the held-out cut while they trained, in percent.
+
+    Seeds without a history, such as somebody's own checkpoints, add nothing.
+    """
+    steps: dict[float, list[float]] = {}
+    for history in histories:
+        for moment in history:
+            if "validation/top1" in moment:
+                steps.setdefault(moment["step"], []).append(100 * moment["validation/top1"])
+    body = [[step, max(held), min(held), float(np.mean(held))] for step, held in sorted(steps.items())]
+    return _csv(["step", "high", "low", "mean"], body)
+
+
+def write_report(
+    comparison: Comparison,
+    folder: Path,
+    *,
+    facts: Mapping[str, Any],
+    histories: Iterable[Sequence[Mapping[str, float]]] = (),
+) -> None:
+    """Write comparison.md, .html, .json, figure.png and the tables for DVC and for programs to `folder`.
+
+    `facts`: where known, `cosines`, a mapping of quantiles, and `published`, a list of mappings with row, backbone,
+    figure, published, ours, low, high (percent), gap (points), within, source. `histories`: the seeds' training.
+    """
+    text, picture = as_markdown(comparison, facts), figure(comparison)
+    for name, content in {
+        "comparison.md": text.encode(),
+        "comparison.html": as_html(text, picture).encode(),
+        "figure.png": picture,
+        "accuracy.csv": as_csv(comparison).encode(),
+        "per_class.csv": as_class_csv(comparison).encode(),
+        "held_out.csv": as_validation_csv(histories).encode(),
+    }.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_bytes(content)
+    write_json(folder / "metrics.json", as_metrics(comparison))
+    write_json(folder / "quality.json", as_quality(comparison))
+    written = dataclasses.asdict(dataclasses.replace(comparison, metrics={}, classes={}))
+    del written["metrics"], written["classes"]  # they have files of their own
+    write_json(folder / "comparison.json", {**written, "facts": dict(facts)})
+
+
+def summary_lines(comparison: Comparison) -> str:
+    """The table for a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="top-1 accuracy in %, with half a 95 % interval", title_justify="left")
+    table.add_column("weights", no_wrap=True)
+    means = comparison.summaries[1:]
+    differences = [f"{BEFORE[s]}over mean seed" for s in comparison.summaries]
+    for head in (comparison.in_distribution, *(MEANS[s] for s in means), *differences):
+        table.add_column(head, justify="right", no_wrap=True)
+    for line in comparison.lines:
+        summaries = [_with_half(line.summary[s]) for s in comparison.summaries]
+        over = [_signed(line.over_seed[s]) if line.over_seed else "" for s in comparison.summaries]
+        table.add_row(line.name, *summaries, *over)
+    console = Console(width=130, file=io.StringIO(), force_terminal=False)
+    console.print(table)
+    shown = console.file
+    assert isinstance(shown, io.StringIO)
+    return shown.getvalue()

@@ -1,0 +1,1 @@
+"""From images on disk, or drawn, to shards, and from shards to examples."""

@@ -1,0 +1,452 @@
+"""Data sets as they are published: which files are images, and what label each has.
+
+A source is listed before anything is read from it: (label, name, file) for every image, ordered by label and then by
+name as text, so that a folder, an archive and an archive of archives of the same data give the same list. The class of
+an image is the folder that it is in, at any depth below leading folders such as `imagenet-r/`; a name is
+`<class folder>/<file>`. What is left out is counted, and what cannot be placed is an error.
+
+Webdataset shards and folders of the library `datasets` hold integers. They count the classes in the order of `labels`:
+for ImageNet-R and -A the 200 WordNet ids in order; for ObjectNet the 113 mapped folders sorted by name, as in
+CLIP_benchmark's `wds_objectnet`.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os.path import splitext
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from modelstock.data.classes import class_names, folder_names, wnids
+from modelstock.data.containers import Container, File, Folder, Rows, TarGz, Tars, open_container
+from modelstock.data.shards import IMAGES as SHARD_IMAGES
+from modelstock.errors import DataError, few
+from modelstock.params import ClassesParams, FilesSplit, PrepareParams
+
+IMAGES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif")
+)
+# What lies beside images and is none.
+_TEXTS = frozenset(
+    (".txt", ".md", ".json", ".csv", ".tsv", ".xml", ".html", ".pdf", ".yaml", ".yml", ".log", ".mat", ".ini", ".url")
+)
+_JUNK = frozenset(("thumbs.db", "desktop.ini", "license", "readme"))
+_FLAT = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")
+OBJECTNET_BORDER = 2  # pixels of red around every image of ObjectNet, there to find it in training sets
+_MAPPINGS = (
+    "folder_to_objectnet_label.json",
+    "objectnet_to_imagenet_1k.json",
+    "pytorch_to_imagenet_2012_id.json",
+    "imagenet_to_label_2012_v2",
+)
+
+
+class Item(NamedTuple):
+    """An image: its label, its name and its file."""
+
+    label: int
+    name: str
+    file: File
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What labels mean: class folder -> label, the labels' names, and the head's classes that stand for each.
+
+    `whole`: every label must have images. `unmapped`: folders that are left out, having no class of the head's.
+    `border`: pixels to cut off each side.
+    """
+
+    folders: Mapping[str, int]
+    names: Sequence[str]
+    groups: Sequence[Sequence[int]]
+    whole: bool = True
+    unmapped: frozenset[str] = frozenset()
+    border: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images of a split, in their order.
+
+    `left_out`: what of the container is none of them on purpose, counted. `shards`: they are webdataset shards, which
+    can be used where they are.
+    """
+
+    container: Container
+    items: Sequence[Item]
+    meaning: Meaning
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    shards: bool = False
+
+
+def _different(names: Sequence[str], folders: Iterable[str]) -> list[str]:
+    """Names, with the folder where one comes twice, as two of ImageNet's do."""
+    times = Counter(names)
+    return [n if times[n] == 1 else f"{n} ({f})" for n, f in zip(names, folders, strict=True)]
+
+
+def meaning(split: FilesSplit, classes: ClassesParams, mappings: Mapping[str, bytes], *, whole: bool) -> Meaning:
+    """What the folders or integers of a layout mean to the head.
+
+    `mappings`: the contents of ObjectNet's files of that folder. `whole`: whether a set with the head's own classes
+    must have all of them.
+
+    Raises:
+        DataError: a layout of ImageNet for other classes, or mappings that do not fit together.
+    """
+    folders = folder_names(classes)
+    if split.labels == "classes":
+        names = _different(class_names(classes), folders)
+        return Meaning({f: i for i, f in enumerate(folders)}, names, [[i] for i in range(len(folders))], whole)
+    if classes.names != "imagenet":
+        raise DataError(
+            f"labels: {split.labels}",
+            got=f"{len(folders)} classes of another kind",
+            expected="classes.names: imagenet",
+            cure="set it, or say labels: classes for folders named by your own classes",
+        )
+    names = _different(class_names(classes), folders)
+    if split.labels in ("imagenet", "imagenet-sketch"):
+        return Meaning({f: i for i, f in enumerate(folders)}, names, [[i] for i in range(1000)])
+    if split.labels == "imagenet-v2":  # folders are the labels themselves: 10 comes after 9
+        return Meaning({str(i): i for i in range(1000)}, names, [[i] for i in range(1000)])
+    if split.labels == "objectnet":
+        return _objectnet(Path(split.mappings or split.path), mappings)
+    chosen = wnids(split.labels)
+    places = [folders.index(wnid) for wnid in chosen]
+    return Meaning({w: i for i, w in enumerate(chosen)}, [names[p] for p in places], [[p] for p in places])
+
+
+def _objectnet(place: Path, mappings: Mapping[str, bytes]) -> Meaning:
+    """ObjectNet's labels that are in ImageNet, each with the classes that stand for it.
+
+    A label's ImageNet names are separated by "; ". A name's line in `imagenet_to_label_2012_v2`, counted from 0, is
+    the number that `pytorch_to_imagenet_2012_id.json` gives for a class in the order of WordNet ids.
+    Source: the code of WiSE-FT (Wortsman et al., arXiv 2109.01903) and ObjectNet's own.
+    """
+    missing = [name for name in _MAPPINGS if name not in mappings]
+    if missing:
+        raise DataError(
+            place,
+            got=f"no {few(missing)}",
+            expected="ObjectNet's folder mappings, beside its images",
+            cure="name it as `mappings` of the split",
+        )
+    try:
+        labels: dict[str, str] = json.loads(mappings[_MAPPINGS[0]])
+        imagenet: dict[str, str] = json.loads(mappings[_MAPPINGS[1]])
+        class_of_line = {line: int(i) for i, line in json.loads(mappings[_MAPPINGS[2]]).items()}
+        lines = mappings[_MAPPINGS[3]].decode().splitlines()
+        class_of_name = {name.strip(): class_of_line[line] for line, name in enumerate(lines)}
+        groups = {label: [class_of_name[name] for name in text.split("; ")] for label, text in imagenet.items()}
+        mapped = sorted(folder for folder, label in labels.items() if label in groups)
+        lost = sorted(groups.keys() - labels.values())
+        if lost:
+            raise KeyError(lost[0])
+    except (ValueError, KeyError, AttributeError) as error:
+        raise DataError(
+            place,
+            got=f"mappings that do not fit together ({type(error).__name__}: {error})",
+            expected=f"ObjectNet's {few(_MAPPINGS)}",
+            cure="copy its folder mappings again",
+        ) from error
+    return Meaning(
+        {folder: label for label, folder in enumerate(mapped)},
+        [labels[folder] for folder in mapped],
+        [groups[labels[folder]] for folder in mapped],
+        unmapped=frozenset(labels.keys() - set(mapped)),
+        border=OBJECTNET_BORDER,
+    )
+
+
+def _mappings(split: FilesSplit, container: Container, files: Sequence[File]) -> dict[str, bytes]:
+    """ObjectNet's mappings: in the folder that params name, in the source, or beside it."""
+    if split.labels != "objectnet":
+        return {}
+    path = Path(split.path)
+    for folder in [Path(split.mappings)] if split.mappings else [path / "mappings", path.parent / "mappings"]:
+        found = {name: folder / name for name in _MAPPINGS if (folder / name).is_file()}
+        if found or split.mappings:
+            return {name: file.read_bytes() for name, file in found.items()}
+    within = [(file, PurePosixPath(file.path)) for file in files]
+    return {p.name: container.read(f) for f, p in within if p.name in _MAPPINGS and p.parent.name == "mappings"}
+
+
+def read_devkit(path: Path) -> list[str]:
+    """The WordNet id of each image of ImageNet's validation set, from the archive of the development kit or its folder.
+
+    The ground truth has an ILSVRC2012_ID a line; their order is not that of WordNet ids, so meta.mat translates.
+
+    Raises:
+        DataError: not the kit of task 1 and 2, ILSVRC2012_devkit_t12.
+    """
+    wanted = {"data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"}
+    found: dict[str, bytes] = {}
+    try:
+        container: Container = TarGz(path) if path.is_file() else Folder(path)
+        for file in container.files():
+            name = "/".join(file.path.split("/")[-2:])
+            if name in wanted:
+                found[name] = container.read(file)
+        from scipy.io import loadmat
+
+        synsets = loadmat(io.BytesIO(found["data/meta.mat"]), squeeze_me=True)["synsets"]  # type: ignore[arg-type]
+        wnid_of = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist(), strict=True))
+        truth = found["data/ILSVRC2012_validation_ground_truth.txt"].split()
+        return [wnid_of[int(number)] for number in truth]
+    except (OSError, tarfile.TarError, gzip.BadGzipFile, KeyError, ValueError, TypeError) as error:
+        raise DataError(
+            path,
+            got=f"no development kit ({type(error).__name__}: {error})",
+            expected="ILSVRC2012_devkit_t12.tar.gz or its folder, with data/meta.mat and the ground truth in data",
+            cure="name it as `devkit` of the split",
+        ) from error
+
+
+def _is_junk(path: str) -> bool:
+    parts = path.lower().split("/")
+    hidden = any(part.startswith(".") or part == "__macosx" for part in parts)
+    return hidden or parts[-1] in _JUNK or splitext(parts[-1])[1] in _TEXTS
+
+
+def _is_image(path: str) -> bool:
+    return splitext(path)[1].lower() in IMAGES
+
+
+def _by_folder(split: FilesSplit, files: Sequence[File], meaning: Meaning) -> tuple[list[Item], dict[str, int]]:
+    """Every image with the label of its class folder, and what is left out, counted.
+
+    Raises:
+        DataError: folders that are not those of the layout, or files that are no images by their names.
+    """
+    rest = [file for file in files if not _is_junk(file.path)]
+    images = [(file, file.path.split("/")) for file in rest if _is_image(file.path)]
+    known = meaning.folders.keys() | meaning.unmapped
+    # Class folders are at one depth: where most of their names are.
+    depth = max(range(4), key=lambda d: len({p[d] for _, p in images if len(p) > d + 1 and p[d] in known}))
+    placed = [(file, parts) for file, parts in images if len(parts) > depth + 1 and parts[depth] in known]
+    if images and not placed:
+        flat = [(match, file) for file, _ in images if (match := _FLAT.fullmatch(file.path))]
+        if len(flat) == len(images):
+            return _flat(split, flat, meaning), {}
+    expected = f"the {len(meaning.folders)} class folders of {split.labels}, such as {next(iter(meaning.folders))}"
+    cure = "correct path or labels of the split" + (
+        "; for some of ImageNet's classes, name them in classes.names" if split.labels == "imagenet" else ""
+    )
+    tops = sorted({"/".join(parts[:depth]) for _, parts in placed})
+    if len(tops) > 1:
+        raise DataError(
+            split.path,
+            got=f"class folders in {few(tops)}",
+            expected="one folder of class folders",
+            cure="name one of them as path",
+        )
+    have = Counter(parts[depth] for _, parts in placed)
+    missing = [folder for folder in meaning.folders if folder not in have] if meaning.whole or not placed else []
+    others = Counter(
+        "/".join(parts[:-1][: depth + 1]) or "no folder"
+        for _, parts in images
+        if len(parts) <= depth + 1 or parts[depth] not in known
+    )
+    problems = [f"{len(meaning.folders) - len(missing)} of {len(meaning.folders)} class folders"] if missing else []
+    problems += [f"{few(missing)} without images"] if missing else []
+    problems += [f"{sum(others.values())} images in {few(sorted(others))}"] if others else []
+    if problems:
+        raise DataError(split.path, got=", ".join(problems), expected=expected, cure=cure)
+    other = [file.path for file in rest if not _is_image(file.path)]
+    names = [path for path in other if (parts := path.split("/"))[:-1][depth : depth + 1] and parts[depth] in known]
+    if names:
+        raise DataError(
+            split.path,
+            got=f"{few(names)}, no images by their names",
+            expected=" ".join(sorted(IMAGES)),
+            cure="rename or remove them",
+        )
+    counts = {
+        "files that are not images": len(files) - len(images),
+        "folders without a class": len(have.keys() & meaning.unmapped),
+        "images in folders without a class": sum(have[folder] for folder in meaning.unmapped),
+    }
+    items = [
+        Item(meaning.folders[parts[depth]], "/".join(parts[depth:]), file)
+        for file, parts in placed
+        if parts[depth] in meaning.folders
+    ]
+    return items, {what: count for what, count in counts.items() if count}
+
+
+def _flat(split: FilesSplit, flat: Sequence[tuple[re.Match[str], File]], meaning: Meaning) -> list[Item]:
+    """ImageNet's validation set without folders, as published: the n-th image has the n-th label of the kit."""
+    if split.devkit is None:
+        raise DataError(
+            split.path,
+            got=f"{len(flat)} images such as {flat[0][1].path} without class folders",
+            expected="labels for them",
+            cure="name ILSVRC2012_devkit_t12.tar.gz as `devkit` of the split",
+        )
+    truth = read_devkit(Path(split.devkit))
+    numbers = sorted(int(match[1]) for match, _ in flat)
+    if numbers != list(range(1, len(truth) + 1)):
+        raise DataError(
+            split.path,
+            got=f"{len(flat)} images, numbers {numbers[0]} to {numbers[-1]}",
+            expected=f"{len(truth)}, one a line of the development kit",
+            cure="get the archive again",
+        )
+    strange = sorted(set(truth) - meaning.folders.keys())
+    if strange:
+        raise DataError(
+            split.devkit,
+            got=f"labels {few(strange)}",
+            expected="classes of the head",
+            cure="set classes.names: imagenet",
+        )
+    items = []
+    for match, file in flat:
+        wnid = truth[int(match[1]) - 1]
+        items.append(Item(meaning.folders[wnid], f"{wnid}/{PurePosixPath(file.path).name}", file))
+    return items
+
+
+def _by_key(split: FilesSplit, container: Container, files: Sequence[File], meaning: Meaning) -> list[Item]:
+    """The examples of webdataset shards: images and `.cls` files of one key, the text before the first dot."""
+    folders = list(meaning.folders)
+    images: dict[str, File] = {}
+    labels: dict[str, str] = {}
+    for file in files:
+        folder, _, name = file.path.rpartition("/")
+        key, _, suffix = name.partition(".")
+        key = f"{folder}/{key}"
+        if suffix == "cls":
+            labels[key] = container.read(file).decode(errors="replace").strip()
+        elif suffix.lower() in SHARD_IMAGES:
+            if key in images:
+                raise DataError(
+                    split.path, got=f"two images {key}", expected="one an example", cure="make the shards again"
+                )
+            images[key] = file
+    known = {str(label) for label in range(len(folders))}
+    wrong = [k for k in sorted(images.keys() | labels.keys()) if k not in images or labels.get(k) not in known]
+    if wrong:
+        key = wrong[0]
+        raise DataError(
+            split.path,
+            got=f"{len(wrong)} examples such as {key}, {'an' if key in images else 'no'} image with label"
+            f" {labels.get(key)}",
+            expected=f"an image and a label from 0 to {len(folders) - 1}",
+            cure=f"correct labels: {split.labels}, or make the shards again",
+        )
+    return [Item(int(labels[k]), f"{folders[int(labels[k])]}/{k}", file) for k, file in images.items()]
+
+
+def _by_row(split: FilesSplit, rows: Rows, files: Sequence[File], meaning: Meaning) -> list[Item]:
+    """The rows of a folder of the library `datasets`: labels by name where names are known, else by number."""
+    numbers, names = rows.labels()
+    folders = list(meaning.folders)
+    label_of: Mapping[int, int] = {i: i for i in range(len(folders))}
+    if names is not None:
+        plain = {name: i for i, name in enumerate(meaning.names)}
+        for known in (meaning.folders, plain):
+            if set(names) <= known.keys():
+                label_of = {i: known[name] for i, name in enumerate(names)}
+                break
+        else:
+            if split.labels == "classes" or len(names) != len(folders):
+                raise DataError(
+                    split.path,
+                    got=f"{len(names)} labels such as {few(names)}",
+                    expected=f"names or folders of the {len(folders)} labels of {split.labels}",
+                    cure="correct labels of the split, or classes.names",
+                )
+    wrong = [row for row, number in enumerate(numbers) if number not in label_of]
+    if wrong:
+        raise DataError(
+            split.path,
+            got=f"{len(wrong)} rows such as {wrong[0]} with label {numbers[wrong[0]]}",
+            expected=f"labels from 0 to {len(label_of) - 1}",
+            cure=f"correct labels: {split.labels}, or drop the rows",
+        )
+    items = []
+    for file, number in zip(files, numbers, strict=True):
+        label = label_of[number]
+        items.append(Item(label, f"{folders[label]}/{file.path}", file))
+    return items
+
+
+def _cut(split: FilesSplit, items: Sequence[Item], count: int, meaning: Meaning) -> list[Item]:
+    """The part of a training set: of every class, the `count` images whose names' sha256 is smallest are held out."""
+    classes: defaultdict[int, list[Item]] = defaultdict(list)
+    for item in items:
+        classes[item.label].append(item)
+    small = [label for label, found in classes.items() if len(found) <= count]
+    if small:
+        folder = list(meaning.folders)[small[0]]
+        raise DataError(
+            split.path,
+            got=f"{len(classes[small[0]])} images of {folder} and {len(small)} such classes",
+            expected=f"more than prepare.held_out_per_class, {count}",
+            cure="lower it, or add images",
+        )
+    chosen = []
+    for label in sorted(classes):
+        drawn = sorted(classes[label], key=lambda item: hashlib.sha256(item.name.encode()).digest())
+        chosen += drawn[:count] if split.part == "held-out" else drawn[count:]
+    return chosen
+
+
+def open_source(name: str, params: PrepareParams, classes: ClassesParams) -> Source:
+    """List the images of a split on disk, by label and then by name.
+
+    Raises:
+        DataError: a path, layout, label or member that is not as it should be.
+    """
+    split = params.splits[name]
+    assert isinstance(split, FilesSplit)
+    container = open_container(Path(split.path), split.password)
+    listed = tqdm(container.files(), desc=f"{name}: listing", unit="file", delay=2, leave=False)
+    files = list(listed)
+    whole = params.role(name) in ("train", "held-out")
+    found = meaning(split, classes, _mappings(split, container, files), whole=whole)
+    left_out: dict[str, int] = {}
+    keyed = isinstance(container, Tars) and any(file.path.endswith(".cls") for file in files)
+    if keyed:
+        items = _by_key(split, container, files, found)
+    elif isinstance(container, Rows):
+        items = _by_row(split, container, files, found)
+    else:
+        items, left_out = _by_folder(split, files, found)
+    present = {item.label for item in items}
+    if not items or (found.whole and len(present) < len(found.names)):
+        missing = [folder for folder, label in found.folders.items() if label not in present]
+        raise DataError(
+            split.path,
+            got=f"{len(items)} images, none of {few(missing)}",
+            expected=f"images of all {len(found.names)} labels",
+            cure="correct path or labels of the split",
+        )
+    if split.part != "all":
+        items = _cut(split, items, params.held_out_per_class, found)
+    items.sort(key=lambda item: (item.label, item.name))
+    return Source(container, items, found, left_out, keyed)
+
+
+def subset(source: Source) -> Source:
+    """The source with only the labels that it has images of, in their order."""
+    present = sorted({item.label for item in source.items})
+    if len(present) == len(source.meaning.names):
+        return source
+    place: dict[int, int] = {label: i for i, label in enumerate(present)}
+    kept: Any = {f: place[label] for f, label in source.meaning.folders.items() if label in place}
+    names = [source.meaning.names[label] for label in present]
+    groups = [source.meaning.groups[label] for label in present]
+    items = [item._replace(label=place[item.label]) for item in source.items]
+    return replace(source, items=items, meaning=replace(source.meaning, folders=kept, names=names, groups=groups))

@@ -1,0 +1,417 @@
+"""Makes a split's shards, manifest and contact sheet, from the embedded benchmark or from what is on disk.
+
+A split on disk becomes shards by slices of its list of images, each made by any process. Finished shards wait in a
+scratch folder of this list and these settings until all are there, so that a run that is killed goes on where it was,
+and are then linked into the output folder, the manifest last.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from PIL import __version__ as pillow_version
+from tqdm import tqdm
+
+from modelstock.data.classes import class_names
+from modelstock.data.containers import Container, File, TarGz, Tars
+from modelstock.data.layouts import Item, Source, open_source, subset
+from modelstock.data.shapes.render import NAMES, SPLITS
+from modelstock.data.shards import (
+    FORMATS,
+    SHARD_NAME,
+    Manifest,
+    Shard,
+    clear,
+    contact_sheet,
+    decode,
+    example_places,
+    make_manifest,
+    png,
+    save_manifest,
+    write_shard,
+    write_shards,
+)
+from modelstock.errors import DataError, few
+from modelstock.files import atomic_path, sha256_of, write_json
+from modelstock.params import ClassesParams, DrawnSplit, FilesSplit, PrepareParams
+
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_SHOWN = 72  # images of a contact sheet
+Facts = dict[str, Any]  # of a shard: path, shard (None for an empty one), images, unreadable (name -> why)
+Job = tuple[Any, ...]  # a function and its arguments
+
+
+def prepare(
+    split: str, params: PrepareParams, classes: ClassesParams, folder: Path, *, scratch: Path = Path("scratch/prepare")
+) -> Manifest:
+    """Write one split's shards, manifest and contact sheet; shards that are used in place are only checked.
+
+    Raises:
+        DataError: a split that is not known, a source that is not as it should be, or too many unreadable images.
+    """
+    if split not in params.splits:
+        raise DataError("split", got=repr(split), expected=", ".join(params.splits), cure="name one of prepare.splits")
+    source = params.splits[split]
+    if isinstance(source, DrawnSplit):
+        return _draw(split, source.images, params, folder)
+    return _gather(split, source, params, classes, folder, scratch)
+
+
+def _draw(split: str, count: int, params: PrepareParams, folder: Path) -> Manifest:
+    """Write a split of the embedded benchmark."""
+    from modelstock.data.shapes.reference import (  # torch takes seconds, in every process that imports it
+        Drawn,
+        drawn,
+        missed,
+    )
+
+    plan = SPLITS[split]
+    source = missed(split, params, count) if plan.adversarial else islice(drawn(split, seed=params.seed), count)
+    shown: list[NDArray[np.uint8]] = []
+
+    def watched() -> Iterator[Drawn]:
+        for image, label in tqdm(source, total=count, desc=split, unit="image", mininterval=1):
+            if len(shown) < _SHOWN:
+                shown.append(image)
+            yield image, label
+
+    manifest = write_shards(
+        folder,
+        watched(),
+        benchmark=split,
+        role=plan.role,
+        labels=list(plan.labels),
+        label_groups=[[NAMES.index(c) for c in group] for group in plan.labels.values()],
+        classes=NAMES,
+        shard_size=params.shard_size,
+    )
+    contact_sheet(folder / "contact.png", np.stack(shown))
+    return manifest
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How an image is stored: as it is, or with `border` cut off and its shorter side then at most `short_side`."""
+
+    short_side: int | None
+    quality: int
+    border: int
+
+
+def stored(content: bytes, encoding: Encoding) -> tuple[str, bytes]:
+    """An image's suffix and bytes in a shard; the image is decoded in full either way.
+
+    Raises:
+        Exception: whatever Pillow raises for a damaged file, one that is no image, or one above its limit of pixels.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            suffix = _SUFFIXES.get(image.format or "")
+        picture = decode(content, encoding.border)
+    shorter, side = min(picture.size), encoding.short_side
+    if side is None or (shorter <= side and not encoding.border):
+        return (suffix, content) if suffix else ("png", png(decode(content)))
+    if shorter <= side:
+        return "png", png(picture)
+    buffer = io.BytesIO()
+    smaller = picture.resize([round(length * side / shorter) for length in picture.size], Image.Resampling.BICUBIC)
+    smaller.save(buffer, "jpeg", quality=encoding.quality)
+    return "jpg", buffer.getvalue()
+
+
+def _make(container: Container, items: Sequence[Item], first: int, path: Path, encoding: Encoding) -> Facts:
+    """Write one shard of `items`, numbered from `first` on, and beside it what is known of it."""
+    unreadable: dict[str, str] = {}
+
+    def examples() -> Iterator[tuple[int, int, str, bytes]]:
+        for number, item in enumerate(items, first):
+            try:
+                suffix, content = stored(container.read(item.file), encoding)
+            except MemoryError:
+                raise
+            except Exception as error:  # damaged files make Pillow raise almost anything
+                unreadable[item.name] = " ".join(f"{type(error).__name__}: {error}".split())
+                continue
+            yield number, item.label, suffix, content
+
+    shard = write_shard(path, examples())
+    facts = {"shard": shard and shard.model_dump(), "unreadable": unreadable, "images": len(items)}
+    write_json(path.with_suffix(".json"), facts)  # last: it says that the shard is whole
+    path.with_suffix(".spool").unlink(missing_ok=True)
+    return {"path": path, **facts}
+
+
+def _check(container: Container, items: Sequence[Item], path: Path, encoding: Encoding) -> Facts:
+    """Decode one shard's images where they are, and hash it."""
+    unreadable: dict[str, str] = {}
+    for item in items:
+        try:
+            stored(container.read(item.file), encoding)
+        except MemoryError:
+            raise
+        except Exception as error:  # as above
+            unreadable[item.name] = " ".join(f"{type(error).__name__}: {error}".split())
+    shard = {"name": path.name, "count": len(items), "sha256": sha256_of(path)}
+    return {"path": path, "shard": shard, "unreadable": unreadable, "images": len(items)}
+
+
+class _Here(Executor):
+    """Runs what is submitted at once, in this process."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run it."""
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def _follow_parent() -> None:
+    """In a worker: end when the process that started it is killed, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _results(jobs: Iterable[Job], workers: int) -> Generator[Facts, None, None]:
+    """Call (function, arguments...) in `workers` processes; jobs are asked for only a few ahead."""
+    executor: Executor = (
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
+        if workers > 1
+        else _Here()
+    )
+    waiting: set[Future[Any]] = set()
+    try:
+        for function, *arguments in jobs:
+            waiting.add(executor.submit(function, *arguments))
+            if len(waiting) >= 2 * workers or workers == 1:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "prepare",
+            got="a worker process that ended",
+            expected=f"{workers} that work",
+            cure="lower prepare.workers if memory was short, and run it again: finished shards are kept",
+        ) from error
+    except OSError as error:
+        raise DataError(
+            "prepare",
+            got=f"{error}",
+            expected="room for the shards, and a source that stays readable",
+            cure="make room and run it again: finished shards are kept",
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _gather(
+    split: str, source: FilesSplit, params: PrepareParams, classes: ClassesParams, folder: Path, scratch: Path
+) -> Manifest:
+    """Write a split that is on disk."""
+    given, out = Path(source.path).resolve(), folder.resolve()
+    if given.is_relative_to(out) or out.is_relative_to(given):
+        raise DataError(
+            folder, got=f"the place of the source {source.path}", expected="another folder", cure="write elsewhere"
+        )
+    found = open_source(split, params, classes)
+    in_place = found.shards and source.part == "all" and params.short_side is None
+    found = found if in_place else subset(found)
+    jobs, done, work = (_checks(found), [], None) if in_place else _jobs(found, params, scratch)
+    results = _collect(split, source.path, jobs, done, len(found.items), params, in_place)
+    meaning = found.meaning
+    manifest = make_manifest(
+        benchmark=split,
+        role=params.role(split),
+        labels=meaning.names,
+        label_groups=meaning.groups,
+        classes=class_names(classes),
+        shards=[Shard(**facts["shard"]) for facts in results if facts["shard"]],
+        # Cutting the border is part of re-encoding; else it waits until an image is read.
+        border=meaning.border if params.short_side is None else 0,
+        root=str(given) if in_place else None,
+        unreadable=sorted(name for facts in results for name in facts["unreadable"]),
+        left_out=found.left_out,
+    )
+    clear(folder)
+    if work is not None:
+        for shard in manifest.shards:
+            _link(work / shard.name, folder / shard.name)
+    contact_sheet(folder / "contact.png", _shown(folder, manifest), zoom=1)
+    save_manifest(folder, manifest)
+    if work is not None:
+        shutil.rmtree(work)
+    return manifest
+
+
+def _collect(
+    split: str,
+    place: str,
+    jobs: Iterable[Job],
+    done: Sequence[Facts],
+    total: int,
+    params: PrepareParams,
+    in_place: bool,
+) -> list[Facts]:
+    """What is known of every shard, in their order.
+
+    Raises:
+        DataError: more unreadable images than params allow; none may be in shards that are used in place.
+    """
+    allowed = 0.0 if in_place else params.unreadable * total
+    unreadable: dict[str, str] = {}
+    results = []
+    with (
+        tqdm(total=total, initial=sum(f["images"] for f in done), desc=split, unit="image", mininterval=1) as bar,
+        closing(_results(jobs, params.workers)) as fresh,
+    ):
+        for facts in chain(done, fresh):
+            results.append(facts)
+            bar.update(facts["images"] if len(results) > len(done) else 0)
+            unreadable |= facts["unreadable"]
+            if len(unreadable) > allowed:
+                names = sorted(unreadable)
+                cure = (
+                    "leave them out of the shards" if in_place else "mend or remove them, or raise prepare.unreadable"
+                )
+                raise DataError(
+                    place,
+                    got=f"{len(names)} unreadable images of {total}: {few(names)} ({unreadable[names[0]]})",
+                    expected=f"at most {allowed:g}",
+                    cure=cure,
+                )
+    return sorted(results, key=lambda facts: facts["path"])
+
+
+def _checks(source: Source) -> Iterator[Job]:
+    """A job for every shard that is used in place."""
+    container = source.container
+    assert isinstance(container, Tars)
+    encoding = Encoding(None, 0, source.meaning.border)
+    wrong = [path.name for path in container.paths if not re.fullmatch(SHARD_NAME, path.name)]
+    if wrong:
+        raise DataError(container.place, got=f"shards {few(wrong)}", expected=f"names {SHARD_NAME}", cure="rename them")
+    items: list[list[Item]] = [[] for _ in container.paths]
+    for item in source.items:
+        items[item.file.place[0]].append(item)
+    for path, own in zip(container.paths, items, strict=True):
+        if own:
+            yield _check, container, own, path, encoding
+
+
+def _jobs(source: Source, params: PrepareParams, scratch: Path) -> tuple[Iterator[Job], list[Facts], Path]:
+    """A job for every shard that is not finished yet, what is known of those that are, and the folder of both."""
+    encoding = Encoding(params.short_side, params.quality, source.meaning.border)
+    size = params.shard_size
+    work = scratch / _fingerprint(source, encoding, size)
+    work.mkdir(parents=True, exist_ok=True)
+    for rest in [*work.glob(".*.tmp"), *work.glob("*.spool")]:
+        rest.unlink()
+    done, todo = [], []
+    for number, first in enumerate(range(0, len(source.items), size)):
+        path = work / f"{number:06d}.tar"
+        known = path.with_suffix(".json")
+        if known.is_file():
+            done.append({"path": path, **json.loads(known.read_bytes())})
+        else:
+            todo.append((first, path))
+    if isinstance(source.container, TarGz):
+        return _spooled(source.container, source.items, todo, size, encoding), done, work
+    jobs = (
+        (_make, source.container, source.items[first : first + size], first, path, encoding) for first, path in todo
+    )
+    return jobs, done, work
+
+
+def _spooled(
+    archive: TarGz, items: Sequence[Item], todo: Sequence[tuple[int, Path]], size: int, encoding: Encoding
+) -> Iterator[Job]:
+    """Jobs of an archive that can only be read from its start.
+
+    It is read once more; every image goes to a file of its shard's, which becomes the shard when all of it is there.
+    An archive in the order of its classes needs few such files at a time.
+    """
+    paths = dict(todo)
+    places = {item.file.place[0]: index for index, item in enumerate(items) if index // size * size in paths}
+    waiting: dict[int, dict[int, Item]] = {first: {} for first in paths}
+    for number, stream in archive.contents():
+        if (index := places.get(number)) is None:
+            continue
+        first, content = index // size * size, stream.read()
+        spool = paths[first].with_suffix(".spool")
+        with open(spool, "ab") as file:
+            start = file.tell()
+            file.write(content)
+        moved = File(items[index].file.path, len(content), (0, start))
+        waiting[first][index] = items[index]._replace(file=moved)
+        if len(waiting[first]) == min(size, len(items) - first):
+            ready = [item for _, item in sorted(waiting.pop(first).items())]
+            yield _make, Tars(spool, (spool,)), ready, first, paths[first], encoding
+    if waiting:
+        raise DataError(
+            archive.place, got="another archive than before", expected="one that stays", cure="run it again"
+        )
+
+
+def _fingerprint(source: Source, encoding: Encoding, shard_size: int) -> str:
+    """24 hexadecimal digits of everything that the shards' bytes depend on; files go by size and time."""
+    container = source.container
+    files = container.paths if isinstance(container, Tars) else [container.place, container.place / "state.json"]
+    changes = [[f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+    settings = [str(container.place.resolve()), changes, asdict(encoding), shard_size, pillow_version]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for module in ("containers", "files", "preparation", "shards", "sources"):
+        digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    for item in source.items:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()[:24]
+
+
+def _link(source: Path, target: Path) -> None:
+    """Let `target` be `source` too, which stays until all are there; a copy where file systems differ."""
+    try:
+        os.link(source, target)
+    except OSError:
+        with atomic_path(target) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def _shown(folder: Path, manifest: Manifest) -> NDArray[np.uint8]:
+    """Images of an even spread over a folder's examples, as squares (N, 64, 64, 3)."""
+    places, _ = example_places(folder, manifest)
+    files = manifest.paths(folder)
+    squares = []
+    for row in np.linspace(0, len(places) - 1, min(_SHOWN, len(places))).astype(int):
+        shard, start, length = places[row].tolist()
+        with open(files[shard], "rb") as file:
+            file.seek(start)
+            picture = decode(file.read(length), manifest.border)
+        squares.append(np.asarray(ImageOps.fit(picture, (64, 64), Image.Resampling.BICUBIC)))
+    return np.stack(squares)

@@ -1,0 +1,1 @@
+"""The experiment, written once for the stages and for the command line."""

@@ -1,0 +1,1 @@
+"""The merge engine: every method, on files of any size and in memory."""

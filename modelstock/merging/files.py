@@ -1,0 +1,258 @@
+"""Merges of checkpoints on disk, a chunk at a time: neither a model nor a large tensor is ever whole in memory."""
+
+import fnmatch
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelstock import __version__
+from modelstock.errors import MergeError, WeightsError
+from modelstock.files import atomic_path, write_json
+from modelstock.merging.engine import (
+    Gradient,
+    Granularity,
+    Plan,
+    Scorer,
+    Slice,
+    check_options,
+    identity,
+    plan_merge,
+    result_dtype,
+)
+from modelstock.weights.checkpoints import STORED, Checkpoint, open_checkpoint
+
+SYNC = 1 << 26  # values after which what was written is sent to disk
+
+
+def chooser(include: Sequence[str], exclude: Sequence[str], known: Sequence[str]) -> set[str]:
+    """The tensors that match a glob of `include` (all, where it is empty) and none of `exclude`.
+
+    Raises:
+        MergeError: a glob that matches nothing.
+    """
+    for glob in [*include, *exclude]:
+        if not fnmatch.filter(known, glob):
+            raise MergeError(
+                "tensors",
+                got=f"the glob {glob!r}",
+                expected="one that matches a tensor",
+                cure="see the names with: modelstock inspect FILE",
+            )
+    wanted = {name for glob in include or ["*"] for name in fnmatch.filter(known, glob)}
+    return wanted - {name for glob in exclude for name in fnmatch.filter(known, glob)}
+
+
+def merge_files(
+    method: str,
+    anchor: Path,
+    tuned: Sequence[Path],
+    out: Path,
+    *,
+    granularity: Granularity = "tensor",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    statistics: Sequence[Path] = (),
+    dtype: str | None = None,
+    report: Path | None = None,
+    overwrite: bool = False,
+    identify: bool = False,
+    workers: int | None = None,
+    score: Scorer | None = None,
+    gradient: Gradient | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+    **knobs: Any,
+) -> Plan:
+    """Merge checkpoints into one safetensors file; every refusal comes before a byte of it is written.
+
+    The file has the anchor's metadata, and how it was made, with the sha256 of every input where they are weight sets
+    of ours or `identify` asks for it; it appears whole or not at all. Memory: a few MB a worker (for methods that look
+    at single values: the largest tensor, in float64, a few times; for those that search: the model).
+    `progress` is told how many values were done in both passes, and of how many.
+
+    Raises:
+        MergeError, WeightsError: as `plan_merge`; an output that exists or is an input; a disk that is too full.
+    """
+    inputs, out = [Path(anchor), *map(Path, tuned), *map(Path, statistics)], Path(out)
+    check_paths(inputs, [p for p in (out, report) if p is not None], overwrite)
+    check_options(method, len(tuned), granularity=granularity, dtype=dtype, statistics=len(statistics), knobs=knobs)
+    opened = [open_checkpoint(path) for path in inputs]
+    origin, others, given = opened[0], opened[1 : len(tuned) + 1], opened[len(tuned) + 1 :]
+    chosen = chooser(include, exclude, list(origin.tensors))
+    _check_room(out, file_size(origin, dtype))
+    total = sum(t.size for t in origin.tensors.values())
+    done = 0
+
+    def advance(values: int) -> None:
+        nonlocal done
+        done += values
+        progress(done, 2 * total)
+
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    plan = plan_merge(
+        method,
+        origin,
+        others,
+        granularity=granularity,
+        choose=chosen.__contains__,
+        statistics=given,
+        score=score,
+        gradient=gradient,
+        workers=workers,
+        dtype=dtype,
+        progress=advance,
+        **knobs,
+    )
+    files: list[dict[str, Any]] = [{"name": p.name, "bytes": _size(p)} for p in inputs]
+    made = {
+        "stage": "merge",
+        "method": method,
+        "knobs": knobs,
+        "granularity": granularity,
+        "include": list(include),
+        "exclude": list(exclude),
+        "files": files,
+        "version": __version__,
+    }
+    meta = {**origin.meta, "made_by": made}
+    if identify or "architecture" in origin.meta:
+        with ThreadPoolExecutor(workers) as pool:
+            parent, *rest = pool.map(identity, [origin, *others])
+        meta["parents"] = [parent, *sorted(rest)]
+    write_plan(plan, out, meta, workers=workers, progress=advance)
+    if report is not None:
+        write_json(report, plan.report)
+    return plan
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    return sum(p.stat().st_size for p in path.iterdir() if p.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def check_paths(inputs: Sequence[Path], outputs: Sequence[Path], overwrite: bool) -> None:
+    """Refuse missing inputs, the same one twice, and outputs that are inputs, exist, or have nowhere to go.
+
+    The first output is the safetensors file.
+
+    Raises:
+        WeightsError: an input that does not exist.
+        MergeError: everything else.
+    """
+    for path in inputs:
+        if not path.exists():
+            raise WeightsError(path, got="no such file", expected="a checkpoint", cure="check the path")
+    for i, path in enumerate(inputs):
+        for other in inputs[:i]:
+            if os.path.samefile(path, other):
+                raise MergeError(
+                    path,
+                    got=f"the same file as {other}",
+                    expected="different weights",
+                    cure="name each weight set once, and the anchor only as anchor",
+                )
+    if outputs[0].suffix != ".safetensors":
+        raise MergeError(
+            outputs[0], got=f"the suffix {outputs[0].suffix!r}", expected=".safetensors", cure="rename the output"
+        )
+    if len(outputs) > 1 and outputs[0].resolve() == outputs[1].resolve():
+        raise MergeError(outputs[1], got="the output as report", expected="another file", cure="rename the report")
+    for out in outputs:
+        if out.is_dir():
+            raise MergeError(out, got="a folder", expected="a file", cure="name a file in it")
+        if out.exists() and any(os.path.samefile(out, path) for path in inputs):
+            raise MergeError(out, got="an input as output", expected="another file", cure="name another output")
+        if out.exists() and not overwrite:
+            raise MergeError(
+                out, got="a file that exists", expected="a new one", cure="use --overwrite or another name"
+            )
+        place = _standing(out)
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise MergeError(out, got=f"{place}, which is no folder to write to", expected="one", cure="name another")
+
+
+def _standing(path: Path) -> Path:
+    """The nearest thing above a path that exists."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def _check_room(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(_standing(out)).free
+    if free < needed:
+        raise MergeError(out, got=f"{free:,} free bytes", expected=f"{needed:,}", cure="make room or name another disk")
+
+
+def layout(anchor: Checkpoint, dtype: str | None, meta: Mapping[str, Any]) -> tuple[bytes, dict[str, int], int]:
+    """The file of a merge, as safetensors lays it out: its first bytes, where each tensor begins, its size."""
+    header: dict[str, Any] = {"__metadata__": {"modelstock": json.dumps(meta, sort_keys=True)}}
+    place, begins = 0, {}
+    dtypes = {name: result_dtype(tensor.dtype, dtype) for name, tensor in anchor.tensors.items()}
+    # Larger dtypes first, so that every tensor is aligned, then by name.
+    for name in sorted(dtypes, key=lambda n: (-STORED[dtypes[n]].itemsize, n)):
+        tensor = anchor.tensors[name]
+        size = tensor.size * STORED[dtypes[name]].itemsize
+        header[name] = {"dtype": dtypes[name], "shape": list(tensor.shape), "data_offsets": [place, place + size]}
+        begins[name] = place
+        place += size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    start = struct.pack("<Q", len(raw)) + raw
+    return start, {name: len(start) + at for name, at in begins.items()}, len(start) + place
+
+
+def file_size(anchor: Checkpoint, dtype: str | None) -> int:
+    """Bytes that a merge takes on disk, less a few hundred of metadata."""
+    return layout(anchor, dtype, {})[2]
+
+
+def write_plan(
+    plan: Plan,
+    out: Path,
+    meta: Mapping[str, Any],
+    *,
+    workers: int = 1,
+    progress: Callable[[int], object] = lambda values: None,
+) -> None:
+    """Carry out a merge into a file: the second of the two passes, blocks side by side.
+
+    Raises:
+        MergeError: a disk that fills up meanwhile; nothing is left behind then.
+    """
+    start, begins, total = layout(plan.anchor, plan.dtype, meta)
+    work = [(name, run) for name in sorted(begins) for run in plan.blocks(name)]
+    try:
+        with atomic_path(out) as temporary, open(temporary, "wb") as file:
+            file.write(start)
+            file.flush()
+            file.truncate(total)
+            descriptor = file.fileno()
+
+            def second_pass(task: tuple[str, Sequence[Slice]]) -> int:
+                name, run = task
+                size = STORED[plan.dtype_of(name)].itemsize
+                for at, piece in plan.pieces(name, run):
+                    raw, place = np.ascontiguousarray(piece).view(np.uint8).data, begins[name] + at * size
+                    while raw:
+                        written = os.pwrite(descriptor, raw, place)
+                        raw, place = raw[written:], place + written
+                return run[-1].stop - run[0].start if run else 0
+
+            unsynced = 0
+            with ThreadPoolExecutor(workers) as pool:
+                for values in pool.map(second_pass, work):
+                    progress(values)
+                    unsynced += values
+                    if unsynced > SYNC:  # the disk works while the rest is computed
+                        os.fdatasync(descriptor)
+                        unsynced = 0
+    except OSError as error:
+        raise MergeError(
+            out, got=f"{error.strerror}", expected=f"{total:,} bytes written", cure="make room or name another disk"
+        ) from error

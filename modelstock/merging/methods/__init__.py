@@ -1,0 +1,1 @@
+"""The merge methods, as pure functions in one table."""

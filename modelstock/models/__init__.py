@@ -1,0 +1,1 @@
+"""Towers and heads: building them, pre-trained weights, other people's checkpoints, export."""

@@ -1,0 +1,223 @@
+"""CLIP models from open_clip, their zero-shot heads, and classifiers made of an image tower and a head.
+
+torch and open_clip cost seconds to import, so only what needs a model imports this.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from numpy.typing import NDArray
+from open_clip.model import _build_vision_tower
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from modelstock.errors import ParamsError, WeightsError
+from modelstock.weights.weight_set import WeightSet
+
+# A ViT small enough for two CPU cores: 0.8M parameters in the image tower, 17 tokens an image.
+TINY_CLIP: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "head_width": 32, "layers": 4},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+
+
+def _without_downloads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config whose towers start from random weights: whatever they should hold is loaded afterwards."""
+    own: dict[str, Any] = copy.deepcopy(dict(config))
+    for section, timm_or_hf in (("vision_cfg", "timm_model"), ("text_cfg", "hf_model")):
+        if f"{timm_or_hf}_name" in own.get(section, {}):
+            own[section][f"{timm_or_hf}_pretrained"] = False
+    return own
+
+
+def build_clip(config: Mapping[str, Any]) -> nn.Module:
+    """A CLIP, CustomTextCLIP or CoCa with random weights from an open_clip model config; the caller seeds torch.
+
+    Raises:
+        ParamsError: a text tower of the library `transformers`, which is not installed or does not find its config.
+
+    Source: open_clip's factory, which chooses the class in the same way.
+    """
+    own = _without_downloads(config)
+    custom = own.pop("custom_text", False) or "hf_model_name" in own["text_cfg"]
+    kind = open_clip.CLIP if not custom else open_clip.CoCa if "multimodal_cfg" in own else open_clip.CustomTextCLIP
+    if "hf_model_name" not in own["text_cfg"]:
+        model: nn.Module = kind(**own)
+        return model
+    name = own["text_cfg"]["hf_model_name"]
+    with _from_transformers(f"text tower {name}", f"the config of {name}"):
+        return kind(**own)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _from_transformers(place: str, wanted: str) -> Iterator[None]:
+    """Errors of the library `transformers`, and its absence, as one line."""
+    if find_spec("transformers") is None:
+        raise ParamsError(
+            place, got="no library transformers", expected="it, which makes it", cure="pip install transformers"
+        )
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise ParamsError(
+            place,
+            got=f"{type(error).__name__}: {line}",
+            expected=wanted,
+            cure="connect to the hub once, or copy its files to the cache or to the folder pretrain.pretrained",
+        ) from error
+
+
+def build_visual(config: Mapping[str, Any]) -> nn.Module:
+    """The image tower of `build_clip(config)` alone, with random weights: images (B, 3, S, S) -> features (B, D)."""
+    own = _without_downloads(config)
+    visual: nn.Module = _build_vision_tower(own["embed_dim"], own["vision_cfg"], own.get("quick_gelu", False))
+    return visual
+
+
+def _blank_visual(config: Mapping[str, Any]) -> nn.Module:
+    """The image tower on the CPU, for weights to be loaded into; what the weights do not hold is right already."""
+    with torch.device("meta"):
+        visual = build_visual(config)
+    kept = visual.state_dict().keys()
+    if all(name in kept for name, _ in visual.named_buffers()):
+        return visual.to_empty(device="cpu")
+    # Rotary embeddings, relative positions and masks are in no checkpoint: only a real tower computes them.
+    with torch.random.fork_rng(devices=[]):
+        return build_visual(config)
+
+
+def tokenizer(config: Mapping[str, Any], folder: Path | None = None) -> Callable[[Sequence[str]], Tensor]:
+    """The tokenizer that the text tower was trained with: texts -> (B, L) int64, L the tower's context length.
+
+    open_clip's own, or that of the library `transformers` which the config names, from `folder` where it is given.
+
+    Raises:
+        ParamsError: `transformers` is not installed, or the tokenizer's files are neither here nor to be had.
+    """
+    text = config["text_cfg"]
+    length, knobs = text.get("context_length", 77), dict(text.get("tokenizer_kwargs") or {})
+    name = text.get("hf_tokenizer_name")
+    if not name:
+        tokenize: Any = open_clip.SimpleTokenizer(context_length=length, **knobs)
+    else:
+        with _from_transformers(f"tokenizer {name}", f"its files in the hub's cache or in the folder of {name}"):
+            tokenize = open_clip.tokenizer.HFTokenizer(
+                str(folder or name), context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **knobs
+            )
+    return lambda texts: torch.as_tensor(tokenize(list(texts)))
+
+
+@torch.inference_mode()
+def zero_shot_head(
+    clip: nn.Module,
+    tokenize: Callable[[Sequence[str]], Tensor],
+    names: Sequence[str],
+    templates: Sequence[Callable[[str], str]],
+    *,
+    batch_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Weight (C, D) and zero bias (C,) of a linear head that classifies as CLIP's text tower does; float32 on the CPU.
+
+    Row c = exp(logit_scale) * normalise(mean over templates of normalise(text feature)). Texts are encoded on the
+    device that `clip` is on, each once.
+    Source: Radford et al., arXiv 2103.00020; Wortsman et al., arXiv 2109.01903.
+    """
+    texts = [template(name) for name in names for template in templates]
+    place = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    distinct, parts = list(place), []
+    device = next(clip.parameters()).device
+    # A bar where it takes a while, on a terminal.
+    with tqdm(total=len(distinct), desc="prompts", unit="text", disable=len(distinct) <= 1000 or None) as bar:
+        for start in range(0, len(distinct), batch_size):
+            tokens = tokenize(distinct[start : start + batch_size]).to(device)
+            encoded = clip.encode_text(tokens, normalize=False)  # type: ignore[operator]
+            parts.append(functional.normalize(encoded.float(), dim=-1))
+            bar.update(len(tokens))
+    features = torch.cat(parts)[[place[text] for text in texts]].reshape(len(names), len(templates), -1).mean(dim=1)
+    weight = functional.normalize(features, dim=-1) * clip.logit_scale.float().exp()  # type: ignore[operator]
+    return weight.cpu().clone(), torch.zeros(len(names))
+
+
+class Classifier(nn.Module):
+    """Image tower and linear head: logits = W normalise(visual(images)) + b.
+
+    Images (B, 3, S, S), normalised by the preprocess's mean and std -> logits (B, C).
+    """
+
+    def __init__(self, visual: nn.Module, classes: int, width: int) -> None:
+        super().__init__()
+        self.visual = visual
+        self.head = nn.Linear(width, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The tower's pooled feature (B, D), not normalised."""
+        found = self.visual(images)
+        # Towers of captioning models give their tokens as well, after the pooled feature.
+        pooled: Tensor = found[0] if isinstance(found, tuple) else found
+        return pooled
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(functional.normalize(self.features(images), dim=-1))
+        return logits
+
+
+def build_classifier(weights: WeightSet) -> Classifier:
+    """The classifier that a weight set describes, in evaluation mode.
+
+    Raises:
+        WeightsError: no architecture in the metadata, or tensors that do not fit it.
+    """
+    config = weights.meta.get("architecture")
+    if not isinstance(config, Mapping) or "head.weight" not in weights.tensors:
+        raise WeightsError(
+            weights.source,
+            got="a file without architecture or head",
+            expected="a weight set made by modelstock",
+            cure="make it with the stages anchor, finetune or merge",
+        )
+    classes, width = weights.tensors["head.weight"].shape
+    with torch.device("meta"):
+        model = Classifier(nn.Identity(), classes, width)
+    model.head.to_empty(device="cpu")
+    model.visual = _blank_visual(config)
+    set_tensors(model, weights)
+    return model.eval()
+
+
+def set_tensors(model: nn.Module, weights: WeightSet) -> None:
+    """Copy a weight set's tensors into a model.
+
+    Raises:
+        WeightsError: names or shapes that differ from the model's.
+    """
+    own = model.state_dict()
+    problems = [f"{k} missing" for k in own.keys() - weights.tensors.keys()]
+    problems += [f"{k} unknown" for k in weights.tensors.keys() - own.keys()]
+    problems += [
+        f"{k} is {weights.tensors[k].shape}, the model's {tuple(own[k].shape)}"
+        for k in own.keys() & weights.tensors.keys()
+        if tuple(own[k].shape) != weights.tensors[k].shape
+    ]
+    if problems:
+        raise WeightsError(
+            weights.source,
+            got="; ".join(sorted(problems)),
+            expected="the tensors of its architecture",
+            cure="make the weight set again from this anchor",
+        )
+    model.load_state_dict({k: torch.from_numpy(np.asarray(v, order="C")) for k, v in weights.tensors.items()})
+
+
+def tensors_of(model: nn.Module) -> dict[str, NDArray[Any]]:
+    """The model's state as arrays: copies, so later training does not change them."""
+    return {k: v.detach().cpu().numpy().copy() for k, v in model.state_dict().items()}

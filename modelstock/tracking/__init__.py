@@ -1,0 +1,1 @@
+"""Where runs are recorded: files are the record, a tracker mirrors them."""

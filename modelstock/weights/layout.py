@@ -1,0 +1,51 @@
+"""What the names of a model's tensors say: in which block of the network each of them is."""
+
+import re
+from collections.abc import Sequence
+
+from modelstock.errors import MergeError
+
+_BLOCK = re.compile(r"(?:^|\.)(?:(\d+)|((?:layer|stage|block)s?)_?(\d+))(?=\.|$)")
+_BEFORE = re.compile(r"embed|conv\d|bn\d|ln_pre|norm_pre|pre_?layer_?norm|stem|patch|cls_token|(^|\.)w[tp]e\.")
+_POOL = re.compile(r"attn_?pool")  # it has embeddings of its own
+
+
+def blocks(names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Which block of how many each tensor is in, read off its name: (-1, n) before n blocks, (n, n) behind them.
+
+    The first number in a name is its block, `blocks.3.mlp` or `layer3.0.conv1`, counted among the blocks of the same
+    prefix. Tensors outside the blocks lie before them where their name speaks of embeddings, stems or patches. Where
+    no name has a number, n is 0.
+    """
+    found = {name: m for name in names if (m := _BLOCK.search(name))}
+    place = {n: (n[: m.start()] + "." + (m[2] or ""), int(m[1] or m[3])) for n, m in found.items()}
+    numbers: dict[str, set[int]] = {}
+    for prefix, number in place.values():
+        numbers.setdefault(prefix, set()).add(number)
+    counts = {prefix: max(own) - min(own) + 1 for prefix, own in numbers.items()}  # some models count from 1
+    most = max(counts.values(), default=0)
+
+    def block(name: str) -> tuple[int, int]:
+        if name not in place:
+            return (-1 if _BEFORE.search(name) and not _POOL.search(name) else most), most
+        prefix, number = place[name]
+        return number - min(numbers[prefix]), counts[prefix]
+
+    return {name: block(name) for name in names}
+
+
+def depths(names: Sequence[str]) -> dict[str, float]:
+    """How deep in its model each tensor lies: 0 before and in the first block, 1 in the last and behind; see `blocks`.
+
+    Raises:
+        MergeError: no name has a number.
+    """
+    place = blocks(names)
+    if not any(count for _, count in place.values()):
+        raise MergeError(
+            "layout",
+            got="tensors without numbered blocks",
+            expected="names such as blocks.3.weight",
+            cure="use another method",
+        )
+    return {name: min(max(number / max(1, count - 1), 0.0), 1.0) for name, (number, count) in place.items()}
