@@ -1,5 +1,7 @@
 """Where tensors are computed on."""
 
+import os
+
 import torch
 
 from modelstock.errors import ParamsError
@@ -15,3 +17,11 @@ def device_kind(device: str) -> str:
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         raise ParamsError("device", got=device, expected="a device that torch can use", cure="set it to cpu or auto")
     return kind
+
+
+def deterministic(threads: int) -> None:
+    """Make torch repeat bit for bit: fixed thread count, deterministic kernels."""
+    # cuBLAS repeats only with a workspace of its own; it reads this when it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)

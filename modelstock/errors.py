@@ -1,7 +1,7 @@
 """The errors a user can meet.
 
 ModelstockError            every one of them: say place, got, expected, cure in one line
-├── ParamsError            params.yaml or a command-line knob
+├── ParamsError            params.yaml or a command-line option
 ├── DataError              shards, manifests, images
 ├── WeightsError           a checkpoint file, or a tensor in it
 ├── MergeError             weight sets that cannot be merged, or a method that cannot do it

@@ -341,7 +341,7 @@ class OracleScalesParams(MethodParams):
 
 
 class MergeParams(Section):
-    """The methods that run, and the knobs of each; README says what each is, `modelstock methods` its formula."""
+    """The methods that run, and the options of each; README says what each is, `modelstock methods` its formula."""
 
     methods: list[
         Literal[

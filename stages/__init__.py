@@ -1,6 +1,5 @@
 """DVC's stages: one file, one reproducible step. Each reads params and inputs, makes one core call, writes outputs."""
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +16,3 @@ def run(main: Callable[..., Any]) -> None:
     except ModelstockError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-
-
-def deterministic(threads: int) -> None:
-    """Make torch repeat bit for bit: fixed thread count, deterministic kernels."""
-    # cuBLAS repeats only with a workspace of its own; it reads this when it starts.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    import torch
-
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)

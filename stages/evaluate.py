@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from modelstock.devices import deterministic
 from modelstock.experiment.subsets import beside, ensembles, finetuned, row_of
 from modelstock.params import load_params
 from modelstock.scoring.one_pass import collect, ensemble_identity, score
 from modelstock.scoring.results import Row, save_scores
 from modelstock.weights.weight_set import load_weights
-from stages import deterministic, run
+from stages import run
 
 
 def main(data: Path, models: Path, out: Path) -> None:

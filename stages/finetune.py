@@ -10,6 +10,7 @@ from typing import Any
 from modelstock import __version__
 from modelstock.data.classes import templates
 from modelstock.data.shards import check_classes, load_manifest
+from modelstock.devices import deterministic
 from modelstock.errors import ParamsError
 from modelstock.files import atomic_path
 from modelstock.models.pretrained import adopt
@@ -22,7 +23,7 @@ from modelstock.training.batches import Examples, open_examples
 from modelstock.training.distributed import World, processes
 from modelstock.training.finetune import finetune
 from modelstock.weights.weight_set import WeightSet, load_weights
-from stages import deterministic, run
+from stages import run
 
 
 @dataclass(frozen=True)
@@ -72,25 +73,25 @@ def train_seed(
     deterministic(params.threads)
     with processes(recipe.devices, params.device, f"stages.{made['stage']}") as world:
         inputs = read_inputs(params, *paths)
-        knobs = recipe.model_dump(mode="json", exclude={"seeds"})
+        options = recipe.model_dump(mode="json", exclude={"seeds"})
         key = key_of(
             "modelstock.training.finetune",
-            knobs,
+            options,
             made,
             inputs.identities,
             {"threads": params.threads, "device": world.device.type},
         )
         meta = {**inputs.anchor.meta, "parents": [inputs.anchor.identity]}
-        made = {**made, "knobs": knobs, "version": __version__}
+        made = {**made, "options": options, "version": __version__}
         model, folder = build_classifier(inputs.anchor).to(world.device), Path("scratch") / made["stage"] / key
 
         def snapshot(epoch: int) -> None:
-            about = {**made, "average": "snapshot", "knobs": {**knobs, "epoch": epoch}}
+            about = {**made, "average": "snapshot", "options": {**options, "epoch": epoch}}
             weights = WeightSet(tensors_of(model), {**meta, "made_by": about}, f"{name}, epoch {epoch}")
             weights.save(folder / f"epoch-{epoch}.safetensors")
 
-        facts = {k: v for k, v in made.items() if k not in ("knobs", "version")}
-        facts |= {f"knobs.{k}": v for k, v in knobs.items()}
+        facts = {k: v for k, v in made.items() if k not in ("options", "version")}
+        facts |= {f"options.{k}": v for k, v in options.items()}
         with mirror(params, world, folder, key, name, facts):
             history, averages = finetune(
                 model,
@@ -110,7 +111,7 @@ def train_seed(
         WeightSet(final, {**meta, "made_by": {**made, "key": key}}, name).save(out / "weights.safetensors")
         for average in averages:
             tensors = {**final, **{k: t.cpu().numpy() for k, t in average.tensors().items()}}
-            about = {**made, "average": average.name.split("-")[0], "knobs": {**knobs, **average.knobs}}
+            about = {**made, "average": average.name.split("-")[0], "options": {**options, **average.options}}
             WeightSet(tensors, {**meta, "made_by": about}, name).save(out / f"{average.name}.safetensors")
         for epoch in range(1, recipe.head_first_epochs + recipe.epochs if recipe.snapshots else 0):
             kept = folder / f"epoch-{epoch}.safetensors"
@@ -139,9 +140,9 @@ def adopted(params: Params, seed: int, anchor: Path, out: Path) -> bool:
     names, prompts = start.meta.get("classes"), templates(params.classes)
     with processes(1, params.device, "stages.finetune") as world:
         weights = adopt(source, start, names=names, prompts=prompts, device=world.device.type)
-    head = weights.meta["made_by"].get("knobs", {}).get("head", "own")
+    head = weights.meta["made_by"].get("options", {}).get("head", "own")
     # However it was made, here it stands for this seed.
-    made = {"stage": "finetune", "seed": seed, "source": source.name, "knobs": {"head": head}}
+    made = {"stage": "finetune", "seed": seed, "source": source.name, "options": {"head": head}}
     meta = {**weights.meta, "made_by": {**made, "version": __version__}}
     WeightSet(weights.tensors, meta, weights.source).save(out / "weights.safetensors")
     write_history(out, [])

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from modelstock.devices import device_kind
+from modelstock.devices import deterministic, device_kind
 from modelstock.errors import MergeError
 from modelstock.experiment.choices import merge_subsets
 from modelstock.experiment.subsets import finetuned
 from modelstock.files import write_json
 from modelstock.params import load_params
 from modelstock.weights.weight_set import load_weights
-from stages import deterministic, run
+from stages import run
 
 
 def main(method: str, anchor: Path, tuned: Path, train: Path, held_out: Path, out: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from modelstock import __version__
+from modelstock.devices import deterministic
 from modelstock.files import write_json
 from modelstock.models.towers import build_classifier, tensors_of
 from modelstock.params import load_params
@@ -11,7 +12,7 @@ from modelstock.tracking.history import write_history
 from modelstock.training.distributed import processes
 from modelstock.training.periodic import train_periodic
 from modelstock.weights.weight_set import WeightSet
-from stages import deterministic, run
+from stages import run
 from stages.finetune import mirror, read_inputs
 
 
@@ -24,7 +25,7 @@ def main(size: int, anchor: Path, train: Path, held_out: Path, out: Path) -> Non
         seeds = params.finetune.seeds[:size]
         recipe = params.finetune.model_dump(mode="json", exclude={"seeds", "ema", "lawa", "snapshots", "devices"})
         merging = params.periodic.model_dump(mode="json", exclude={"sizes", "devices"})
-        made = {"stage": "periodic", "method": "periodic", "members": seeds, "knobs": {**recipe, **merging}}
+        made = {"stage": "periodic", "method": "periodic", "members": seeds, "options": {**recipe, **merging}}
         key = key_of(
             "modelstock.training.periodic",
             made,
@@ -33,7 +34,7 @@ def main(size: int, anchor: Path, train: Path, held_out: Path, out: Path) -> Non
         )
         name, folder = f"periodic/{'-'.join(map(str, seeds))}", Path("scratch/periodic") / key
         facts = {"stage": "periodic", "members": "-".join(map(str, seeds))}
-        facts |= {f"knobs.{k}": v for k, v in made["knobs"].items()}
+        facts |= {f"options.{k}": v for k, v in made["options"].items()}
         with mirror(params, world, folder, key, name, facts):
             model, history, reports = train_periodic(
                 inputs.anchor,

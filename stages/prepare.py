@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from modelstock.data.preparation import prepare
+from modelstock.devices import deterministic
 from modelstock.params import load_params
-from stages import deterministic, run
+from stages import run
 
 
 def main(split: str, out: Path) -> None:

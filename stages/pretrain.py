@@ -4,6 +4,7 @@ from pathlib import Path
 
 from modelstock import __version__
 from modelstock.data.shapes.render import TINY_PREPROCESS
+from modelstock.devices import deterministic
 from modelstock.models.pretrained import load_clip
 from modelstock.models.towers import TINY_CLIP, tensors_of
 from modelstock.params import OpenClipPretraining, Params, load_params
@@ -11,20 +12,20 @@ from modelstock.provenance import key_of
 from modelstock.tracking.history import write_history
 from modelstock.training.pretrain import pretrain
 from modelstock.weights.weight_set import WeightSet
-from stages import deterministic, run
+from stages import run
 
 
 def clip_of(params: Params, out: Path) -> WeightSet:
     """The tiny CLIP after its pre-training, whose history goes to `out`, or open_clip's."""
     if isinstance(params.pretrain, OpenClipPretraining):
         return load_clip(params.pretrain)
-    knobs = params.pretrain.model_dump(mode="json")
+    options = params.pretrain.model_dump(mode="json")
     clip, history = pretrain(
         params.pretrain,
-        folder=Path("scratch/pretrain") / key_of("modelstock.training.pretrain", knobs, {"threads": params.threads}),
+        folder=Path("scratch/pretrain") / key_of("modelstock.training.pretrain", options, {"threads": params.threads}),
     )
     write_history(out, history)
-    made = {"stage": "pretrain", "seed": params.pretrain.seed, "knobs": knobs, "version": __version__}
+    made = {"stage": "pretrain", "seed": params.pretrain.seed, "options": options, "version": __version__}
     meta = {
         "architecture": TINY_CLIP,
         "backbone": {"name": "tiny", "pretrained": "shapes"},

@@ -1,31 +1,13 @@
 """Small real things that several test modules need: shards of the embedded benchmark and a tiny untrained CLIP."""
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in what tests start
 
 import numpy as np
 import pytest
 
-from modelstock.data.shapes.render import NAMES, SPLITS, TINY_PREPROCESS, draw
-from modelstock.data.shards import write_shards
-
-
-def make_split(folder: Path, split: str, count: int, shard_size: int = 50):
-    """`count` images of a split as shards."""
-    images, labels = draw(split, range(count), seed=3)
-    plan = SPLITS[split]
-    return write_shards(
-        folder,
-        zip(images, labels, strict=True),
-        benchmark=split,
-        role=plan.role,
-        labels=list(plan.labels),
-        label_groups=[[NAMES.index(c) for c in group] for group in plan.labels.values()],
-        classes=NAMES,
-        shard_size=shard_size,
-    )
+from modelstock.data.shapes.render import NAMES, TINY_PREPROCESS
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +31,7 @@ def anchor():
         "preprocess": TINY_PREPROCESS,
         "classes_sha256": classes_sha256(NAMES),
         "parents": [],
-        "made_by": {"stage": "anchor", "knobs": {}, "version": "test"},
+        "made_by": {"stage": "anchor", "options": {}, "version": "test"},
     }
     return WeightSet(tensors, meta, "anchor")
 
@@ -62,7 +44,7 @@ def variants(anchor):
     def near(seed: int) -> WeightSet:
         random = np.random.default_rng(seed)
         tensors = {k: (v + 0.05 * random.standard_normal(v.shape)).astype(v.dtype) for k, v in anchor.tensors.items()}
-        made = {"stage": "finetune", "seed": seed, "knobs": {}, "version": "test"}
+        made = {"stage": "finetune", "seed": seed, "options": {}, "version": "test"}
         return WeightSet(tensors, {**anchor.meta, "parents": [anchor.identity], "made_by": made}, f"seed {seed}")
 
     return [near(seed) for seed in range(3)]

@@ -445,8 +445,8 @@ def test_a_tokenizer_of_another_library_is_taken_or_asked_for_in_one_line(tmp_pa
     (tmp_path / "tokenizer.json").touch()
     clip.meta["backbone"]["pretrained"] = str(tmp_path)
     anchor_of(clip, ["cat", "dog"], PROMPTS)
-    knobs = {"context_length": 16, "tokenizer_mode": None, "clean": "x"}
-    assert asked == [(("some/tokenizer",), knobs), ((str(tmp_path),), knobs)]
+    options = {"context_length": 16, "tokenizer_mode": None, "clean": "x"}
+    assert asked == [(("some/tokenizer",), options), ((str(tmp_path),), options)]
 
     def offline(*_, **__):
         raise OSError("We couldn't connect\nto the hub")
@@ -490,7 +490,7 @@ def test_a_checkpoint_is_adopted_whatever_its_prefix(tmp_path, own_anchor, prefi
     assert found.identity == WeightSet(expected).identity
     assert found.meta["parents"] == [own_anchor.identity]
     made = found.meta["made_by"]
-    assert (made["stage"], made["source"], made["knobs"]) == ("finetune", "tuned.pt", {"head": "own"})
+    assert (made["stage"], made["source"], made["options"]) == ("finetune", "tuned.pt", {"head": "own"})
     for key in ("architecture", "preprocess", "classes_sha256", "classes", "backbone"):
         assert found.meta[key] == own_anchor.meta[key]
 
@@ -525,7 +525,7 @@ def test_towers_come_alone_in_folders_in_training_checkpoints_and_in_half_precis
     found = adopt(path, own_anchor)
     head = {k: v for k, v in own_anchor.tensors.items() if k.startswith("head.")}
     assert found.identity == WeightSet({**{k: v.numpy() for k, v in expected.items()}, **head}).identity
-    assert found.meta["made_by"]["knobs"] == {"head": "anchor"}
+    assert found.meta["made_by"]["options"] == {"head": "anchor"}
     assert "/" not in found.meta["made_by"]["source"]
 
 
@@ -534,11 +534,11 @@ def test_a_checkpoint_with_a_text_tower_gets_its_own_zero_shot_head_where_prompt
     torch.save({f"model.{k}": v for k, v in model.state_dict().items()}, tmp_path / "tuned.pt")
     found = adopt(tmp_path / "tuned.pt", own_anchor, names=["cat", "dog"], prompts=PROMPTS)
     assert found.identity == anchor_of(clip, ["cat", "dog"], PROMPTS).identity
-    assert found.meta["made_by"]["knobs"] == {"head": "zero-shot"}
+    assert found.meta["made_by"]["options"] == {"head": "zero-shot"}
     torch.save(visual_of(model.state_dict()), tmp_path / "tower.pt")
-    assert adopt(tmp_path / "tower.pt", own_anchor, names=["cat", "dog"], prompts=PROMPTS).meta["made_by"]["knobs"] == {
-        "head": "anchor"
-    }
+    assert adopt(tmp_path / "tower.pt", own_anchor, names=["cat", "dog"], prompts=PROMPTS).meta["made_by"][
+        "options"
+    ] == {"head": "anchor"}
 
 
 def test_our_own_files_stay_as_they_are_and_must_fit(tmp_path, anchor, variants):

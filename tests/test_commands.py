@@ -6,14 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import make_split
 from typer.testing import CliRunner
 
-from modelstock.cli.main import app
+from modelstock.cli.commands import app
 from modelstock.errors import ModelstockError
 from modelstock.scoring.one_pass import ensemble_identity, score
 from modelstock.scoring.results import load_scores
 from modelstock.weights.weight_set import load_weights
+from tests.support.splits import make_split
 
 SHIFTS = ("shapes-sketch", "shapes-objectnet")
 

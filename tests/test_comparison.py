@@ -154,7 +154,7 @@ def test_means_and_differences_by_hand(comparison):
     assert line(comparison, "uniform of 2").over_uniform == {}
 
 
-def test_of_a_methods_knobs_the_one_best_on_the_held_out_cut_is_shown(comparison):
+def test_of_a_methods_options_the_one_best_on_the_held_out_cut_is_shown(comparison):
     assert line(comparison, "wise_ft").rows == ("wise_ft/0-1-2@0.6",)
     assert "wise_ft/0-1-2@0.3" in comparison.accuracy
 

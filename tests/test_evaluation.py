@@ -12,7 +12,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import make_split
 from PIL import Image
 
 import modelstock.scoring.one_pass as evaluation
@@ -23,6 +22,7 @@ from modelstock.models.towers import TINY_CLIP, build_classifier, build_clip, te
 from modelstock.scoring.one_pass import Outcome, collect, ensemble_identity, label_logits, score
 from modelstock.scoring.results import Row, load_scores, save_scores
 from modelstock.weights.weight_set import WeightSet, load_weights
+from tests.support.splits import make_split
 
 
 def alone(folder, weights):

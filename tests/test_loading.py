@@ -6,9 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import make_split
 from PIL import Image
-from test_training import RECIPE
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 
@@ -26,6 +24,8 @@ from modelstock.training.batches import (
     resized_crops,
 )
 from modelstock.training.distributed import World
+from tests.support.splits import make_split
+from tests.test_training import RECIPE
 
 EVERYTHING = {"mixup": 0.4, "rand_augment_operations": 2, "flip": True, "crop_scale": (0.3, 1.0)}
 

@@ -46,7 +46,7 @@ def family(count: int, dtype: type = np.float32) -> tuple[WeightSet, list[Weight
 
 
 def given(method, tuned):
-    """What a method asks for besides knobs: statistics that go with each weight set, and scores of any merge.
+    """What a method asks for besides options: statistics that go with each weight set, and scores of any merge.
 
     The score is the nearness to a point of the updates' own span, so it moves and scales with them.
     """
@@ -77,32 +77,32 @@ def given(method, tuned):
     return {"gradient": gradient} if needs == "gradient" else {}
 
 
-def merged_by(method, anchor, tuned, **knobs):
+def merged_by(method, anchor, tuned, **options):
     """A merge with whatever the method needs."""
-    return merge(method, anchor, tuned, **given(method, tuned), **knobs)
+    return merge(method, anchor, tuned, **given(method, tuned), **options)
 
 
-@pytest.mark.parametrize(("method", "knobs"), CASES)
+@pytest.mark.parametrize(("method", "options"), CASES)
 class TestLaws:
-    def test_keeps_keys_shapes_and_dtypes_and_leaves_inputs_alone(self, method, knobs):
+    def test_keeps_keys_shapes_and_dtypes_and_leaves_inputs_alone(self, method, options):
         anchor, tuned = family(COUNT.get(method, 3), np.float16)
         before = [w.identity for w in (WeightSet(dict(t.tensors)) for t in [anchor, *tuned])]
-        merged, _ = merged_by(method, anchor, tuned, **knobs)
+        merged, _ = merged_by(method, anchor, tuned, **options)
         assert {k: (v.shape, v.dtype) for k, v in merged.tensors.items()} == {
             k: (v.shape, v.dtype) for k, v in anchor.tensors.items()
         }
         assert before == [WeightSet(dict(t.tensors)).identity for t in [anchor, *tuned]]
 
-    def test_order_does_not_matter_to_the_last_bit(self, method, knobs):
+    def test_order_does_not_matter_to_the_last_bit(self, method, options):
         if METHODS[method].ordered:
             pytest.skip("the order of its checkpoints has a meaning")
         anchor, tuned = family(4)
         assert (
-            merged_by(method, anchor, tuned, **knobs)[0].identity
-            == merged_by(method, anchor, tuned[::-1], **knobs)[0].identity
+            merged_by(method, anchor, tuned, **options)[0].identity
+            == merged_by(method, anchor, tuned[::-1], **options)[0].identity
         )
 
-    def test_moves_with_the_origin(self, method, knobs):
+    def test_moves_with_the_origin(self, method, options):
         if METHODS[method].of == "weights":
             pytest.skip("turns the weights themselves, about zero: so it does not")
         anchor, tuned = family(COUNT.get(method, 3), np.float64)
@@ -111,22 +111,22 @@ class TestLaws:
         }
         move = lambda w: WeightSet({k: v + shift[k] for k, v in w.tensors.items()}, source=w.source)  # noqa: E731
         here, there = (
-            merged_by(method, anchor, tuned, **knobs)[0],
-            merged_by(method, move(anchor), [*map(move, tuned)], **knobs)[0],
+            merged_by(method, anchor, tuned, **options)[0],
+            merged_by(method, move(anchor), [*map(move, tuned)], **options)[0],
         )
         for key, value in here.tensors.items():
             np.testing.assert_allclose(there.tensors[key], value + shift[key], rtol=1e-9, atol=tolerance(method, 1e-12))
 
     @pytest.mark.parametrize("factor", [1e-8, 1e-3, 10.0])
-    def test_scales_with_the_updates(self, method, knobs, factor):
+    def test_scales_with_the_updates(self, method, options, factor):
         _, tuned = family(COUNT.get(method, 3), np.float64)
         origin = WeightSet({k: np.zeros_like(v) if v.dtype.kind == "f" else v for k, v in tuned[0].tensors.items()})
         scale = lambda w: WeightSet(  # noqa: E731
             {k: v * factor if v.dtype.kind == "f" else v for k, v in w.tensors.items()}, source=w.source
         )
         one, two = (
-            merged_by(method, origin, tuned, **knobs)[0],
-            merged_by(method, origin, [*map(scale, tuned)], **knobs)[0],
+            merged_by(method, origin, tuned, **options)[0],
+            merged_by(method, origin, [*map(scale, tuned)], **options)[0],
         )
         for key, value in one.tensors.items():
             if value.dtype.kind == "f":
@@ -134,9 +134,9 @@ class TestLaws:
                     two.tensors[key], value * factor, rtol=1e-9, atol=tolerance(method, 0) * factor
                 )
 
-    def test_equal_updates_are_a_fixed_point_up_to_the_methods_own_scale(self, method, knobs):
+    def test_equal_updates_are_a_fixed_point_up_to_the_methods_own_scale(self, method, options):
         """cos = 1 gives t = 1; WiSE-FT halves by definition, task arithmetic sums, sparse methods thin."""
-        row, own = METHODS[method], {k: v for k, v in knobs.items() if k not in ("granularity", "scale")}
+        row, own = METHODS[method], {k: v for k, v in options.items() if k not in ("granularity", "scale")}
         count = COUNT.get(method, 3)
         update = np.random.default_rng(0).standard_normal((5, 4))
         if row.kind == "span":
@@ -146,7 +146,7 @@ class TestLaws:
         elif row.kind == "values":
             given = {"fisher": [update**2 + i for i in range(3)], "inner": [np.eye(4) * (i + 1) for i in range(3)]}
             sparse = [np.random.default_rng(i) for i in range(3)]
-            whole = {k: 1.0 if k == "density" else 0.0 for k in row.knobs if k != "scale" and not row.needs}
+            whole = {k: 1.0 if k == "density" else 0.0 for k in row.options if k != "scale" and not row.needs}
             found = row.function(np.stack([update] * 3), given.get(row.needs, sparse), **whole)
             np.testing.assert_allclose(found, update, rtol=1e-12)
         elif row.needs == "score":
@@ -160,10 +160,10 @@ def tolerance(method, otherwise):
     return 1e-5 if method == "oracle_scales" else otherwise
 
 
-def one(method, anchor, tuned, **knobs):
+def one(method, anchor, tuned, **options):
     """One tensor merged, and its facts."""
     sets = [WeightSet({"w": np.asarray(w, np.float64)}, source=f"w{i}") for i, w in enumerate([anchor, *tuned])]
-    merged, report = merge(method, sets[0], sets[1:], **knobs)
+    merged, report = merge(method, sets[0], sets[1:], **options)
     return merged.tensors["w"], report["w"]
 
 
@@ -391,21 +391,21 @@ class TestRefusals:
             merge("uniform", anchor, [WeightSet(renamed, source="renamed")])
 
     @pytest.mark.parametrize(
-        ("method", "knobs", "message"),
+        ("method", "options", "message"),
         [
-            ("model_stock", {"clip": "units"}, "knob clip: got 'units'; expected unit or none"),
+            ("model_stock", {"clip": "units"}, "option clip: got 'units'; expected unit or none"),
             ("model_stock", {"granularity": "layer"}, "granularity: got 'layer'; expected tensor, filter or model"),
             ("ties", {"granularity": "filter"}, "method ties: got granularity filter"),
-            ("ties", {"density": 1.5}, "ties, knob density: got 1.5; expected a number from 0 to 1"),
-            ("karcher", {"iterations": 0}, "karcher, knob iterations"),
-            ("wise_ft", {"alpha": "half"}, "knob alpha: got 'half'; expected a number"),
+            ("ties", {"density": 1.5}, "ties, option density: got 1.5; expected a number from 0 to 1"),
+            ("karcher", {"iterations": 0}, "karcher, option iterations"),
+            ("wise_ft", {"alpha": "half"}, "option alpha: got 'half'; expected a number"),
             ("uniform", {"dtype": "F8"}, "dtype: got 'F8'; expected F64, F32, F16, BF16"),
         ],
     )
-    def test_each_bad_knob_is_named(self, method, knobs, message):
+    def test_each_bad_knob_is_named(self, method, options, message):
         anchor, tuned = family(2)
         with pytest.raises(MergeError, match=message):
-            merge(method, anchor, tuned, **knobs)
+            merge(method, anchor, tuned, **options)
 
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_a_non_finite_value_is_refused_by_name(self, value):
@@ -446,7 +446,7 @@ class TestSearches:
         assert soup.meta["made_by"] | {"version": ""} == {
             "stage": "merge",
             "method": "greedy",
-            "knobs": {},
+            "options": {},
             "version": "",
         }
         assert asked == [3, 1, 1]  # all of them in one pass, then one trial each
@@ -675,8 +675,8 @@ def test_zero_updates_in_all_models_give_the_anchor():
     still = [WeightSet({**w.tensors, "head.bias": anchor.tensors["head.bias"]}, source=w.source) for w in tuned]
     for method in METHODS:
         if METHODS[method].of == "updates":
-            knobs = {"weights": [1, 2, 3]} if method == "weighted" else {}
-            merged, _ = merged_by(method, anchor, still[: COUNT.get(method, 3)], **knobs)
+            options = {"weights": [1, 2, 3]} if method == "weighted" else {}
+            merged, _ = merged_by(method, anchor, still[: COUNT.get(method, 3)], **options)
             np.testing.assert_array_equal(merged.tensors["head.bias"], anchor.tensors["head.bias"])
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from ruamel.yaml import YAML
-from test_backbones import clip_of, folder_of
-from test_pipeline import ROOT, run, write_params
 
 from modelstock.data.shapes.render import NAMES, draw
 from modelstock.data.shards import load_manifest
 from modelstock.models.towers import TINY_CLIP
 from modelstock.scoring.results import load_scores
 from modelstock.weights.weight_set import load_weights
+from tests.test_backbones import clip_of, folder_of
+from tests.test_pipeline import ROOT, run, write_params
 
 CHOSEN = ("disc", "heart", "cross")
 FOLDERS = {"n01": "disc", "n02": "heart", "n03": "cross"}

@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_split
 from ruamel.yaml import YAML
-from test_training import RECIPE, equal, examples, train
 
 from modelstock.data.shapes.render import TINY_PREPROCESS
 from modelstock.data.shards import read_all
@@ -27,6 +25,8 @@ from modelstock.training.distributed import World, processes
 from modelstock.training.finetune import new_run
 from modelstock.training.periodic import Periodic, blocks_of, merge_models, shares_of, train_periodic
 from modelstock.weights.weight_set import WeightSet, load_weights
+from tests.support.splits import make_split
+from tests.test_training import RECIPE, equal, examples, train
 
 ROOT = Path(__file__).parent.parent
 EVERY_EPOCH = PeriodicParams(sizes=[2])
@@ -53,13 +53,13 @@ def run(anchor, folder, *, seeds=(0, 1), params=EVERY_EPOCH, world=None, workers
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("knobs", [{}, {"pairwise": "angle", "clip": "none"}])
-def test_a_merge_of_models_is_the_merge_of_their_weight_sets_bit_for_bit_in_any_order(anchor, variants, count, knobs):
+@pytest.mark.parametrize("options", [{}, {"pairwise": "angle", "clip": "none"}])
+def test_a_merge_of_models_is_the_merge_of_their_weight_sets_bit_for_bit_in_any_order(anchor, variants, count, options):
     chosen = variants[:count]
-    expected, facts = merging.merge("model_stock", anchor, chosen, **knobs)
+    expected, facts = merging.merge("model_stock", anchor, chosen, **options)
     for order in (chosen, chosen[::-1]):
         models = [build_classifier(w) for w in order]
-        report = merge_models(anchor, models, PeriodicParams(sizes=[2], **knobs))
+        report = merge_models(anchor, models, PeriodicParams(sizes=[2], **options))
         assert all(equal(tensors_of(model), expected.tensors) for model in models)
         assert report.keys() == facts.keys()
         for name, known in facts.items():
@@ -198,8 +198,8 @@ import random, signal, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
-from test_periodic import keep, run
-from test_training import child
+from tests.test_periodic import keep, run
+from tests.test_training import child
 from modelstock.training import callbacks
 from modelstock.weights.weight_set import load_weights
 torch.set_num_threads(1)
@@ -261,8 +261,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
-from test_periodic import keep, run
-from test_training import train
+from tests.test_periodic import keep, run
+from tests.test_training import train
 from modelstock.training import callbacks
 from modelstock.training.distributed import processes
 from modelstock.weights.weight_set import load_weights

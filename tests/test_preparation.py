@@ -7,20 +7,20 @@ import sys
 import time
 from pathlib import Path
 
-import layouts
 import numpy as np
 import pytest
-from layouts import examples, picture, settings
 from PIL import Image
 from typer.testing import CliRunner
 
-from modelstock.cli.main import app
+from modelstock.cli.commands import app
 from modelstock.data.preparation import prepare
 from modelstock.data.shapes.reference import drawn, reference_model
 from modelstock.data.shapes.render import SPLITS
 from modelstock.data.shards import load_manifest, read_all
 from modelstock.errors import DataError, ParamsError
 from modelstock.params import ClassesParams, DrawnSplit, load_params
+from tests.support import layouts
+from tests.support.layouts import examples, picture, settings
 
 PETS = ClassesParams(names=["cat", "dog"], templates=["a {}"])
 SHAPES = ClassesParams(names="shapes", templates="shapes")

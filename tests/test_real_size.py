@@ -7,8 +7,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from test_presets import composed
-from test_training import equal
 
 from modelstock.data.images import InShards
 from modelstock.data.shapes.render import NAMES, draw
@@ -20,6 +18,8 @@ from modelstock.training import callbacks
 from modelstock.training.finetune import finetune
 from modelstock.training.periodic import merge_models
 from modelstock.weights.weight_set import WeightSet
+from tests.test_presets import composed
+from tests.test_training import equal
 
 PREPROCESS = {"size": 224, "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
 

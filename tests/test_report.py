@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from ruamel.yaml import YAML
-from test_comparison import ACCURACY, LABELS, ROWS, made, without_shifts
 
 from modelstock.comparison.compare import compare
 from modelstock.comparison.report import (
@@ -27,6 +26,7 @@ from modelstock.scoring.results import Row, save_scores
 from modelstock.tracking.mlflow import IDENTITY, Tracker
 from modelstock.weights.weight_set import WeightSet
 from stages.compare import main as compare_stage
+from tests.test_comparison import ACCURACY, LABELS, ROWS, made, without_shifts
 
 
 def results():

@@ -5,8 +5,6 @@ import tarfile
 
 import numpy as np
 import pytest
-from conftest import make_split
-from layouts import picture
 from PIL import Image
 
 from modelstock.data.shapes.render import draw
@@ -24,6 +22,8 @@ from modelstock.data.shards import (
 from modelstock.errors import DataError, WeightsError
 from modelstock.training.batches import open_examples
 from modelstock.weights.weight_set import WeightSet
+from tests.support.layouts import picture
+from tests.support.splits import make_split
 
 
 def test_the_same_examples_give_the_same_bytes(tmp_path):

@@ -8,16 +8,16 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
-import layouts
 import numpy as np
 import pytest
-from layouts import IMAGENET, examples, folder, imagenet_train, packed, picture, settings, tar
 
 from modelstock.data.classes import wnids
 from modelstock.data.preparation import prepare
 from modelstock.data.shards import load_manifest, read_all
 from modelstock.errors import DataError
 from modelstock.params import ClassesParams
+from tests.support import layouts
+from tests.support.layouts import IMAGENET, examples, folder, imagenet_train, packed, picture, settings, tar
 
 PETS = ClassesParams(names={"c0": "cat", "d0": "dog", "o0": "owl"}, templates=["a {}"])
 FILES = {f"{f}/{i}{f}.jpg": picture(100 * k + i) for k, f in enumerate(("c0", "d0", "o0")) for i in range(4)}

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_split
 from torch.nn import functional
 
 from modelstock.data.images import normalise
@@ -14,6 +13,7 @@ from modelstock.models.towers import build_classifier
 from modelstock.scoring.data_statistics import fisher, inner, loss_gradient, sample
 from modelstock.scoring.one_pass import score
 from modelstock.weights.weight_set import load_weights
+from tests.support.splits import make_split
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_every_data_driven_merge_of_real_towers(anchor, variants, train):
 def test_the_command_measures_statistics_and_merges_by_them(anchor, variants, train, tmp_path, monkeypatch, capsys):
     import sys
 
-    from modelstock.cli import main as cli
+    from modelstock import cli
 
     monkeypatch.chdir(tmp_path)
     for name, weights in zip(("w0", "a", "b"), (anchor, *variants[:2]), strict=True):

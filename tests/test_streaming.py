@@ -62,7 +62,7 @@ def files(tmp_path):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_streamed_equals_in_memory_bit_for_bit_at_any_number_of_workers(files, tmp_path, method, workers, monkeypatch):
     monkeypatch.setattr(merging, "CHUNK", 1000)  # so that tensors are really cut
-    knobs = {"weights": [1, 2]} if method == "weighted" else {}
+    options = {"weights": [1, 2]} if method == "weighted" else {}
     needs, tuned = METHODS[method].needs, [load_weights(f) for f in files[1:]]
     kept: dict[str, list] = {}
     if needs in ("fisher", "inner"):
@@ -76,9 +76,9 @@ def test_streamed_equals_in_memory_bit_for_bit_at_any_number_of_workers(files, t
             WeightSet(tensors).save(path)
         kept = {"on disk": paths, "in memory": [load_weights(p) for p in paths]}
     elif needs == "score":
-        knobs["score"] = lambda trials: [-float(np.square(w.tensors["big"] - 0.3).sum()) for w in trials]
+        options["score"] = lambda trials: [-float(np.square(w.tensors["big"] - 0.3).sum()) for w in trials]
     elif needs == "gradient":
-        knobs["gradient"] = lambda w: (
+        options["gradient"] = lambda w: (
             sum(float(np.square(v - 0.3).sum()) for v in w.tensors.values() if v.dtype.kind == "f"),
             {k: 2 * (v - 0.3) for k, v in w.tensors.items() if v.dtype.kind == "f"},
         )
@@ -89,9 +89,9 @@ def test_streamed_equals_in_memory_bit_for_bit_at_any_number_of_workers(files, t
         tmp_path / "out.safetensors",
         workers=workers,
         statistics=kept.get("on disk", []),
-        **knobs,
+        **options,
     )
-    expected, _ = merge(method, load_weights(files[0]), tuned, statistics=kept.get("in memory", []), **knobs)
+    expected, _ = merge(method, load_weights(files[0]), tuned, statistics=kept.get("in memory", []), **options)
     found = load_weights(tmp_path / "out.safetensors")
     assert found.identity == expected.identity
     assert found.meta["made_by"]["method"] == method
@@ -442,11 +442,11 @@ def test_the_command_merges_inspects_and_compares(files, tmp_path):
     [
         (["--method", "model_stok"], "error: method: got 'model_stok'; expected model_stock, uniform"),
         (["--set", "alfa=0.3", "--method", "wise_ft"], "did you mean alpha?"),
-        (["--set", "alpha"], "error: --set: got 'alpha'; expected knob=value"),
-        (["--clip", "never"], "knob clip: got 'never'; expected unit or none"),
-        (["--set", "workers=7"], "method model_stock, knob workers: got no such knob"),
-        (["--set", "scale=big"], "knob scale: got 'big'; expected a number"),
-        (["--method", "weighted", "--set", "weights=5"], "knob weights: got 5; expected a list of numbers"),
+        (["--set", "alpha"], "error: --set: got 'alpha'; expected option=value"),
+        (["--clip", "never"], "option clip: got 'never'; expected unit or none"),
+        (["--set", "workers=7"], "method model_stock, option workers: got no such option"),
+        (["--set", "scale=big"], "option scale: got 'big'; expected a number"),
+        (["--method", "weighted", "--set", "weights=5"], "option weights: got 5; expected a list of numbers"),
         (["--method", "slerp", "--granularity", "layer"], "granularity: got 'layer'; expected tensor, filter or model"),
         (["--dtype", "float8"], "error: --dtype: got 'float8'"),
     ],
@@ -461,7 +461,7 @@ def test_the_command_says_in_one_line_what_is_wrong(files, tmp_path, arguments, 
 def test_merging_imports_neither_torch_nor_the_pipelines_tools(files, tmp_path):
     code = (
         "import sys; from pathlib import Path; from modelstock.merging.files import merge_files;"
-        "import modelstock.cli.main;"
+        "import modelstock.cli.commands;"
         "p = [Path(f'w{i}.safetensors') for i in range(3)];"
         "merge_files('model_stock', p[0], p[1:], Path('o.safetensors'));"
         "print([m for m in ('torch', 'prefect', 'dvc', 'mlflow', 'open_clip') if m in sys.modules])"

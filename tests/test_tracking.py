@@ -24,7 +24,7 @@ DATASETS = {"held-out": "a" * 64, "shapes": "b" * 64}
 
 @pytest.fixture
 def weights(tmp_path):
-    made = {"stage": "finetune", "seed": 3, "knobs": {"lr": 0.1}, "version": "1", "key": "k3"}
+    made = {"stage": "finetune", "seed": 3, "options": {"lr": 0.1}, "version": "1", "key": "k3"}
     path = tmp_path / "seed" / "weights.safetensors"
     WeightSet({"a": np.arange(4.0)}, {"parents": ["f" * 64], "made_by": made}).save(path)
     path.with_name("history.jsonl").write_text(
@@ -79,7 +79,7 @@ def check(tracker, path):
     assert str(tracker.client.get_model_version_by_alias("small", "champion").version) == version
     data = tracker.client.get_run(run).data
     assert data.params["seed"] == "3"
-    assert data.params["knobs.lr"] == "0.1"
+    assert data.params["options.lr"] == "0.1"
     assert data.params["parents"] == "f" * 12
     assert data.tags["git.commit"] == "c0ffee"
     linked = tracker.client.get_logged_model(tracker.client.search_logged_models([tracker.experiment])[0].model_id)
@@ -112,9 +112,9 @@ def test_live_rows_and_the_finished_record_meet_in_one_run(tmp_path, weights):
 
 def test_a_param_that_differs_the_second_time_stops_nothing(tmp_path, weights):
     tracker = Tracker(tmp_path, "e")
-    run = tracker.live(key="k3", name="seed-3", params={"seed": 3, "knobs.lr": 0.2}, history=tmp_path / "none")
+    run = tracker.live(key="k3", name="seed-3", params={"seed": 3, "options.lr": 0.2}, history=tmp_path / "none")
     assert record(tracker, weights)[0] == run
-    assert tracker.client.get_run(run).data.params["knobs.lr"] == "0.2"
+    assert tracker.client.get_run(run).data.params["options.lr"] == "0.2"
 
 
 def test_an_ensemble_has_a_run_and_no_model(tmp_path):
@@ -140,7 +140,7 @@ def test_the_alias_moves_to_the_new_champion(tmp_path, weights):
     record(tracker, weights)
     other = tmp_path / "other.safetensors"
     WeightSet(
-        {"a": np.ones(4)}, {"made_by": {"stage": "merge", "method": "uniform", "members": [0, 1], "knobs": {}}}
+        {"a": np.ones(4)}, {"made_by": {"stage": "merge", "method": "uniform", "members": [0, 1], "options": {}}}
     ).save(other)
     run = tracker.record(other, name="uniform/0-1", metrics=METRICS, datasets=DATASETS)
     version = tracker.register(tracker.client.get_run(run).data.tags[IDENTITY], model_name="small", alias="champion")

@@ -248,7 +248,7 @@ import json, os, random, signal, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
-from test_training import RECIPE, child, dropping, examples
+from tests.test_training import RECIPE, child, dropping, examples
 from modelstock.training import callbacks
 from modelstock.training.finetune import finetune
 from modelstock.models.towers import build_classifier, tensors_of

@@ -1,5 +1,5 @@
 """The command `modelstock`."""
 
-from modelstock.cli.main import main
+from modelstock.cli.commands import main
 
 __all__ = ["main"]

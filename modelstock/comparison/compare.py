@@ -271,13 +271,13 @@ def compare(results: Sequence[Scores], *, draws: int = 2000, seed: int = 0) -> C
     lines.append(line("mean single seed", seeds))
     lines.append(line(f"best single seed on {held.benchmark} ({rows[order[-1]].name})", [order[-1]]))
     groups: dict[tuple[str, int], list[int]] = {}
-    for i in _chosen_knobs(rows, exact[held.benchmark]):
+    for i in _chosen_options(rows, exact[held.benchmark]):
         groups.setdefault((rows[i].kind, len(rows[i].members)), []).append(i)
     for (kind, size), chosen in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0])):
         several = f", mean of {len(chosen)}" if len(chosen) > 1 else ""
         lines.append(line(f"{kind} of {size}{several}", chosen))
 
-    merged = [i for i in _chosen_knobs(rows, exact[held.benchmark]) if kinds[i] != "ensemble"]
+    merged = [i for i in _chosen_options(rows, exact[held.benchmark]) if kinds[i] != "ensemble"]
     pairs = {
         "uniform": [(i, uniform[rows[i].members]) for i in merged if uniform.get(rows[i].members, i) != i],
         "seed": [(i, median) for i in merged],
@@ -303,7 +303,7 @@ def compare(results: Sequence[Scores], *, draws: int = 2000, seed: int = 0) -> C
     )
 
 
-def _chosen_knobs(rows: Sequence[Row], held_out: Float) -> list[int]:
+def _chosen_options(rows: Sequence[Row], held_out: Float) -> list[int]:
     """The rows that tables summarise: of a method's rows on the same members, the best on the held-out cut."""
     best: dict[tuple[str, tuple[int, ...]], int] = {}
     for i, row in enumerate(rows):

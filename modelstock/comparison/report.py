@@ -312,7 +312,7 @@ def _against_shifts(comparison: Comparison, drawing: Figure) -> None:
         if row.kind == "wise_ft" and len(row.members) == most:
             curves.setdefault(row.members, []).append(row)
     for number, rows in enumerate(curves.values()):
-        path = [place(r) for r in sorted(rows, key=lambda r: float(r.knobs["alpha"]))]
+        path = [place(r) for r in sorted(rows, key=lambda r: float(r.options["alpha"]))]
         label = f"WiSE-FT of the soup of {most}, alpha from 0.1 to 0.9" if number == 0 else None
         axes.plot(*zip(*path, strict=True), ".-", color=MARKS["wise_ft"][1], label=label, zorder=1)
     named: set[tuple[str, bool]] = set()

@@ -1,4 +1,4 @@
-"""What a comparison merges: subsets of the fine-tuned by each method, their knobs chosen on the held-out cut."""
+"""What a comparison merges: subsets of the fine-tuned by each method, their options chosen on the held-out cut."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ def merge_subsets(
         DataError, MergeError, WeightsError: see modelstock.merging.merge and modelstock.evaluation.score.
     """
     needs, device = METHODS[method].needs, str(scoring["device"])
-    knobs = section.model_dump(exclude={"alphas", "scales", "examples", "sets"})
+    options = section.model_dump(exclude={"alphas", "scales", "examples", "sets"})
 
     def accuracies(weights: Sequence[WeightSet]) -> list[float]:
         outcomes = score(held_out, weights, **scoring)
@@ -51,26 +51,26 @@ def merge_subsets(
         images, _ = statistics.sample(train, anchor, examples=examples)
         measured = {seed: measure(weights, images, device=device) for seed, weights in seeds.items()}
     elif needs == "score":
-        knobs["score"] = accuracies
+        options["score"] = accuracies
     elif needs == "gradient":
         cut = statistics.sample(held_out, anchor, examples=examples)
-        knobs["gradient"] = statistics.loss_gradient(*cut, device=device)
+        options["gradient"] = statistics.loss_gradient(*cut, device=device)
 
-    knob = "alpha" if hasattr(section, "alphas") else "scale"
-    choices = list(getattr(section, f"{knob}s", []))
+    option = "alpha" if hasattr(section, "alphas") else "scale"
+    choices = list(getattr(section, f"{option}s", []))
     for members in subsets(list(seeds), section.sets):
         given = {"statistics": [measured[m] for m in members]} if measured else {}
         chosen = [seeds[m] for m in members]
-        trials = [merge(method, anchor, chosen, **given, **knobs, **{knob: value}) for value in choices]
+        trials = [merge(method, anchor, chosen, **given, **options, **{option: value}) for value in choices]
         if not trials:
-            weights, facts = merge(method, anchor, chosen, **given, **knobs)
+            weights, facts = merge(method, anchor, chosen, **given, **options)
             kept = next(iter(facts.values())).get("chosen")
             yield *made(weights, [m for m in members if seeds[m].source in kept] if kept else members), facts
             continue
         held = accuracies([weights for weights, _ in trials])
         best = max(range(len(choices)), key=lambda i: (held[i], -i))
-        curve = {"held-out/top1": dict(zip(map(str, choices), held, strict=True)), knob: choices[best]}
+        curve = {"held-out/top1": dict(zip(map(str, choices), held, strict=True)), option: choices[best]}
         # WiSE-FT's whole curve is drawn for all seeds together.
-        whole = knob == "alpha" and len(members) == len(seeds)
+        whole = option == "alpha" and len(members) == len(seeds)
         for i in range(len(choices)) if whole else [best]:
             yield *made(trials[i][0], members, f"@{choices[i]}"), curve

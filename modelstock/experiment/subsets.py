@@ -59,7 +59,7 @@ def ensembles(seeds: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def row_of(weights: WeightSet) -> Row:
-    """The row a weight set gets in tables: name, kind, members and knobs, from what its file says of itself."""
+    """The row a weight set gets in tables: name, kind, members and options, from what its file says of itself."""
     made: Mapping[str, object] = weights.meta["made_by"]
     stage = made["stage"]
     if stage == "anchor":
@@ -69,9 +69,9 @@ def row_of(weights: WeightSet) -> Row:
         average = made.get("average")
         if average is None:
             return Row(f"seed-{seed}", weights.identity, "seed", (seed,), {})
-        own: Mapping[str, object] = made["knobs"]  # type: ignore[assignment]
-        knob = {"ema": "ema_decay", "lawa": "lawa_last", "snapshot": "epoch"}[str(average)]
-        return Row(f"{average}@{own[knob]}/{seed}", weights.identity, str(average), (seed,), {knob: own[knob]})
+        own: Mapping[str, object] = made["options"]  # type: ignore[assignment]
+        option = {"ema": "ema_decay", "lawa": "lawa_last", "snapshot": "epoch"}[str(average)]
+        return Row(f"{average}@{own[option]}/{seed}", weights.identity, str(average), (seed,), {option: own[option]})
     if stage == "longer":
         return Row(
             f"longer@{made['factor']}/{made['seed']}",
@@ -82,6 +82,6 @@ def row_of(weights: WeightSet) -> Row:
         )
     members = tuple(int(m) for m in made["members"])  # type: ignore[attr-defined]
     method = str(made["method"])
-    knobs: Mapping[str, object] = made["knobs"]  # type: ignore[assignment]
-    suffix = next((f"@{knobs[k]}" for k in ("scale", "alpha") if k in knobs), "")
-    return Row(f"{method}/{'-'.join(map(str, members))}{suffix}", weights.identity, method, members, knobs)
+    options: Mapping[str, object] = made["options"]  # type: ignore[assignment]
+    suffix = next((f"@{options[k]}" for k in ("scale", "alpha") if k in options), "")
+    return Row(f"{method}/{'-'.join(map(str, members))}{suffix}", weights.identity, method, members, options)

@@ -207,7 +207,7 @@ class Plan:
     """
 
     method: str
-    knobs: Mapping[str, Any]
+    options: Mapping[str, Any]
     anchor: Checkpoint
     tuned: tuple[Checkpoint, ...]
     coefficients: Mapping[str, Float]
@@ -267,8 +267,8 @@ class Plan:
         else:
             key = np.frombuffer(name.encode(), np.uint8)
             given = [np.random.default_rng([*key, i]) for i in range(len(updates))]
-        own = {k: v for k, v in self.knobs.items() if k != "scale"}
-        return np.asarray(base + self.knobs["scale"] * row.function(updates, given, **own))
+        own = {k: v for k, v in self.options.items() if k != "scale"}
+        return np.asarray(base + self.options["scale"] * row.function(updates, given, **own))
 
     def tensors(self) -> dict[str, Array]:
         """The result in memory, bfloat16 as float32, which holds it exactly."""
@@ -289,14 +289,14 @@ def result_dtype(own: str, asked: str | None) -> str:
 
 
 def check_options(
-    method: str, count: int, *, granularity: str, dtype: str | None, statistics: int, knobs: Mapping[str, Any]
+    method: str, count: int, *, granularity: str, dtype: str | None, statistics: int, options: Mapping[str, Any]
 ) -> None:
     """Everything that can be refused before a checkpoint is read.
 
     Raises:
-        MergeError: unknown method, knob, granularity or dtype; knobs out of range; too few checkpoints or too many.
+        MergeError: unknown method, option, granularity or dtype; options out of range; too few checkpoints or too many.
     """
-    row = find_method(method, knobs)
+    row = find_method(method, options)
     if dtype not in (None, *FLOATS):
         raise MergeError("dtype", got=repr(dtype), expected=", ".join(FLOATS), cure="name one of these")
     if granularity not in ("tensor", "filter", "model"):
@@ -325,8 +325,8 @@ def check_options(
             expected=f"{wanted}: {what} by checkpoint",
             cure="see `modelstock statistics --help`" if wanted else "leave them out",
         )
-    # Knobs out of range show on the smallest input.
-    own = {k: v for k, v in knobs.items() if k != "scale"}
+    # Options out of range show on the smallest input.
+    own = {k: v for k, v in options.items() if k != "scale"}
     if row.kind == "span":
         row.function(np.eye(count), *([0.0] if row.needs == "depth" else []), **own)
     elif row.kind == "values":
@@ -351,20 +351,20 @@ def plan_merge(
     workers: int = 1,
     dtype: str | None = None,
     progress: Callable[[int], object] = lambda values: None,
-    **knobs: Any,
+    **options: Any,
 ) -> Plan:
     """Check everything and read every update's inner products: the first of the two passes.
 
     `granularity`: one set of coefficients a tensor, a filter (slice of the first axis) or the whole model. `choose`:
     the tensors to merge; the others keep the anchor's values. `statistics`: one a checkpoint, for methods that weigh
     by them; `score`, `gradient`: on the held-out cut, for methods that search. `dtype`: of the result's floating
-    tensors. `progress` is told how many values of a tensor were read. Every method takes the knob `scale`.
+    tensors. `progress` is told how many values of a tensor were read. Every method takes the option `scale`.
 
     Raises:
         MergeError: as `check_options`; checkpoints that do not fit, or two that are equal; statistics that do not fit.
         WeightsError: NaN or infinity, with file and tensor.
     """
-    check_options(method, len(tuned), granularity=granularity, dtype=dtype, statistics=len(statistics), knobs=knobs)
+    check_options(method, len(tuned), granularity=granularity, dtype=dtype, statistics=len(statistics), options=options)
     row = METHODS[method]
     check_fit(anchor, tuned)
     names = [n for n in sorted(anchor.tensors) if anchor.tensors[n].dtype in FLOATS]
@@ -382,10 +382,10 @@ def plan_merge(
         order.sort(key=lambda i: squares[i].tolist())
     grams = {name: gram[:, order][:, :, order] for name, gram in grams.items()}
     report = {name: _facts(grams[name].sum(axis=0)) for name in chosen}
-    scale = knobs.get("scale", row.scale)
+    scale = options.get("scale", row.scale)
     plan = Plan(
         method,
-        {**row.knobs, **knobs},
+        {**row.options, **options},
         anchor,
         tuple(tuned[i] for i in order),
         {},
@@ -397,8 +397,8 @@ def plan_merge(
     if row.kind == "values":
         return plan
     if row.kind == "search":
-        return _search(plan, score, gradient, knobs)
-    own = {k: v for k, v in knobs.items() if k != "scale"}
+        return _search(plan, score, gradient, options)
+    own = {k: v for k, v in options.items() if k != "scale"}
     place = depths(chosen) if row.needs == "depth" else {}
     coefficients = {}
     whole = row.function(sum(grams[n].sum(axis=0) for n in chosen), **own) if granularity == "model" else None
@@ -520,11 +520,11 @@ def _check_statistics(needs: str, anchor: Checkpoint, statistics: Sequence[Check
             )
 
 
-def _search(plan: Plan, score: Scorer | None, gradient: Gradient | None, knobs: Mapping[str, Any]) -> Plan:
+def _search(plan: Plan, score: Scorer | None, gradient: Gradient | None, options: Mapping[str, Any]) -> Plan:
     """Settle the coefficients by what merges score; they are made in memory for that."""
     row, count = METHODS[plan.method], len(plan.tuned)
     names = [n for n in sorted(plan.chosen) if plan.anchor.tensors[n].size]
-    own, scale = {k: v for k, v in knobs.items() if k != "scale"}, plan.knobs["scale"]
+    own, scale = {k: v for k, v in options.items() if k != "scale"}, plan.options["scale"]
 
     def with_shares(shares: Mapping[str, Float]) -> Plan:
         return replace(plan, coefficients={n: scale * shares[n][None] for n in names})
@@ -578,8 +578,8 @@ def merge(
 ) -> tuple[WeightSet, dict[str, Mapping[str, Any]]]:
     """Merge weight sets in memory; the same code as for files, so the same bytes.
 
-    `options`: the knobs, and what `plan_merge` takes. Returns the merged weight set, its parents and knobs recorded,
-    and the report: tensor name -> facts.
+    `options`: the method's, and what `plan_merge` takes. Returns the merged weight set, its parents and options
+    recorded, and the report: tensor name -> facts.
 
     Raises:
         MergeError, WeightsError: as `plan_merge`; statistics that say they are of another checkpoint.
@@ -596,11 +596,11 @@ def merge(
     plan = plan_merge(
         method, own[id(anchor)], [own[id(w)] for w in tuned], statistics=[own[id(s)] for s in statistics], **options
     )
-    knobs = {k: v for k, v in options.items() if isinstance(v, str | int | float | list | tuple | None)}
+    options = {k: v for k, v in options.items() if isinstance(v, str | int | float | list | tuple | None)}
     meta = {
         **anchor.meta,
         "parents": [anchor.identity, *sorted(w.identity for w in tuned)],
-        "made_by": {"stage": "merge", "method": method, "knobs": knobs, "version": __version__},
+        "made_by": {"stage": "merge", "method": method, "options": options, "version": __version__},
     }
     return WeightSet(plan.tensors(), meta, f"{method} of {len(tuned)}"), dict(plan.report)
 

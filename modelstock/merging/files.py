@@ -67,7 +67,7 @@ def merge_files(
     score: Scorer | None = None,
     gradient: Gradient | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
-    **knobs: Any,
+    **options: Any,
 ) -> Plan:
     """Merge checkpoints into one safetensors file; every refusal comes before a byte of it is written.
 
@@ -81,7 +81,7 @@ def merge_files(
     """
     inputs, out = [Path(anchor), *map(Path, tuned), *map(Path, statistics)], Path(out)
     check_paths(inputs, [p for p in (out, report) if p is not None], overwrite)
-    check_options(method, len(tuned), granularity=granularity, dtype=dtype, statistics=len(statistics), knobs=knobs)
+    check_options(method, len(tuned), granularity=granularity, dtype=dtype, statistics=len(statistics), options=options)
     opened = [open_checkpoint(path) for path in inputs]
     origin, others, given = opened[0], opened[1 : len(tuned) + 1], opened[len(tuned) + 1 :]
     chosen = chooser(include, exclude, list(origin.tensors))
@@ -108,13 +108,13 @@ def merge_files(
         workers=workers,
         dtype=dtype,
         progress=advance,
-        **knobs,
+        **options,
     )
     files: list[dict[str, Any]] = [{"name": p.name, "bytes": _size(p)} for p in inputs]
     made = {
         "stage": "merge",
         "method": method,
-        "knobs": knobs,
+        "options": options,
         "granularity": granularity,
         "include": list(include),
         "exclude": list(exclude),

@@ -233,7 +233,7 @@ def _card(weights: WeightSet, name: str, figures: Any, licence: str | None) -> s
         f"| method | {_cell(method)} |",
     ]
     lines += [f"| members (seeds) | {_cell(', '.join(map(str, made['members'])))} |"] if "members" in made else []
-    lines += [f"| knobs | {_cell(_shown(made['knobs']))} |"] if made.get("knobs") else []
+    lines += [f"| options | {_cell(_shown(made['options']))} |"] if made.get("options") else []
     lines += [f"| identity (sha256 of the tensors) | `{weights.identity}` |"]
     lines += [f"| parent | `{parent}` |" for parent in meta.get("parents", [])]
     lines += [f"| version of modelstock | {_cell(str(made['version']))} |"] if "version" in made else []
@@ -264,8 +264,8 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _shown(knobs: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={json.dumps(value)}" for name, value in sorted(knobs.items()))
+def _shown(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={json.dumps(value)}" for name, value in sorted(options.items()))
 
 
 def _example(name: str) -> list[str]:

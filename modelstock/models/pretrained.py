@@ -333,7 +333,7 @@ def load_clip(params: OpenClipPretraining) -> WeightSet:
         "backbone": {"name": params.architecture, "pretrained": params.pretrained},
         "preprocess": preprocess,
         "parents": [],
-        "made_by": {"stage": "pretrain", "knobs": params.model_dump(mode="json"), "version": __version__},
+        "made_by": {"stage": "pretrain", "options": params.model_dump(mode="json"), "version": __version__},
     }
     clip = WeightSet(tensors_of(model.float()), meta, str(path or f"{params.architecture} with random weights"))
     check_finite(clip)
@@ -405,7 +405,7 @@ def anchor_of(
         "classes": list(names),
         "classes_sha256": classes_sha256(names),
         "parents": [clip.identity],
-        "made_by": {"stage": "anchor", "knobs": {"templates": len(prompts)}, "version": __version__},
+        "made_by": {"stage": "anchor", "options": {"templates": len(prompts)}, "version": __version__},
     }
     return WeightSet(tensors, meta, "anchor")
 
@@ -515,7 +515,7 @@ def adopt(
     Our own files stay as they are. In others (safetensors, folders, state dicts, training checkpoints, with whatever
     prefix) the image tower is what carries the anchor's names. The head is the file's own linear layer (C, D) over
     normalised features; else zero-shot from its own text tower, if it has one and `names` and `prompts` are given;
-    else the anchor's. `meta["made_by"]["knobs"]["head"]` says which: own, zero-shot or anchor.
+    else the anchor's. `meta["made_by"]["options"]["head"]` says which: own, zero-shot or anchor.
 
     Raises:
         WeightsError: a pickle of more than tensors, a tower or a head that does not fit the anchor, NaN or infinity.
@@ -553,7 +553,7 @@ def adopt(
         kind = "zero-shot"
     else:
         tensors |= {name: anchor.tensors[name] for name in ("head.weight", "head.bias")}
-    made = {"stage": "finetune", "source": file.name, "knobs": {"head": kind}, "version": __version__}
+    made = {"stage": "finetune", "source": file.name, "options": {"head": kind}, "version": __version__}
     weights = WeightSet(tensors, {**anchor.meta, "parents": [anchor.identity], "made_by": made}, str(path))
     check_finite(weights)
     return weights

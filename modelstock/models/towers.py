@@ -105,14 +105,14 @@ def tokenizer(config: Mapping[str, Any], folder: Path | None = None) -> Callable
         ParamsError: `transformers` is not installed, or the tokenizer's files are neither here nor to be had.
     """
     text = config["text_cfg"]
-    length, knobs = text.get("context_length", 77), dict(text.get("tokenizer_kwargs") or {})
+    length, options = text.get("context_length", 77), dict(text.get("tokenizer_kwargs") or {})
     name = text.get("hf_tokenizer_name")
     if not name:
-        tokenize: Any = open_clip.SimpleTokenizer(context_length=length, **knobs)
+        tokenize: Any = open_clip.SimpleTokenizer(context_length=length, **options)
     else:
         with _from_transformers(f"tokenizer {name}", f"its files in the hub's cache or in the folder of {name}"):
             tokenize = open_clip.tokenizer.HFTokenizer(
-                str(folder or name), context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **knobs
+                str(folder or name), context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **options
             )
     return lambda texts: torch.as_tensor(tokenize(list(texts)))
 

@@ -29,7 +29,7 @@ class Row:
     identity: str
     kind: str
     members: tuple[int, ...]
-    knobs: Mapping[str, Any]
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def save_scores(path: Path, scores: Scores) -> None:
                 "identity": r.identity,
                 "kind": r.kind,
                 "members": list(r.members),
-                "knobs": dict(r.knobs),
+                "options": dict(r.options),
             }
             for r in scores.rows
         ],

@@ -165,8 +165,8 @@ class Tracker:
         """
         found = load_weights(weights, lazy=True)
         made = found.meta.get("made_by", {})
-        params = {k: v for k, v in made.items() if k not in ("knobs", "key", "members")}
-        params |= {f"knobs.{k}": v for k, v in made.get("knobs", {}).items()}
+        params = {k: v for k, v in made.items() if k not in ("options", "key", "members")}
+        params |= {f"options.{k}": v for k, v in made.get("options", {}).items()}
         params["parents"] = ", ".join(p[:12] for p in found.meta.get("parents", []))
         if "members" in made:
             params["members"] = "-".join(map(str, made["members"]))

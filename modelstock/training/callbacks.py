@@ -55,7 +55,7 @@ class Average(Callback):
     """A mean of the weights along the run, which is a weight set of its own."""
 
     name: str
-    knobs: dict[str, Any]
+    options: dict[str, Any]
 
     def tensors(self) -> dict[str, Tensor]:
         """The averaged floating tensors by name."""
@@ -69,7 +69,7 @@ class Ema(Average):
     """
 
     def __init__(self, decay: float, run_model: torch.nn.Module) -> None:
-        self.decay, self.name, self.knobs = decay, f"ema-{decay}", {"ema_decay": decay}
+        self.decay, self.name, self.options = decay, f"ema-{decay}", {"ema_decay": decay}
         start = run_model.state_dict()
         self._mean = {name: t.detach().clone() for name, t in start.items() if t.is_floating_point()}
 
@@ -101,7 +101,7 @@ class Lawa(Average):
 
     def __init__(self, last: int, epoch: int, steps: int) -> None:
         self.last, self.epoch, self.first = last, epoch, steps - (last - 1) * epoch
-        self.name, self.knobs = "lawa", {"lawa_last": last}
+        self.name, self.options = "lawa", {"lawa_last": last}
         self._sum: dict[str, Tensor] = {}
         self._count = 0
 

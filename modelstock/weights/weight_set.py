@@ -29,7 +29,7 @@ class WeightSet:
     """Named tensors and what is known of them.
 
     `tensors`: name -> array. `meta`: architecture, preprocess, classes_sha256, parents (identities),
-    made_by (stage, method, knobs, seed, version); every value is JSON. `source` names the file for messages.
+    made_by (stage, method, options, seed, version); every value is JSON. `source` names the file for messages.
     """
 
     tensors: Mapping[str, Array]

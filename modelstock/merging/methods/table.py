@@ -4,10 +4,10 @@ Notation: w0 the anchor, w_i the fine-tuned weights, v_i = w_i - w0 the updates 
 gives w0 + scale * u; what differs is u, and there are three kinds of it:
 
 - span: u = sum_i c_i v_i, where the c_i depend on nothing but the inner products <v_i, v_j>. A function
-  `(gram, *, knobs) -> Blend`; modelstock.merging streams any model through it.
-- values: u looks at single values. A function `(updates, given, *, knobs) -> update`, one tensor at a time; `given` are
-  generators for those that draw, statistics of the data for those that weigh.
-- search: u = sum_i c_i v_i again, the c_i found by scoring merges. A function `(count, score, *, knobs) -> Blend`.
+  `(gram, *, options) -> Blend`; modelstock.merging streams any model through it.
+- values: u looks at single values. A function `(updates, given, *, options) -> update`, one tensor at a time; `given`
+  are generators for those that draw, statistics of the data for those that weigh.
+- search: u = sum_i c_i v_i again, the c_i found by scoring merges. A function `(count, score, *, options) -> Blend`.
 
 All of it in float64, without any epsilon: exact zeros are handled as cases.
 """
@@ -100,7 +100,7 @@ def weighted(gram: Float, *, weights: Sequence[float] = ()) -> Blend:
     """
     if len(weights) != len(gram) or sum(weights) == 0:
         raise MergeError(
-            "weighted, knob weights",
+            "weighted, option weights",
             got=list(weights),
             expected=f"{len(gram)} numbers whose sum is not 0",
             cure="give one a checkpoint, in their order",
@@ -175,7 +175,10 @@ def nuslerp(gram: Float, *, weights: Sequence[float] = (1, 1)) -> Blend:
     """
     if len(weights) != 2 or min(weights) < 0 or sum(weights) == 0:
         raise MergeError(
-            "nuslerp, knob weights", got=list(weights), expected="two numbers from 0 up, not both 0", cure="correct it"
+            "nuslerp, option weights",
+            got=list(weights),
+            expected="two numbers from 0 up, not both 0",
+            cure="correct it",
         )
     shares, angle, flag = _arc(gram, weights[1] / sum(weights), "nuslerp")
     return Blend(shares, {"angle": angle, "flag": flag})
@@ -273,12 +276,12 @@ def mean_of_majority(updates: Float) -> Float:
 def _sparse(
     name: str, source: str, sparsify: Callable[..., Float], consensus: Callable[[Float], Float], **defaults: float
 ) -> Callable[..., Float]:
-    """A method made of two parts, sparsify each update and agree; its knobs are `defaults`."""
+    """A method made of two parts, sparsify each update and agree; its options are `defaults`."""
 
-    def method(updates: Float, generators: Sequence[np.random.Generator], **knobs: float) -> Float:
-        knobs = {**defaults, **knobs}
-        _within(name, **{k: (v, 0, 1) for k, v in knobs.items()})
-        thinned = [sparsify(u.reshape(-1), g, **knobs) for u, g in zip(updates, generators, strict=True)]
+    def method(updates: Float, generators: Sequence[np.random.Generator], **options: float) -> Float:
+        options = {**defaults, **options}
+        _within(name, **{k: (v, 0, 1) for k, v in options.items()})
+        thinned = [sparsify(u.reshape(-1), g, **options) for u, g in zip(updates, generators, strict=True)]
         return consensus(np.stack(thinned)).reshape(updates.shape[1:])
 
     options = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in defaults.items()]
@@ -403,7 +406,7 @@ class Method:
     of: Literal["updates", "weights"] = "updates"  # weights: w0 counts as zero, so only the tuned weights matter
 
     @property
-    def knobs(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """Knob -> default."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | {"scale": self.scale}
@@ -437,8 +440,8 @@ def _rows() -> Iterator[tuple[str, Method]]:
         ("della", della, drop_by_rank, mean_of_elected, {"drop": 0.3, "window": 0.14}),
         ("della_linear", della, drop_by_rank, mean_of, {"drop": 0.3, "window": 0.14}),
     ]
-    for name, source, sparsify, consensus, knobs in sparse:
-        yield name, Method(_sparse(name, source, sparsify, consensus, **knobs), "values")
+    for name, source, sparsify, consensus, options in sparse:
+        yield name, Method(_sparse(name, source, sparsify, consensus, **options), "values")
     yield "fisher", Method(fisher, "values", needs="fisher")
     yield "regmean", Method(regmean, "values", needs="inner")
     yield "greedy", Method(greedy, "search", needs="score")
@@ -449,11 +452,14 @@ def _rows() -> Iterator[tuple[str, Method]]:
 METHODS: dict[str, Method] = dict(_rows())
 
 
-def _within(method: str, **knobs: tuple[float, float, float]) -> None:
-    for knob, (value, low, high) in knobs.items():
+def _within(method: str, **options: tuple[float, float, float]) -> None:
+    for option, (value, low, high) in options.items():
         if not low <= value <= high:
             raise MergeError(
-                f"{method}, knob {knob}", got=value, expected=f"a number from {low} to {high}", cure="correct the knob"
+                f"{method}, option {option}",
+                got=value,
+                expected=f"a number from {low} to {high}",
+                cure="correct the option",
             )
 
 
@@ -461,27 +467,30 @@ def _is_number(value: object) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
-def find_method(name: str, knobs: Mapping[str, Any]) -> Method:
-    """The method of that name, once its knobs are known to exist and to be of their kind.
+def find_method(name: str, options: Mapping[str, Any]) -> Method:
+    """The method of that name, once its options are known to exist and to be of their kind.
 
     Raises:
-        MergeError: unknown method or knob, with the nearest valid one; a knob of another type or choice.
+        MergeError: unknown method or option, with the nearest valid one; a option of another type or choice.
     """
     if name not in METHODS:
         raise MergeError("method", got=repr(name), expected=", ".join(METHODS), cure=nearest(name, list(METHODS)))
-    known = METHODS[name].knobs
+    known = METHODS[name].options
     hints = inspect.get_annotations(METHODS[name].function)
-    for knob, value in knobs.items():
-        place = f"method {name}, knob {knob}"
-        if knob not in known:
+    for option, value in options.items():
+        place = f"method {name}, option {option}"
+        if option not in known:
             raise MergeError(
-                place, got="no such knob", expected=", ".join(known) or "no knobs", cure=nearest(knob, list(known))
+                place,
+                got="no such option",
+                expected=", ".join(known) or "no options",
+                cure=nearest(option, list(known)),
             )
-        choices = getattr(hints.get(knob), "__args__", ()) if isinstance(known[knob], str) else ()
-        listed = isinstance(known[knob], tuple)
+        choices = getattr(hints.get(option), "__args__", ()) if isinstance(known[option], str) else ()
+        listed = isinstance(known[option], tuple)
         values = value if listed and isinstance(value, list | tuple) else [value]
         numeric = not choices and all(_is_number(v) for v in values) and listed == isinstance(value, list | tuple)
         if (choices and value not in choices) or not (choices or numeric):
             expected = " or ".join(map(str, choices)) or ("a list of numbers" if listed else "a number")
-            raise MergeError(place, got=repr(value), expected=expected, cure="correct the knob")
+            raise MergeError(place, got=repr(value), expected=expected, cure="correct the option")
     return METHODS[name]

@@ -39,18 +39,18 @@ def _show(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
     Console().print(table)
 
 
-def _knobs(settings: list[str]) -> dict[str, Any]:
-    """`knob=value` pairs; values are JSON where they can be, else text."""
-    knobs = {}
+def _options(settings: list[str]) -> dict[str, Any]:
+    """`option=value` pairs; values are JSON where they can be, else text."""
+    options = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
-            raise MergeError("--set", got=repr(setting), expected="knob=value", cure="write it so")
+            raise MergeError("--set", got=repr(setting), expected="option=value", cure="write it so")
         try:
-            knobs[name] = json.loads(value)
+            options[name] = json.loads(value)
         except ValueError:
-            knobs[name] = value
-    return knobs
+            options[name] = value
+    return options
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def merge(
     report: Annotated[Path | None, typer.Option(help="Write each tensor's cosine, ratio, norms and flags.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
     identify: Annotated[bool, typer.Option("--identify", help="Record the inputs' sha256 in the output.")] = False,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="knob=value")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="option=value")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge checkpoints into one safetensors file."""
@@ -130,8 +130,8 @@ def merge(
 
     if dtype is not None and dtype not in DTYPES:
         raise MergeError("--dtype", got=repr(dtype), expected=", ".join(DTYPES), cure="name one of these")
-    knobs = _knobs(settings or []) | {k: v for k, v in (("pairwise", pairwise), ("clip", clip)) if v is not None}
-    find_method(method, knobs)  # before a knob could be taken for something else
+    options = _options(settings or []) | {k: v for k, v in (("pairwise", pairwise), ("clip", clip)) if v is not None}
+    find_method(method, options)  # before a option could be taken for something else
     with _bar("merging") as progress:
         plan = merge_files(
             method,
@@ -147,7 +147,7 @@ def merge(
             overwrite=overwrite,
             identify=identify,
             progress=progress,
-            **knobs,
+            **options,
             **_held_out(method, held_out),
         )
     flags: Counter[str] = Counter()
@@ -184,15 +184,20 @@ def statistics(
 
 @app.command()
 def methods(as_json: AsJson = False) -> None:
-    """Every merge method: formula, knobs and source."""
+    """Every merge method: formula, options and source."""
     from modelstock.merging.methods.table import METHODS
 
     rows: list[dict[str, Any]] = []
     for name, method in METHODS.items():
         text = " ".join((method.function.__doc__ or "").split())
         formula = text.partition(" Source: ")[0].partition(" Raises: ")[0].partition(". ")[0].rstrip(".")
-        knobs = ", ".join(f"{k}={json.dumps(v)}" for k, v in method.knobs.items())
-        row = {"method": name, "formula": formula, "knobs": knobs, "source": text.rpartition("Source: ")[2].rstrip(".")}
+        options = ", ".join(f"{k}={json.dumps(v)}" for k, v in method.options.items())
+        row = {
+            "method": name,
+            "formula": formula,
+            "options": options,
+            "source": text.rpartition("Source: ")[2].rstrip("."),
+        }
         rows.append({**row, "needs": method.needs} if method.needs not in ("", "depth") else row)
     if as_json:
         _show("methods", rows, True)
