@@ -56,7 +56,14 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def closest(name: str, known: Sequence[str]) -> str | None:
+    """The known name that is most like `name`, in letters of either case, if one is like it at all."""
+    lower = {other.lower(): other for other in reversed(known)}
+    matches = difflib.get_close_matches(name.lower(), lower, 1)
+    return lower[matches[0]] if matches else None
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """A cure for a name that is not known."""
-    close = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {close[0]}?" if close else "choose one of these"
+    near = closest(name, known)
+    return f"did you mean {near}?" if near else "choose one of these"

@@ -24,7 +24,8 @@ from modelstock.errors import MergeError, ModelstockError, WeightsError
 from modelstock.merging.engine import merge
 from modelstock.merging.files import merge_files
 from modelstock.merging.methods.table import METHODS
-from modelstock.weights.checkpoints import FLOATS, narrow, open_checkpoint, parse_header, widen
+from modelstock.weights.checkpoints import open_checkpoint, parse_header
+from modelstock.weights.tensors import FLOATS, narrow, widen
 from modelstock.weights.weight_set import WeightSet, load_weights
 
 ROOT = Path(__file__).parent.parent

@@ -214,7 +214,8 @@ def inspect(file: Path, as_json: AsJson = False) -> None:
     import numpy as np
 
     from modelstock.merging.engine import slices
-    from modelstock.weights.checkpoints import FLOATS, open_checkpoint, widen
+    from modelstock.weights.checkpoints import open_checkpoint
+    from modelstock.weights.tensors import FLOATS, widen
 
     found, rows = open_checkpoint(file), []
     for name, tensor in sorted(found.tensors.items()):
@@ -249,9 +250,10 @@ def diff(
 
     from modelstock.merging.engine import check_fit, inner_products, slices
     from modelstock.merging.methods.table import cosines
-    from modelstock.weights.checkpoints import FLOATS, Tensor, open_checkpoint
+    from modelstock.weights.checkpoints import open_checkpoint
+    from modelstock.weights.tensors import FLOATS, StoredTensor
 
-    def products(origin: Tensor, *others: Tensor) -> Any:
+    def products(origin: StoredTensor, *others: StoredTensor) -> Any:
         return inner_products(origin, others, list(slices(origin.size, 1)) if origin.size else [])
 
     first, second = open_checkpoint(a), open_checkpoint(b)

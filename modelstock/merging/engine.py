@@ -5,8 +5,6 @@ coefficients; the second sums. Work is cut into blocks whose bounds depend on sh
 one order, so the result is the same to the last bit at any number of workers, on disk and in memory.
 """
 
-import difflib
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,14 +16,24 @@ from numpy.typing import NDArray
 from modelstock import __version__
 from modelstock.errors import MergeError, WeightsError
 from modelstock.merging.methods.table import METHODS, cosines, find_method, oracle_scales
-from modelstock.weights.checkpoints import FLOATS, STORED, Checkpoint, Tensor, in_memory, narrow, widen
+from modelstock.weights.differences import differences, stored_differences
 from modelstock.weights.layout import depths
+from modelstock.weights.tensors import (
+    CHUNK,
+    FLOATS,
+    STORED,
+    Checkpoint,
+    StoredTensor,
+    check_finite,
+    in_memory,
+    narrow,
+    widen,
+)
 from modelstock.weights.weight_set import WeightSet
 
 Float = NDArray[np.float64]
 Array = NDArray[Any]
 Granularity = Literal["tensor", "filter", "model"]
-CHUNK = 1 << 17  # values of each checkpoint a worker computes on at a time: few enough to stay in a core's cache
 BLOCK = 1 << 22  # values a worker takes at a time: few enough to share a large tensor among cores
 
 # Accuracies of weight sets on the held-out cut, in one pass over it.
@@ -42,40 +50,14 @@ def check_fit(anchor: Checkpoint, tuned: Sequence[Checkpoint]) -> None:
     if not tuned:
         raise MergeError("merge", got="no fine-tuned weights", expected="1 or more", cure="name at least one")
     for weights in tuned:
-        missing = anchor.tensors.keys() - weights.tensors.keys()
-        problems = [f"{k} {anchor.tensors[k].shape} missing" for k in missing]
-        for key in weights.tensors.keys() - anchor.tensors.keys():
-            close = difflib.get_close_matches(key, sorted(missing), 1)
-            near = f" (near {close[0]})" if close else ""
-            problems.append(f"{key} {weights.tensors[key].shape} unknown{near}")
-        for key in anchor.tensors.keys() & weights.tensors.keys():
-            expected, got = anchor.tensors[key], weights.tensors[key]
-            if expected.shape != got.shape:
-                problems.append(f"{key} is {got.shape}, anchor {expected.shape}")
-            elif expected.dtype != got.dtype and not (expected.dtype in FLOATS and got.dtype in FLOATS):
-                problems.append(f"{key} is {got.dtype}, anchor {expected.dtype}")
-            elif expected.dtype not in FLOATS and not _equal(expected, got):
-                problems.append(f"{key} is an integer buffer that differs from the anchor's")
+        problems = stored_differences(weights.tensors, anchor.tensors, whose="the anchor's")
         if problems:
             raise MergeError(
                 weights.source,
-                got="; ".join(sorted(problems)),
+                got="; ".join(problems),
                 expected=f"the tensors of {anchor.source}",
                 cure="merge only models fine-tuned from this anchor",
             )
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same values."""
-    return all(
-        np.array_equal(_plain(first, s.start, s.stop), _plain(second, s.start, s.stop)) for s in slices(first.size, 1)
-    )
-
-
-def _plain(tensor: Tensor, start: int, stop: int) -> Array:
-    """Values in a dtype that numpy computes with."""
-    stored = tensor.read(start, stop)
-    return widen(stored, tensor.dtype) if tensor.dtype in FLOATS else stored
 
 
 # ---------------------------------------------------------------- chunks and blocks
@@ -119,7 +101,7 @@ def blocks(size: int, rows: int) -> Iterator[list[Slice]]:
 class Updates:
     """The anchor's values and the updates of a tensor, chunk by chunk, in float64 and in memory that is used again."""
 
-    def __init__(self, origin: Tensor, tuned: Sequence[Tensor], *, of: str = "updates") -> None:
+    def __init__(self, origin: StoredTensor, tuned: Sequence[StoredTensor], *, of: str = "updates") -> None:
         self.origin, self.tuned, self.of = origin, tuned, of
         # Fresh pages for every chunk would cost as much as the sums.
         size = min(CHUNK, origin.size)
@@ -140,7 +122,9 @@ class Updates:
         return base, updates
 
 
-def inner_products(origin: Tensor, tuned: Sequence[Tensor], run: Sequence[Slice], *, of: str = "updates") -> Float:
+def inner_products(
+    origin: StoredTensor, tuned: Sequence[StoredTensor], run: Sequence[Slice], *, of: str = "updates"
+) -> Float:
     """Inner products (rows of the run, N, N) of the updates; each is a sum of its own, so no order of them matters."""
     if not run:
         return np.zeros((0, len(tuned), len(tuned)))
@@ -159,7 +143,13 @@ def inner_products(origin: Tensor, tuned: Sequence[Tensor], run: Sequence[Slice]
 
 
 def blended(
-    origin: Tensor, tuned: Sequence[Tensor], run: Sequence[Slice], shares: Float, dtype: str, *, of: str = "updates"
+    origin: StoredTensor,
+    tuned: Sequence[StoredTensor],
+    run: Sequence[Slice],
+    shares: Float,
+    dtype: str,
+    *,
+    of: str = "updates",
 ) -> Iterator[tuple[int, Array]]:
     """w0 + sum_i c_i v_i of a run of chunks, `shares` (rows, N): (start, stored values), good until the next one."""
     updates, out = Updates(origin, tuned, of=of), np.empty(min(CHUNK, origin.size), STORED[dtype])
@@ -172,21 +162,12 @@ def blended(
         yield piece.start, narrow(result, dtype, out[: len(result)])
 
 
-def _check_finite(name: str, sources: Sequence[tuple[str, Tensor]], gram: Float) -> None:
+def _check_products(name: str, sources: Sequence[tuple[str, StoredTensor]], gram: Float) -> None:
     """NaN and infinity show in the inner products; only then is the culprit looked for."""
     if np.isfinite(gram).all():
         return
     for source, tensor in sources:
-        bad = sum(
-            int((~np.isfinite(_plain(tensor, piece.start, piece.stop))).sum()) for piece in slices(tensor.size, 1)
-        )
-        if bad:
-            raise WeightsError(
-                f"{source}, tensor {name}",
-                got=f"{bad} of {tensor.size} values NaN or infinite",
-                expected="finite values",
-                cure="use an earlier snapshot: a merge would spread it to the whole tensor",
-            )
+        check_finite([(name, tensor)], source)
     raise WeightsError(
         f"{sources[-1][0]}, tensor {name}",
         got="updates whose squares overflow",
@@ -255,15 +236,15 @@ class Plan:
         elif origin.size:
             yield 0, narrow(self._by_values(name, origin, others), dtype).reshape(-1)
 
-    def _by_values(self, name: str, origin: Tensor, others: Sequence[Tensor]) -> Float:
+    def _by_values(self, name: str, origin: StoredTensor, others: Sequence[StoredTensor]) -> Float:
         """w0 + scale * update of a whole tensor, by a method that looks at single values."""
         row = METHODS[self.method]
-        base = _plain(origin, 0, origin.size).reshape(origin.shape)
-        updates = np.stack([_plain(w, 0, w.size).reshape(origin.shape) for w in others]) - base
+        base = origin.values().reshape(origin.shape)
+        updates = np.stack([w.values().reshape(origin.shape) for w in others]) - base
         given: list[Any] | None
         if row.needs:
             known = [s.tensors.get(name) for s in self.statistics]
-            given = [_plain(s, 0, s.size).reshape(s.shape) for s in known if s is not None] or None
+            given = [s.values().reshape(s.shape) for s in known if s is not None] or None
         else:
             key = np.frombuffer(name.encode(), np.uint8)
             given = [np.random.default_rng([*key, i]) for i in range(len(updates))]
@@ -438,7 +419,7 @@ def _first_pass(
             if run:
                 gram[run[0].first : run[-1].last] += part
                 sources = [(w.source, w.tensors[name]) for w in (anchor, *tuned)]
-                _check_finite(name, sources, part)
+                _check_products(name, sources, part)
                 progress(run[-1].stop - run[0].start)
     return grams
 
@@ -479,7 +460,7 @@ def _check_different(
                 )
             else:
                 near = not squares[i].any() or of == "weights"
-            if near and all(_equal(other.tensors[n], weights.tensors[n]) for n in grams):
+            if near and all(other.tensors[n].equals(weights.tensors[n]) for n in grams):
                 raise MergeError(
                     weights.source,
                     got=f"the same tensors as {other.source}",
@@ -493,13 +474,11 @@ def _check_statistics(needs: str, anchor: Checkpoint, statistics: Sequence[Check
 
     Importance has a tensor's shape and no negative values; inner products (in, in) belong to a matrix (out, in).
     """
+    expected = {name: tensor for name, tensor in statistics[0].tensors.items() if name in anchor.tensors}
     for given in statistics:
-        problems = [f"{name} missing" for name in statistics[0].tensors.keys() - given.tensors.keys()]
-        for name, tensor in given.tensors.items():
-            target = anchor.tensors.get(name)
-            if name not in statistics[0].tensors or target is None:
-                problems.append(f"{name} unknown")
-                continue
+        problems = differences(given.tensors, expected, whose="the first file's")
+        for name in sorted(given.tensors.keys() & expected.keys()):
+            tensor, target = given.tensors[name], anchor.tensors[name]
             fits = target.shape == tensor.shape
             if needs == "inner":
                 fits = len(target.shape) == 2 and tensor.shape == (target.shape[1], target.shape[1])
@@ -507,7 +486,7 @@ def _check_statistics(needs: str, anchor: Checkpoint, statistics: Sequence[Check
                 problems.append(f"{name} is {tensor.dtype} {tensor.shape} for a tensor {target.shape}")
                 continue
             for piece in slices(tensor.size, 1):
-                values = _plain(tensor, piece.start, piece.stop)
+                values = tensor.values(piece.start, piece.stop)
                 if not np.isfinite(values).all() or (needs == "fisher" and (values < 0).any()):
                     problems.append(f"{name} holds NaN, infinity or negative importance")
                     break
@@ -555,7 +534,7 @@ def _search(plan: Plan, score: Scorer | None, gradient: Gradient | None, options
     for name in names:
         at_mean = replace(plan, coefficients={name: uniform[None]}, chosen=frozenset([name]), dtype="F64")
         merged = np.concatenate([p.copy() for run in at_mean.blocks(name) for _, p in at_mean.pieces(name, run)])
-        mean[name] = merged - _plain(plan.anchor.tensors[name], 0, merged.size)
+        mean[name] = merged - plan.anchor.tensors[name].values()
 
     def loss(scales: Float) -> tuple[float, Float]:
         value, slopes = slope_of(trial({n: s * uniform for n, s in zip(names, scales, strict=True)}))
@@ -603,14 +582,3 @@ def merge(
         "made_by": {"stage": "merge", "method": method, "options": options, "version": __version__},
     }
     return WeightSet(plan.tensors(), meta, f"{method} of {len(tuned)}"), dict(plan.report)
-
-
-def identity(checkpoint: Checkpoint) -> str:
-    """sha256 of a checkpoint's tensors, read in pieces: what `WeightSet.identity` says of the same tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(checkpoint.tensors.items()):
-        stored = "bfloat16" if tensor.dtype == "BF16" else STORED[tensor.dtype].str
-        digest.update(f"{name}\0{stored}\0{tensor.shape}\0".encode())
-        for piece in slices(tensor.size, 1):
-            digest.update(np.ascontiguousarray(tensor.read(piece.start, piece.stop)).data)
-    return digest.hexdigest()

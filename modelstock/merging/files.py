@@ -22,11 +22,11 @@ from modelstock.merging.engine import (
     Scorer,
     Slice,
     check_options,
-    identity,
     plan_merge,
     result_dtype,
 )
-from modelstock.weights.checkpoints import STORED, Checkpoint, open_checkpoint
+from modelstock.weights.checkpoints import open_checkpoint
+from modelstock.weights.tensors import STORED, Checkpoint
 
 SYNC = 1 << 26  # values after which what was written is sent to disk
 
@@ -124,7 +124,7 @@ def merge_files(
     meta = {**origin.meta, "made_by": made}
     if identify or "architecture" in origin.meta:
         with ThreadPoolExecutor(workers) as pool:
-            parent, *rest = pool.map(identity, [origin, *others])
+            parent, *rest = pool.map(lambda checkpoint: checkpoint.identity, [origin, *others])
         meta["parents"] = [parent, *sorted(rest)]
     write_plan(plan, out, meta, workers=workers, progress=advance)
     if report is not None:

@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from modelstock.errors import DataError, ParamsError, WeightsError
 from modelstock.files import dump_json
 from modelstock.models.pretrained import CONFIG
-from modelstock.weights.weight_set import Array, WeightSet, check_finite, classes_sha256
+from modelstock.weights.weight_set import Array, WeightSet, classes_sha256
 
 WEIGHTS = "open_clip_model.safetensors"
 HEAD = "head.safetensors"
@@ -140,7 +140,7 @@ def export(
     names = _check(weights, clip)
     figures = None if report is None else _figures(report, weights)
     both = {n: weights.tensors.get(n, t) if n.startswith("visual.") else t for n, t in clip.tensors.items()}
-    check_finite(WeightSet(both, {}, weights.source))
+    WeightSet(both, {}, weights.source).check_finite()
     preprocess = weights.meta["preprocess"]
     config = {
         "model_cfg": weights.meta["architecture"],

@@ -19,8 +19,9 @@ from modelstock import __version__
 from modelstock.data.classes import prompts_key
 from modelstock.errors import DataError, ParamsError, WeightsError
 from modelstock.params import OpenClipPretraining
-from modelstock.weights.checkpoints import FLOATS, Checkpoint, Tensor, in_memory, open_checkpoint, widen
-from modelstock.weights.weight_set import Array, WeightSet, check_finite, classes_sha256, load_weights
+from modelstock.weights.checkpoints import open_checkpoint
+from modelstock.weights.tensors import FLOATS, Checkpoint, StoredTensor, in_memory, widen
+from modelstock.weights.weight_set import Array, WeightSet, classes_sha256, load_weights
 
 Prompts = Sequence[Callable[[str], str]]
 CONFIG = "open_clip_config.json"
@@ -336,7 +337,7 @@ def load_clip(params: OpenClipPretraining) -> WeightSet:
         "made_by": {"stage": "pretrain", "options": params.model_dump(mode="json"), "version": __version__},
     }
     clip = WeightSet(tensors_of(model.float()), meta, str(path or f"{params.architecture} with random weights"))
-    check_finite(clip)
+    clip.check_finite()
     return clip
 
 
@@ -414,7 +415,7 @@ def _single(array: Array) -> Array:
     return array.astype(np.float32) if np.issubdtype(array.dtype, np.floating) else array
 
 
-def _read(tensor: Tensor) -> Array:
+def _read(tensor: StoredTensor) -> Array:
     stored = tensor.read(0, tensor.size)
     values = widen(stored, tensor.dtype).astype(np.float32) if tensor.dtype in FLOATS else stored
     return values.reshape(tensor.shape)
@@ -555,7 +556,7 @@ def adopt(
         tensors |= {name: anchor.tensors[name] for name in ("head.weight", "head.bias")}
     made = {"stage": "finetune", "source": file.name, "options": {"head": kind}, "version": __version__}
     weights = WeightSet(tensors, {**anchor.meta, "parents": [anchor.identity], "made_by": made}, str(path))
-    check_finite(weights)
+    weights.check_finite()
     return weights
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from modelstock.errors import ParamsError, WeightsError
+from modelstock.errors import ParamsError, WeightsError, few
+from modelstock.weights.differences import differences
 from modelstock.weights.weight_set import WeightSet
 
 # A ViT small enough for two CPU cores: 0.8M parameters in the image tower, 17 tokens an image.
@@ -200,18 +201,11 @@ def set_tensors(model: nn.Module, weights: WeightSet) -> None:
     Raises:
         WeightsError: names or shapes that differ from the model's.
     """
-    own = model.state_dict()
-    problems = [f"{k} missing" for k in own.keys() - weights.tensors.keys()]
-    problems += [f"{k} unknown" for k in weights.tensors.keys() - own.keys()]
-    problems += [
-        f"{k} is {weights.tensors[k].shape}, the model's {tuple(own[k].shape)}"
-        for k in own.keys() & weights.tensors.keys()
-        if tuple(own[k].shape) != weights.tensors[k].shape
-    ]
+    problems = differences(weights.tensors, model.state_dict(), whose="the model's")
     if problems:
         raise WeightsError(
             weights.source,
-            got="; ".join(sorted(problems)),
+            got=few(problems, 12),
             expected="the tensors of its architecture",
             cure="make the weight set again from this anchor",
         )

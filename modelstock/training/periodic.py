@@ -28,8 +28,7 @@ from modelstock.training.callbacks import Clock, Log, read_state, write_growing_
 from modelstock.training.distributed import ALONE, World
 from modelstock.training.finetune import accuracy, new_run, steps_an_epoch
 from modelstock.training.loop import Callback, Run
-from modelstock.weights.checkpoints import Tensor as TensorAt
-from modelstock.weights.checkpoints import in_memory
+from modelstock.weights.tensors import StoredTensor, in_memory
 from modelstock.weights.weight_set import WeightSet
 
 Float = NDArray[np.float64]
@@ -85,7 +84,7 @@ def merge_models(
     parts = [part for model in models for part in world.exchange(flat(model), counts)]
     held = [part.cpu().numpy() for part in parts]
 
-    def tensors(block: Block) -> tuple[TensorAt, list[TensorAt]]:
+    def tensors(block: Block) -> tuple[StoredTensor, list[StoredTensor]]:
         """The anchor's values of a block, and each model's."""
         place = slice(block.start - first, block.stop - first)
         arrays = {"": origin[block.start : block.stop]} | {str(i): part[place] for i, part in enumerate(held)}
@@ -121,7 +120,7 @@ def merge_models(
 
 
 def _grams(
-    tensors: Callable[[Block], tuple[TensorAt, list[TensorAt]]],
+    tensors: Callable[[Block], tuple[StoredTensor, list[StoredTensor]]],
     mine: Sequence[Block],
     shares: Sequence[Sequence[Block]],
     count: int,

@@ -9,114 +9,16 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from modelstock.errors import WeightsError
+from modelstock.weights.tensors import STORED, Array, Checkpoint, StoredTensor, reader_of
 
-Array = NDArray[Any]
-# safetensors' names for dtypes -> how numpy holds the bytes; bfloat16 is the upper half of a float32.
-STORED: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
-FLOATS = ("F64", "F32", "F16", "BF16")
 _MOST_HEADER = 100_000_000
-
-
-def widen(stored: Array, dtype: str, out: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-    """Stored numbers of a floating dtype as float64, exactly; into `out` where it is given."""
-    out = np.empty(stored.shape) if out is None else out
-    np.copyto(out, (stored.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else stored)
-    return out
-
-
-def narrow(values: NDArray[np.float64], dtype: str, out: Array | None = None) -> Array:
-    """float64 as the stored form of a floating dtype, rounded to nearest, ties to even; into `out` where given.
-
-    Raises:
-        FloatingPointError: values beyond the dtype's range.
-    """
-    out = np.empty(values.shape, STORED[dtype]) if out is None else out
-    with np.errstate(over="raise"):
-        if dtype != "BF16":
-            np.copyto(out, values, casting="same_kind")
-            return out
-        single = values.astype(np.float32)
-    # float64 -> float32 would round twice; rounding to odd first keeps the second rounding right.
-    bits = single.view(np.uint32)
-    inexact = single.astype(np.float64) != values
-    outward = np.abs(single.astype(np.float64)) > np.abs(values)
-    bits = np.where(inexact, np.where(outward, bits - 1, bits) | 1, bits)
-    np.copyto(out, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, casting="same_kind")
-    if ((out & 0x7F80) == 0x7F80).any():
-        raise FloatingPointError("overflow encountered in rounding to bfloat16")
-    return out
-
-
-class Reader(Protocol):
-    """Reads values [start, stop) of a tensor in C order, (stop - start,), into `scratch` if that saves memory."""
-
-    def __call__(self, start: int, stop: int, scratch: NDArray[np.uint8] | None = None) -> Array:
-        """The stored values; they hold until `scratch` is used again."""
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """An array somewhere: `read` gives a slice of its stored values."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    read: Reader
-
-    @property
-    def size(self) -> int:
-        """How many values it holds."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Named tensors of one model, and what its files say of themselves."""
-
-    tensors: Mapping[str, Tensor]
-    meta: Mapping[str, Any] = field(default_factory=dict)
-    source: str = "weights in memory"
-
-
-def _from(flat: Array) -> Reader:
-    """Reads an array in memory, without a copy."""
-    return lambda start, stop, scratch=None: flat[start:stop]
-
-
-def in_memory(tensors: Mapping[str, Array], meta: Mapping[str, Any], source: str) -> Checkpoint:
-    """Arrays as a checkpoint."""
-    names = {dtype: name for name, dtype in STORED.items() if name != "BF16"}
-
-    def entry(name: str, array: Array) -> Tensor:
-        if array.dtype.newbyteorder("<") not in names:
-            raise WeightsError(
-                f"{source}, tensor {name}", got=f"dtype {array.dtype}", expected=", ".join(STORED), cure="convert it"
-            )
-        flat = np.asarray(array, order="C").reshape(-1)
-        return Tensor(names[array.dtype.newbyteorder("<")], array.shape, _from(flat))
-
-    return Checkpoint({name: entry(name, array) for name, array in tensors.items()}, meta, source)
 
 
 def _bad(path: Path, got: object, cure: str = "make or copy the file again") -> WeightsError:
@@ -202,7 +104,7 @@ def _safetensors(path: Path) -> Checkpoint:
         raise _bad(path, f"metadata {str(said)[:80]}") from error
     file = _File(path)
 
-    def entry(described: Mapping[str, Any]) -> Tensor:
+    def entry(described: Mapping[str, Any]) -> StoredTensor:
         stored = STORED[described["dtype"]]
         begin = offset + described["data_offsets"][0]
 
@@ -212,7 +114,7 @@ def _safetensors(path: Path) -> Checkpoint:
             file.read(begin + start * stored.itemsize, into)
             return into.view(stored)
 
-        return Tensor(described["dtype"], tuple(described["shape"]), read)
+        return StoredTensor(described["dtype"], tuple(described["shape"]), read)
 
     return Checkpoint({name: entry(described) for name, described in header.items()}, meta, str(path))
 
@@ -281,14 +183,14 @@ def _pickled(path: Path) -> Checkpoint:
         torch.bool: "BOOL",
     }
 
-    def entry(name: str, tensor: torch.Tensor) -> Tensor:
+    def entry(name: str, tensor: torch.Tensor) -> StoredTensor:
         if tensor.dtype not in names:
             raise WeightsError(
                 f"{path}, tensor {name}", got=str(tensor.dtype), expected=", ".join(STORED), cure="convert it first"
             )
         flat = tensor.detach().contiguous().reshape(-1)
         array = flat.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else flat.numpy()
-        return Tensor(names[tensor.dtype], tuple(tensor.shape), _from(array))
+        return StoredTensor(names[tensor.dtype], tuple(tensor.shape), reader_of(array))
 
     return Checkpoint({n.removeprefix(stripped): entry(n, t) for n, t in loaded.items()}, {}, str(path))
 

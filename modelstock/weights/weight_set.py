@@ -20,6 +20,7 @@ from safetensors.numpy import save
 
 from modelstock.errors import WeightsError
 from modelstock.files import atomic_path
+from modelstock.weights.tensors import StoredTensor, check_finite, identity_of, stored_array
 
 Array = NDArray[Any]
 
@@ -38,13 +39,8 @@ class WeightSet:
 
     @cached_property
     def identity(self) -> str:
-        """sha256 over the tensors in name order: name, dtype, shape, bytes. Metadata does not count."""
-        digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            tensor = np.asarray(self.tensors[name], order="C")
-            digest.update(f"{name}\0{tensor.dtype.str}\0{tensor.shape}\0".encode())
-            digest.update(tensor.data if tensor.size else b"")
-        return digest.hexdigest()
+        """The sha256 of its tensors, of whatever metadata; see `identity_of`."""
+        return identity_of(self._stored())
 
     @property
     def nbytes(self) -> int:
@@ -58,12 +54,21 @@ class WeightSet:
         Raises:
             WeightsError: a tensor holds NaN or infinity.
         """
-        check_finite(self)
+        self.check_finite()
         tensors = {name: np.asarray(self.tensors[name], order="C") for name in sorted(self.tensors)}
         # One key only: safetensors writes two or more in random order.
         blob = save(tensors, metadata={"modelstock": json.dumps(dict(self.meta), sort_keys=True)})
         with atomic_path(path) as temporary:
             temporary.write_bytes(blob)
+
+    def check_finite(self) -> None:
+        """Raise WeightsError naming the first tensor that holds NaN or infinity."""
+        check_finite(self._stored(), self.source)
+
+    def _stored(self) -> Iterator[tuple[str, StoredTensor]]:
+        """The tensors by name, each made when it is its turn."""
+        for name in sorted(self.tensors):
+            yield name, stored_array(self.tensors[name], f"{self.source}, tensor {name}")
 
 
 class _Lazy(Mapping[str, Array]):
@@ -114,7 +119,7 @@ def load_weights(path: Path, *, lazy: bool = False) -> WeightSet:
             tensors = {} if lazy else {name: file.get_tensor(name) for name in sorted(file.keys())}
         held: Mapping[str, Array] = _Lazy(path) if lazy else tensors
         weights = WeightSet(held, json.loads(header.get("modelstock", "{}")), str(path))
-        check_finite(weights)
+        weights.check_finite()
     except (SafetensorError, ValueError, TypeError) as error:
         raise WeightsError(
             path,
@@ -123,16 +128,3 @@ def load_weights(path: Path, *, lazy: bool = False) -> WeightSet:
             cure="make or copy the file again",
         ) from error
     return weights
-
-
-def check_finite(weights: WeightSet) -> None:
-    """Raise WeightsError naming the first tensor that holds NaN or infinity."""
-    for name, tensor in weights.tensors.items():
-        if np.issubdtype(tensor.dtype, np.floating) and not np.isfinite(tensor).all():
-            bad = int(tensor.size - np.isfinite(tensor).sum())
-            raise WeightsError(
-                f"{weights.source}, tensor {name}",
-                got=f"{bad} of {tensor.size} values NaN or infinite",
-                expected="finite values",
-                cure="use an earlier snapshot: a merge would spread it to the whole tensor",
-            )
