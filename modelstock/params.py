@@ -4,15 +4,27 @@ Unknown keys are refused with the nearest valid one; all problems are reported t
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from modelstock.errors import ParamsError
+from modelstock.errors import ParamsError, few
+from modelstock.merging.methods.rows import Choice, Method, Option
+from modelstock.merging.methods.table import METHODS
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -251,132 +263,86 @@ class PrepareParams(Section):
         return SPLITS[split].role
 
 
-Scales = Annotated[list[Annotated[float, Field(gt=0, le=10)]], Field(min_length=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
 class MethodParams(Section):
-    """`sets`: which seeds merge together, see modelstock.soups.subsets."""
+    """A merge method in an experiment.
+
+    `sets`: which seeds merge together, see modelstock.experiment.subsets. Besides, every option of the method that
+    `modelstock methods` lists, except that for an option chosen on the held-out split there is the list it is chosen
+    from; `granularity`, where it makes a difference; `examples`: images on which statistics or gradients are measured.
+    """
 
     sets: Literal["ring", "pairs", "brief", "all"]
 
 
-class ModelStockParams(MethodParams):
-    """See modelstock.methods.model_stock."""
-
-    pairwise: Literal["cosine", "angle"] = "cosine"
-    clip: Literal["unit", "none"] = "unit"
-    granularity: Literal["tensor", "filter", "model"] = "tensor"
+def _checked(option: Option, value: Any) -> Any:
+    if not option.takes(value):
+        raise ValueError(f"takes {option.expected}")
+    return value
 
 
-class WiseFtParams(MethodParams):
-    """alpha is chosen from `alphas` on the held-out cut; the whole curve is evaluated for all seeds together."""
-
-    alphas: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
-
-
-class ScaledParams(MethodParams):
-    """The scale of the whole update is chosen from `scales` on the held-out cut."""
-
-    scales: Scales
+def _candidates(choice: Choice, values: list[float]) -> list[float]:
+    if any(not choice.low < value <= choice.high or (choice.open_end and value == choice.high) for value in values):
+        end = "below" if choice.open_end else "up to"
+        raise ValueError(f"takes numbers above {choice.low:g} and {end} {choice.high:g}")
+    return values
 
 
-class LinesParams(ScaledParams):
-    """See modelstock.methods.lines."""
-
-    alpha: Share
-
-
-class TiesParams(ScaledParams):
-    """`density`: the share of values that is kept."""
-
-    density: Share
-
-
-class DareParams(ScaledParams):
-    """`drop`: the chance of a value to be dropped."""
-
-    drop: Annotated[float, Field(ge=0, lt=1)]
-
-
-class BreadcrumbsParams(ScaledParams):
-    """`outliers`: the share of the largest values that is dropped; `density`: the share that is kept."""
-
-    density: Share
-    outliers: Share
+def method_section(method: Method) -> type[MethodParams]:
+    """The params section of a method, from its row."""
+    chosen = method.chooses
+    fields: dict[str, Any] = {
+        name: (Annotated[Any, AfterValidator(partial(_checked, option))], ...)
+        for name, option in method.options.items()
+        if name != "scale" and (chosen is None or name != chosen.option)
+    }
+    if method.granular:
+        fields["granularity"] = (Literal["tensor", "filter", "model"], ...)
+    if method.reads_examples:
+        fields["examples"] = (Positive, ...)
+    if chosen is not None:
+        check = AfterValidator(partial(_candidates, chosen))
+        fields[chosen.name] = (Annotated[list[float], Field(min_length=1), check], ...)
+    return create_model(f"{method.name} section", __base__=MethodParams, __doc__=method.formula, **fields)
 
 
-class DellaParams(ScaledParams):
-    """`drop`: the mean chance of a value to be dropped; `window`: how far it goes with magnitude."""
-
-    drop: Annotated[float, Field(ge=0, lt=1)]
-    window: Share
-
-
-class FisherParams(ScaledParams):
-    """Fisher information is measured on `examples` images of the training set."""
-
-    examples: Positive
+def standard_section(method: Method) -> MethodParams:
+    """The section of a method where no params file gives one."""
+    values = {**method.defaults, "sets": method.sets, "granularity": "tensor", "examples": 1000}
+    if method.chooses is not None:
+        values[method.chooses.name] = list(method.chooses.values)
+    section = method_section(method)
+    return section(**{name: value for name, value in values.items() if name in section.model_fields})
 
 
-class RegmeanParams(FisherParams):
-    """Inner products are measured on `examples` images of the training set; off-diagonals are multiplied by `alpha`."""
+class _Merge(Section):
+    """The methods that run, and a section for each; one that is not named may have its section too."""
 
-    alpha: Share
+    methods: list[str] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        missing = [name for name in self.methods if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"no section for {few(missing)}")
+        return self
 
-class OracleScaleParams(MethodParams):
-    """The best of `steps` + 1 scales up to `high` on the held-out cut."""
-
-    high: Annotated[float, Field(gt=0, le=10)]
-    steps: Positive
-
-
-class OracleScalesParams(MethodParams):
-    """One scale a tensor by L-BFGS on the loss of `examples` images of the held-out cut."""
-
-    high: Annotated[float, Field(gt=0, le=10)]
-    iterations: Positive
-    examples: Positive
+    def section(self, method: str) -> MethodParams:
+        """The section of a method that is named."""
+        section: MethodParams = getattr(self, method)
+        return section
 
 
-class MergeParams(Section):
-    """The methods that run, and the options of each; README says what each is, `modelstock methods` its formula."""
+def merge_section(methods: Mapping[str, Method]) -> type[_Merge]:
+    """The section `merge`: one key per method of a table."""
+    fields: dict[str, Any] = {name: (method_section(row) | None, None) for name, row in methods.items()}
+    fields["methods"] = (Annotated[list[Literal[tuple(methods)]], Field(min_length=1)], ...)  # type: ignore[misc]
+    return create_model("MergeParams", __base__=_Merge, __doc__=_Merge.__doc__, **fields)
 
-    methods: list[
-        Literal[
-            "model_stock",
-            "uniform",
-            "greedy",
-            "wise_ft",
-            "lines",
-            "karcher",
-            "ties",
-            "dare_linear",
-            "dare_ties",
-            "breadcrumbs",
-            "della",
-            "fisher",
-            "regmean",
-            "oracle_scale",
-            "oracle_scales",
-        ]
-    ] = Field(min_length=1)
-    model_stock: ModelStockParams
-    uniform: MethodParams
-    greedy: MethodParams
-    wise_ft: WiseFtParams
-    lines: LinesParams
-    karcher: ScaledParams
-    ties: TiesParams
-    dare_linear: DareParams
-    dare_ties: DareParams
-    breadcrumbs: BreadcrumbsParams
-    della: DellaParams
-    fisher: FisherParams
-    regmean: RegmeanParams
-    oracle_scale: OracleScaleParams
-    oracle_scales: OracleScalesParams
+
+if TYPE_CHECKING:
+    MergeParams = _Merge
+else:
+    MergeParams = merge_section(METHODS)
 
 
 class EvaluateParams(Section):
@@ -471,6 +437,9 @@ def _known_keys(place: Sequence[int | str]) -> list[str]:
     section: Any = Params
     for key in place[:-1]:
         kinds = [s for s in get_args(section) if hasattr(s, "model_fields")]
+        if len(kinds) == 1:  # of a section that may be absent
+            (section,) = kinds
+            kinds = []
         if kinds:  # pydantic puts the kind's name into the place
             section = next(kind for kind in kinds if get_args(kind.model_fields["source"].annotation) == (key,))
         elif hasattr(section, "model_fields"):

@@ -28,7 +28,7 @@ def main(method: str, anchor: Path, tuned: Path, train: Path, held_out: Path, ou
     report: dict[str, Any] = {}
     merged = merge_subsets(
         method,
-        getattr(params.merge, method),
+        params.merge.section(method),
         load_weights(anchor),
         finetuned(tuned, params.finetune.seeds),
         held_out=held_out,

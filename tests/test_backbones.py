@@ -14,13 +14,13 @@ from torch.nn import functional
 from modelstock.data.classes import templates
 from modelstock.errors import DataError, ParamsError, WeightsError
 from modelstock.experiment.subsets import row_of
-from modelstock.merging.engine import merge
 from modelstock.models import pretrained as backbones
 from modelstock.models import towers as models
 from modelstock.models.pretrained import adopt, anchor_of, load_clip
 from modelstock.params import ClassesParams, OpenClipPretraining
 from modelstock.tracking.history import read_history
 from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
+from tests.support.merging import merge_with
 
 TINY = models.TINY_CLIP
 TEXT = TINY["text_cfg"]
@@ -502,7 +502,7 @@ def test_adopted_checkpoints_merge_with_the_anchor(tmp_path, own_anchor):
             {"state_dict": {**state, **{f"head.{k}": v * seed for k, v in layer.items()}}}, tmp_path / f"{seed}.pt"
         )
     found = [adopt(tmp_path / f"{seed}.pt", own_anchor) for seed in (5, 6)]
-    merged, _ = merge("uniform", own_anchor, found)
+    merged, _ = merge_with("uniform", own_anchor, found)
     np.testing.assert_allclose(merged.tensors["head.weight"], 0.25 * 5.5, rtol=1e-6)
     models.build_classifier(merged)
 

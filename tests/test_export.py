@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from modelstock.cli.commands import app
 from modelstock.data.images import normalise
 from modelstock.errors import DataError, ParamsError, WeightsError
-from modelstock.merging.engine import merge
 from modelstock.models import towers as models
 from modelstock.models.export import export
 from modelstock.models.pretrained import anchor_of, load_clip
 from modelstock.params import OpenClipPretraining
 from modelstock.weights.weight_set import WeightSet, load_weights
+from tests.support.merging import merge_with
 
 CLASSES = ["cat", "dog", "cow"]
 COCA = {
@@ -54,7 +54,7 @@ def descendant(clip):
         tensors = {k: (v + 0.05 * random.standard_normal(v.shape)).astype(v.dtype) for k, v in anchor.tensors.items()}
         return WeightSet(tensors, {**anchor.meta, "parents": [anchor.identity]}, f"seed {seed}")
 
-    merged, _ = merge("model_stock", anchor, [tuned(0), tuned(1)])
+    merged, _ = merge_with("model_stock", anchor, [tuned(0), tuned(1)])
     made = {**merged.meta["made_by"], "members": [0, 1]}
     return WeightSet(merged.tensors, {**merged.meta, "made_by": made}, "merged")
 

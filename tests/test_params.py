@@ -68,7 +68,11 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
         ("checkpoints: []", "checkpoints: [a.pt]", "finetune: 1 checkpoints for 8 seeds"),
         ("[model_stock, uniform,", "[model_stok, uniform,", "merge.methods.0: Input should be 'model_stock'"),
         ("seeds: [0, 1, 2, 3, 4, 5, 6, 7]", "seeds: [0, 0]", "finetune.seeds: name each seed once"),
-        ("density: 0.2, scales: [0.4,", "density: 1.2, scales: [0.4,", "merge.ties.density: Input should be less than"),
+        (
+            "density: 0.2, scales: [0.4,",
+            "density: 1.2, scales: [0.4,",
+            "merge.ties.density: takes a number from 0 to 1 (got 1.2)",
+        ),
         ("crop_scale: [0.9, 1.0]", "crop_scale: [1.0, 0.9]", "two numbers with 0 < low <= high <= 1"),
         ("lr: 1.0e-3", "lr: 2", "finetune.lr: Input should be less than or equal to 1"),
         ("threads: 2", "threads: 0", "threads: Input should be greater than or equal to 1"),

@@ -8,11 +8,11 @@ from torch.nn import functional
 from modelstock.data.images import normalise
 from modelstock.data.shapes.render import draw
 from modelstock.errors import DataError
-from modelstock.merging.engine import merge
 from modelstock.models.towers import build_classifier
 from modelstock.scoring.data_statistics import fisher, inner, loss_gradient, sample
 from modelstock.scoring.one_pass import score
 from modelstock.weights.weight_set import load_weights
+from tests.support.merging import merge_with
 from tests.support.splits import make_split
 
 
@@ -137,9 +137,9 @@ def test_every_data_driven_merge_of_real_towers(anchor, variants, train):
         },
         "oracle_scales": {"gradient": loss_gradient(images, labels), "iterations": 3},
     }
-    uniform, _ = merge("uniform", anchor, tuned)
+    uniform, _ = merge_with("uniform", anchor, tuned)
     for method, given in options.items():
-        merged, report = merge(method, anchor, tuned, **given)
+        merged, report = merge_with(method, anchor, tuned, **given)
         assert score(train, [merged])[merged.identity].correct.shape == (60,), method
         if method in ("fisher", "regmean", "oracle_scales"):
             assert merged.identity != uniform.identity
@@ -171,7 +171,7 @@ def test_the_command_measures_statistics_and_merges_by_them(anchor, variants, tr
     merging = ["merge", "--anchor", "w0.safetensors", "a.safetensors", "b.safetensors", "--method"]
     by = ["--statistics", "a.f.safetensors", "--statistics", "b.f.safetensors"]
     assert command(*merging, "fisher", *by, "-o", "f.safetensors")[0] == 0
-    expected, _ = merge(
+    expected, _ = merge_with(
         "fisher",
         load_weights(tmp_path / "w0.safetensors"),
         [load_weights(tmp_path / f"{w}.safetensors") for w in "ab"],

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-import modelstock.merging.engine as merging
 from modelstock.errors import MergeError, ModelstockError, WeightsError
-from modelstock.merging.engine import merge
+from modelstock.merging import kernels
 from modelstock.merging.files import merge_files
 from modelstock.merging.methods.table import METHODS
 from modelstock.weights.checkpoints import open_checkpoint, parse_header
 from modelstock.weights.tensors import FLOATS, narrow, widen
 from modelstock.weights.weight_set import WeightSet, load_weights
+from tests.support.merging import merge_files_with, merge_with
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,11 +62,11 @@ def files(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("workers", [1, 3])
 def test_streamed_equals_in_memory_bit_for_bit_at_any_number_of_workers(files, tmp_path, method, workers, monkeypatch):
-    monkeypatch.setattr(merging, "CHUNK", 1000)  # so that tensors are really cut
+    monkeypatch.setattr(kernels, "CHUNK", 1000)  # so that tensors are really cut
     options = {"weights": [1, 2]} if method == "weighted" else {}
     needs, tuned = METHODS[method].needs, [load_weights(f) for f in files[1:]]
     kept: dict[str, list] = {}
-    if needs in ("fisher", "inner"):
+    if METHODS[method].reads_statistics:
         random = np.random.default_rng(0)
         shapes = {k: v.shape for k, v in tuned[0].tensors.items() if needs == "fisher" and v.dtype.kind == "f"}
         made = [
@@ -83,7 +83,7 @@ def test_streamed_equals_in_memory_bit_for_bit_at_any_number_of_workers(files, t
             sum(float(np.square(v - 0.3).sum()) for v in w.tensors.values() if v.dtype.kind == "f"),
             {k: 2 * (v - 0.3) for k, v in w.tensors.items() if v.dtype.kind == "f"},
         )
-    merge_files(
+    merge_files_with(
         method,
         files[0],
         files[1:],
@@ -92,7 +92,7 @@ def test_streamed_equals_in_memory_bit_for_bit_at_any_number_of_workers(files, t
         statistics=kept.get("on disk", []),
         **options,
     )
-    expected, _ = merge(method, load_weights(files[0]), tuned, statistics=kept.get("in memory", []), **options)
+    expected, _ = merge_with(method, load_weights(files[0]), tuned, statistics=kept.get("in memory", []), **options)
     found = load_weights(tmp_path / "out.safetensors")
     assert found.identity == expected.identity
     assert found.meta["made_by"]["method"] == method
@@ -447,7 +447,10 @@ def test_the_command_merges_inspects_and_compares(files, tmp_path):
         (["--clip", "never"], "option clip: got 'never'; expected unit or none"),
         (["--set", "workers=7"], "method model_stock, option workers: got no such option"),
         (["--set", "scale=big"], "option scale: got 'big'; expected a number"),
-        (["--method", "weighted", "--set", "weights=5"], "option weights: got 5; expected a list of numbers"),
+        (
+            ["--method", "weighted", "--set", "weights=5"],
+            "option weights: got 5; expected a number for each checkpoint, not all 0",
+        ),
         (["--method", "slerp", "--granularity", "layer"], "granularity: got 'layer'; expected tensor, filter or model"),
         (["--dtype", "float8"], "error: --dtype: got 'float8'"),
     ],

@@ -147,7 +147,7 @@ def merge(
             overwrite=overwrite,
             identify=identify,
             progress=progress,
-            **options,
+            options=options,
             **_held_out(method, held_out),
         )
     flags: Counter[str] = Counter()
@@ -189,15 +189,8 @@ def methods(as_json: AsJson = False) -> None:
 
     rows: list[dict[str, Any]] = []
     for name, method in METHODS.items():
-        text = " ".join((method.function.__doc__ or "").split())
-        formula = text.partition(" Source: ")[0].partition(" Raises: ")[0].partition(". ")[0].rstrip(".")
-        options = ", ".join(f"{k}={json.dumps(v)}" for k, v in method.options.items())
-        row = {
-            "method": name,
-            "formula": formula,
-            "options": options,
-            "source": text.rpartition("Source: ")[2].rstrip("."),
-        }
+        options = ", ".join(f"{option}={json.dumps(default)}" for option, default in method.defaults.items())
+        row = {"method": name, "formula": method.formula, "options": options, "source": method.source}
         rows.append({**row, "needs": method.needs} if method.needs not in ("", "depth") else row)
     if as_json:
         _show("methods", rows, True)
@@ -213,14 +206,14 @@ def inspect(file: Path, as_json: AsJson = False) -> None:
     """What a checkpoint holds: tensors, norms, whether they are finite, and what it says of itself."""
     import numpy as np
 
-    from modelstock.merging.engine import slices
+    from modelstock.merging.kernels import chunks
     from modelstock.weights.checkpoints import open_checkpoint
     from modelstock.weights.tensors import FLOATS, widen
 
     found, rows = open_checkpoint(file), []
     for name, tensor in sorted(found.tensors.items()):
         square, finite = 0.0, True
-        for piece in slices(tensor.size, 1):
+        for piece in chunks(tensor.size, 1):
             stored = tensor.read(piece.start, piece.stop)
             values = widen(stored, tensor.dtype) if tensor.dtype in FLOATS else stored.astype(np.float64)
             square += float(np.einsum("k,k->", values, values))
@@ -248,13 +241,14 @@ def diff(
     """Per tensor the distance of two checkpoints and, with an anchor, their updates' norms and cosine."""
     import numpy as np
 
-    from modelstock.merging.engine import check_fit, inner_products, slices
-    from modelstock.merging.methods.table import cosines
+    from modelstock.merging.checks import check_fit
+    from modelstock.merging.kernels import chunks, inner_products
+    from modelstock.merging.methods.blend import cosines
     from modelstock.weights.checkpoints import open_checkpoint
     from modelstock.weights.tensors import FLOATS, StoredTensor
 
     def products(origin: StoredTensor, *others: StoredTensor) -> Any:
-        return inner_products(origin, others, list(slices(origin.size, 1)) if origin.size else [])
+        return inner_products(origin, others, list(chunks(origin.size, 1)) if origin.size else [])
 
     first, second = open_checkpoint(a), open_checkpoint(b)
     origin = open_checkpoint(anchor) if anchor else None
@@ -510,18 +504,15 @@ def prepare(
 
 def _sections(params: Path | None, methods: Sequence[str]) -> dict[str, Any]:
     """Method -> its section: of a params file, or the four methods that need no search of their own."""
-    from modelstock.params import MethodParams, ModelStockParams, WiseFtParams, load_merge
+    from modelstock.merging.methods.table import METHODS
+    from modelstock.params import load_merge, standard_section
 
-    tenths = [step / 10 for step in range(1, 10)]
     known: dict[str, Any] = {
-        "model_stock": ModelStockParams(sets="ring"),
-        "uniform": MethodParams(sets="ring"),
-        "greedy": MethodParams(sets="all"),
-        "wise_ft": WiseFtParams(sets="ring", alphas=tenths),
+        name: standard_section(row) for name, row in METHODS.items() if row.standard or name in methods
     }
     if params is not None:
         section = load_merge(params)
-        known = {name: getattr(section, name) for name in section.methods}
+        known = {name: section.section(name) for name in section.methods}
     unknown = [method for method in methods if method not in known]
     if unknown:
         raise MergeError(
@@ -562,7 +553,7 @@ def compare(
     from modelstock.weights.weight_set import WeightSet, load_weights
 
     sections = _sections(params, method or [])
-    needy = [name for name in sections if METHODS[name].needs in ("fisher", "inner")]
+    needy = [name for name in sections if METHODS[name].reads_statistics]
     manifests = {folder: load_manifest(folder) for folder in [*benchmark, *([train] if train else [])]}
     held_out = [folder for folder in benchmark if manifests[folder].role == "held-out"]
     roles = [manifests[folder].role for folder in benchmark]

@@ -32,8 +32,10 @@ def merge_subsets(
     Raises:
         DataError, MergeError, WeightsError: see modelstock.merging.merge and modelstock.evaluation.score.
     """
-    needs, device = METHODS[method].needs, str(scoring["device"])
-    options = section.model_dump(exclude={"alphas", "scales", "examples", "sets"})
+    row, device = METHODS[method], str(scoring["device"])
+    fields = section.model_dump()
+    options = {name: fields[name] for name in row.options if name in fields}
+    merged_by: dict[str, Any] = {"granularity": fields.get("granularity", "tensor")}
 
     def accuracies(weights: Sequence[WeightSet]) -> list[float]:
         outcomes = score(held_out, weights, **scoring)
@@ -44,33 +46,38 @@ def merge_subsets(
         by = {**weights.meta["made_by"], "members": list(members)}
         return name, WeightSet(weights.tensors, {**weights.meta, "made_by": by}, name)
 
-    examples = getattr(section, "examples", 0)
+    examples = fields.get("examples", 0)
     measured: dict[int, WeightSet] = {}
-    if needs in ("fisher", "inner"):
-        measure = statistics.fisher if needs == "fisher" else statistics.inner
+    if row.reads_statistics:
+        measure = statistics.fisher if row.needs == "fisher" else statistics.inner
         images, _ = statistics.sample(train, anchor, examples=examples)
         measured = {seed: measure(weights, images, device=device) for seed, weights in seeds.items()}
-    elif needs == "score":
-        options["score"] = accuracies
-    elif needs == "gradient":
-        cut = statistics.sample(held_out, anchor, examples=examples)
-        options["gradient"] = statistics.loss_gradient(*cut, device=device)
+    elif row.needs == "score":
+        merged_by["score"] = accuracies
+    elif row.needs == "gradient":
+        held_out_sample = statistics.sample(held_out, anchor, examples=examples)
+        merged_by["gradient"] = statistics.loss_gradient(*held_out_sample, device=device)
 
-    option = "alpha" if hasattr(section, "alphas") else "scale"
-    choices = list(getattr(section, f"{option}s", []))
+    choice = row.chooses
+    candidates: list[float] = list(fields[choice.name]) if choice else []
     for members in subsets(list(seeds), section.sets):
-        given = {"statistics": [measured[m] for m in members]} if measured else {}
+        merged_by["statistics"] = [measured[m] for m in members] if measured else []
         chosen = [seeds[m] for m in members]
-        trials = [merge(method, anchor, chosen, **given, **options, **{option: value}) for value in choices]
-        if not trials:
-            weights, facts = merge(method, anchor, chosen, **given, **options)
+        if choice is None:
+            weights, facts = merge(method, anchor, chosen, options=options, **merged_by)
             kept = next(iter(facts.values())).get("chosen")
             yield *made(weights, [m for m in members if seeds[m].source in kept] if kept else members), facts
             continue
-        held = accuracies([weights for weights, _ in trials])
-        best = max(range(len(choices)), key=lambda i: (held[i], -i))
-        curve = {"held-out/top1": dict(zip(map(str, choices), held, strict=True)), option: choices[best]}
-        # WiSE-FT's whole curve is drawn for all seeds together.
-        whole = option == "alpha" and len(members) == len(seeds)
-        for i in range(len(choices)) if whole else [best]:
-            yield *made(trials[i][0], members, f"@{choices[i]}"), curve
+        trials = [
+            merge(method, anchor, chosen, options={**options, choice.option: value}, **merged_by)[0]
+            for value in candidates
+        ]
+        held = accuracies(trials)
+        best = max(range(len(candidates)), key=lambda i: (held[i], -i))
+        curve = {
+            "held-out/top1": dict(zip(map(str, candidates), held, strict=True)),
+            choice.option: candidates[best],
+        }
+        whole_curve = choice.curve and len(members) == len(seeds)
+        for i in range(len(candidates)) if whole_curve else [best]:
+            yield *made(trials[i], members, f"@{candidates[i]}"), curve

@@ -15,16 +15,11 @@ import numpy as np
 from modelstock import __version__
 from modelstock.errors import MergeError, WeightsError
 from modelstock.files import atomic_path, write_json
-from modelstock.merging.engine import (
-    Gradient,
-    Granularity,
-    Plan,
-    Scorer,
-    Slice,
-    check_options,
-    plan_merge,
-    result_dtype,
-)
+from modelstock.merging.checks import Granularity, check_options
+from modelstock.merging.engine import plan_merge
+from modelstock.merging.kernels import Chunk
+from modelstock.merging.plan import Plan, result_dtype
+from modelstock.merging.searches import Gradient, Scorer
 from modelstock.weights.checkpoints import open_checkpoint
 from modelstock.weights.tensors import STORED, Checkpoint
 
@@ -55,6 +50,7 @@ def merge_files(
     tuned: Sequence[Path],
     out: Path,
     *,
+    options: Mapping[str, Any] | None = None,
     granularity: Granularity = "tensor",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -67,69 +63,77 @@ def merge_files(
     score: Scorer | None = None,
     gradient: Gradient | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
-    **options: Any,
 ) -> Plan:
     """Merge checkpoints into one safetensors file; every refusal comes before a byte of it is written.
 
     The file has the anchor's metadata, and how it was made, with the sha256 of every input where they are weight sets
-    of ours or `identify` asks for it; it appears whole or not at all. Memory: a few MB a worker (for methods that look
-    at single values: the largest tensor, in float64, a few times; for those that search: the model).
-    `progress` is told how many values were done in both passes, and of how many.
+    of ours or `identify` asks for it; it appears whole or not at all. Memory: a few MB per worker (for methods that
+    look at single values: the largest tensor, in float64, a few times; for those that search: the model).
+    `progress` is called with the number of values done in both passes, and their total.
 
     Raises:
         MergeError, WeightsError: as `plan_merge`; an output that exists or is an input; a disk that is too full.
     """
-    inputs, out = [Path(anchor), *map(Path, tuned), *map(Path, statistics)], Path(out)
-    check_paths(inputs, [p for p in (out, report) if p is not None], overwrite)
-    check_options(method, len(tuned), granularity=granularity, dtype=dtype, statistics=len(statistics), options=options)
+    inputs, out, options = [Path(anchor), *map(Path, tuned), *map(Path, statistics)], Path(out), dict(options or {})
+    check_paths(inputs, [path for path in (out, report) if path is not None], overwrite)
+    check_options(method, len(tuned), options=options, granularity=granularity, dtype=dtype, statistics=len(statistics))
     opened = [open_checkpoint(path) for path in inputs]
-    origin, others, given = opened[0], opened[1 : len(tuned) + 1], opened[len(tuned) + 1 :]
+    origin, others, measured = opened[0], opened[1 : len(tuned) + 1], opened[len(tuned) + 1 :]
     chosen = chooser(include, exclude, list(origin.tensors))
     _check_room(out, file_size(origin, dtype))
-    total = sum(t.size for t in origin.tensors.values())
-    done = 0
-
-    def advance(values: int) -> None:
-        nonlocal done
-        done += values
-        progress(done, 2 * total)
-
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    advance = _Advance(2 * sum(tensor.size for tensor in origin.tensors.values()), progress)
+    workers = workers or cores()
     plan = plan_merge(
         method,
         origin,
         others,
+        options=options,
         granularity=granularity,
         choose=chosen.__contains__,
-        statistics=given,
+        statistics=measured,
         score=score,
         gradient=gradient,
         workers=workers,
         dtype=dtype,
         progress=advance,
-        **options,
     )
-    files: list[dict[str, Any]] = [{"name": p.name, "bytes": _size(p)} for p in inputs]
-    made = {
-        "stage": "merge",
-        "method": method,
-        "options": options,
-        "granularity": granularity,
-        "include": list(include),
-        "exclude": list(exclude),
-        "files": files,
-        "version": __version__,
+    metadata = {
+        **origin.meta,
+        "made_by": {
+            "stage": "merge",
+            "method": method,
+            "options": options,
+            "granularity": granularity,
+            "include": list(include),
+            "exclude": list(exclude),
+            "files": [{"name": path.name, "bytes": _size(path)} for path in inputs],
+            "version": __version__,
+        },
     }
-    meta = {**origin.meta, "made_by": made}
     if identify or "architecture" in origin.meta:
         with ThreadPoolExecutor(workers) as pool:
             parent, *rest = pool.map(lambda checkpoint: checkpoint.identity, [origin, *others])
-        meta["parents"] = [parent, *sorted(rest)]
-    write_plan(plan, out, meta, workers=workers, progress=advance)
+        metadata["parents"] = [parent, *sorted(rest)]
+    write_plan(plan, out, metadata, workers=workers, progress=advance)
     if report is not None:
         write_json(report, plan.report)
     return plan
+
+
+class _Advance:
+    """Counts the values that are done, and reports them with their total."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], object]) -> None:
+        self._total, self._progress, self._done = total, progress, 0
+
+    def __call__(self, values: int) -> None:
+        self._done += values
+        self._progress(self._done, self._total)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _size(path: Path) -> int:
@@ -226,7 +230,7 @@ def write_plan(
         MergeError: a disk that fills up meanwhile; nothing is left behind then.
     """
     start, begins, total = layout(plan.anchor, plan.dtype, meta)
-    work = [(name, run) for name in sorted(begins) for run in plan.blocks(name)]
+    work = [(name, run) for name in sorted(begins) for run in plan.runs(name)]
     try:
         with atomic_path(out) as temporary, open(temporary, "wb") as file:
             file.write(start)
@@ -234,7 +238,7 @@ def write_plan(
             file.truncate(total)
             descriptor = file.fileno()
 
-            def second_pass(task: tuple[str, Sequence[Slice]]) -> int:
+            def second_pass(task: tuple[str, Sequence[Chunk]]) -> int:
                 name, run = task
                 size = STORED[plan.dtype_of(name)].itemsize
                 for at, piece in plan.pieces(name, run):

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from modelstock.errors import TrainingError
 from modelstock.files import write_json
-from modelstock.merging.engine import blended, blocks, inner_products, slices
-from modelstock.merging.methods.table import model_stock
+from modelstock.merging.kernels import blended, chunks, inner_products, runs
+from modelstock.merging.methods.model_stock import model_stock
 from modelstock.models.towers import Classifier
 from modelstock.params import FinetuneParams, PeriodicParams
 from modelstock.training.batches import Examples
@@ -48,7 +48,7 @@ def blocks_of(sizes: Sequence[int]) -> list[Block]:
     """Every tensor in the blocks that `merging` takes it in; none reaches into the next tensor."""
     found, offset = [], 0
     for number, size in enumerate(sizes):
-        found += [Block(number, offset + run[0].start, offset + run[-1].stop) for run in blocks(size, 1) if run]
+        found += [Block(number, offset + run[0].start, offset + run[-1].stop) for run in runs(size, 1) if run]
         offset += size
     return found
 
@@ -102,7 +102,7 @@ def merge_models(
     for block in mine:
         base, others = tensors(block)
         shared, at = blends[block.tensor].coefficients[None], block.start - first
-        for start, piece in blended(base, [others[i] for i in order], list(slices(base.size, 1)), shared, "F32"):
+        for start, piece in blended(base, [others[i] for i in order], list(chunks(base.size, 1)), shared, "F32"):
             merged[at + start : at + start + piece.size] = piece
     longest = torch.zeros(max(counts), device=world.device)
     longest[: merged.size] = torch.from_numpy(merged).to(world.device)
@@ -131,7 +131,7 @@ def _grams(
     own = torch.zeros(max(len(share) for share in shares), count, count, dtype=torch.float64)
     for i, block in enumerate(mine):
         base, others = tensors(block)
-        own[i] = torch.from_numpy(inner_products(base, others, list(slices(base.size, 1)))[0])
+        own[i] = torch.from_numpy(inner_products(base, others, list(chunks(base.size, 1)))[0])
     grams = np.zeros((number, count, count))
     for share, products in zip(shares, world.gather(own.to(world.device)), strict=True):
         for block, product in zip(share, products.cpu().numpy(), strict=False):

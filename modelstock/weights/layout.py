@@ -3,8 +3,6 @@
 import re
 from collections.abc import Sequence
 
-from modelstock.errors import MergeError
-
 _BLOCK = re.compile(r"(?:^|\.)(?:(\d+)|((?:layer|stage|block)s?)_?(\d+))(?=\.|$)")
 _BEFORE = re.compile(r"embed|conv\d|bn\d|ln_pre|norm_pre|pre_?layer_?norm|stem|patch|cls_token|(^|\.)w[tp]e\.")
 _POOL = re.compile(r"attn_?pool")  # it has embeddings of its own
@@ -37,15 +35,9 @@ def blocks(names: Sequence[str]) -> dict[str, tuple[int, int]]:
 def depths(names: Sequence[str]) -> dict[str, float]:
     """How deep in its model each tensor lies: 0 before and in the first block, 1 in the last and behind; see `blocks`.
 
-    Raises:
-        MergeError: no name has a number.
+    Empty where no name has a number.
     """
     place = blocks(names)
     if not any(count for _, count in place.values()):
-        raise MergeError(
-            "layout",
-            got="tensors without numbered blocks",
-            expected="names such as blocks.3.weight",
-            cure="use another method",
-        )
+        return {}
     return {name: min(max(number / max(1, count - 1), 0.0), 1.0) for name, (number, count) in place.items()}

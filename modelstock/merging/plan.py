@@ -1,0 +1,102 @@
+"""A merge that was checked and can be carried out, piece by piece."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from modelstock.errors import MergeError
+from modelstock.merging.kernels import Array, Chunk, Float, blended, runs
+from modelstock.merging.methods.table import METHODS
+from modelstock.weights.tensors import FLOATS, STORED, Checkpoint, StoredTensor, narrow, widen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A merge that was checked and can be carried out: every refusal happens before this exists.
+
+    `coefficients`: tensor -> (rows, N), the scale included, for methods in the span of the updates; `report`:
+    tensor -> JSON facts; `tuned`, `statistics`: in the order used; `chosen`: the tensors that are merged.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    anchor: Checkpoint
+    tuned: tuple[Checkpoint, ...]
+    coefficients: Mapping[str, Float]
+    report: Mapping[str, Mapping[str, Any]]
+    chosen: frozenset[str]
+    statistics: tuple[Checkpoint, ...] = ()
+    dtype: str | None = None  # of the merged floating tensors; None keeps each one's own
+
+    def dtype_of(self, name: str) -> str:
+        """The stored dtype of a tensor of the result."""
+        return result_dtype(self.anchor.tensors[name].dtype, self.dtype)
+
+    def runs(self, name: str) -> list[list[Chunk]]:
+        """What can be done side by side of a tensor; methods that look at single values take it whole."""
+        size = self.anchor.tensors[name].size
+        if name in self.chosen and name not in self.coefficients:
+            return [[Chunk(0, 1, 0, size)]]
+        return list(runs(size, len(self.coefficients[name]) if name in self.coefficients else 1))
+
+    def pieces(self, name: str, run: Sequence[Chunk]) -> Iterator[tuple[int, Array]]:
+        """The merged tensor's stored values in consecutive pieces, with where each starts; good until the next one.
+
+        Raises:
+            MergeError: values beyond the range of the result's dtype.
+        """
+        try:
+            yield from self._pieces(name, run)
+        except FloatingPointError as error:
+            raise MergeError(
+                f"tensor {name}",
+                got=f"merged values beyond {self.dtype_of(name)}",
+                expected="values that fit",
+                cure="use --dtype float32, or a smaller scale",
+            ) from error
+
+    def _pieces(self, name: str, run: Sequence[Chunk]) -> Iterator[tuple[int, Array]]:
+        origin, dtype = self.anchor.tensors[name], self.dtype_of(name)
+        others = [w.tensors[name] for w in self.tuned]
+        if name not in self.chosen:
+            for piece in run:
+                kept = origin.read(piece.start, piece.stop)
+                yield piece.start, kept if dtype == origin.dtype else narrow(widen(kept, origin.dtype), dtype)
+        elif name in self.coefficients:
+            yield from blended(origin, others, run, self.coefficients[name], dtype, of=METHODS[self.method].of)
+        elif origin.size:
+            yield 0, narrow(self._by_values(name, origin, others), dtype).reshape(-1)
+
+    def _by_values(self, name: str, origin: StoredTensor, others: Sequence[StoredTensor]) -> Float:
+        """w0 + scale * update of a whole tensor, by a method that looks at single values."""
+        row = METHODS[self.method]
+        base = origin.values().reshape(origin.shape)
+        updates = np.stack([w.values().reshape(origin.shape) for w in others]) - base
+        given: list[Any] | None
+        if row.needs:
+            known = [s.tensors.get(name) for s in self.statistics]
+            given = [s.values().reshape(s.shape) for s in known if s is not None] or None
+        else:
+            key = np.frombuffer(name.encode(), np.uint8)
+            given = [np.random.default_rng([*key, i]) for i in range(len(updates))]
+        own = {k: v for k, v in self.options.items() if k != "scale"}
+        return np.asarray(base + self.options["scale"] * row.function(updates, given, **own))
+
+    def tensors(self) -> dict[str, Array]:
+        """The result in memory, bfloat16 as float32, which holds it exactly."""
+        found = {}
+        for name, origin in self.anchor.tensors.items():
+            dtype = self.dtype_of(name)
+            merged = np.empty(origin.size, np.float32 if dtype == "BF16" else STORED[dtype])
+            for run in self.runs(name):
+                for start, piece in self.pieces(name, run):
+                    merged[start : start + piece.size] = widen(piece, dtype) if dtype == "BF16" else piece
+            found[name] = merged.reshape(origin.shape)
+        return found
+
+
+def result_dtype(own: str, asked: str | None) -> str:
+    """The dtype of a merged tensor: integers keep theirs."""
+    return asked or own if own in FLOATS else own

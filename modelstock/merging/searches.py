@@ -1,0 +1,106 @@
+"""Coefficients that are found by scoring merges, which are made in memory for that."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from modelstock.errors import MergeError
+from modelstock.merging.kernels import Array, Float
+from modelstock.merging.methods.table import METHODS
+from modelstock.merging.plan import Plan
+from modelstock.weights.weight_set import WeightSet
+
+# Accuracies of weight sets on the held-out split, in one pass over it.
+Scorer = Callable[[Sequence[WeightSet]], Sequence[float]]
+# The held-out loss of a weight set and its gradient by tensor name.
+Gradient = Callable[[WeightSet], tuple[float, Mapping[str, Array]]]
+
+
+class Trials:
+    """Merges of one plan with any shares of the updates: tensor -> (N,)."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.names = [name for name in sorted(plan.chosen) if plan.anchor.tensors[name].size]
+        self.options = {name: value for name, value in plan.options.items() if name != "scale"}
+
+    def with_shares(self, shares: Mapping[str, Float]) -> Plan:
+        """The plan that merges by these shares."""
+        scale = self.plan.options["scale"]
+        return replace(self.plan, coefficients={name: scale * shares[name][None] for name in self.names})
+
+    def merged(self, shares: Mapping[str, Float]) -> WeightSet:
+        """The merge by these shares, in memory."""
+        tensors = self.with_shares(shares).tensors()
+        return WeightSet(tensors, self.plan.anchor.meta, f"a trial of {self.plan.method}")
+
+
+def search_by_score(plan: Plan, score: Scorer) -> Plan:
+    """Settle the coefficients, the same for every tensor, by the accuracies of merges."""
+    trials, method = Trials(plan), METHODS[plan.method]
+    blend = method.function(
+        len(plan.tuned),
+        lambda batch: score([trials.merged(dict.fromkeys(trials.names, shares)) for shares in batch]),
+        **trials.options,
+    )
+    facts: dict[str, Any] = dict(blend.facts)
+    if "chosen" in facts:
+        facts["chosen"] = [plan.tuned[number].source for number in facts["chosen"]]
+    report = {name: {**plan.report[name], **facts} for name in plan.report}
+    return replace(trials.with_shares(dict.fromkeys(trials.names, blend.coefficients)), report=report)
+
+
+def search_by_gradient(plan: Plan, gradient: Gradient) -> Plan:
+    """Settle one scale of the mean update per tensor by the gradient of the held-out loss."""
+    trials, method = Trials(plan), METHODS[plan.method]
+    scale, uniform = plan.options["scale"], np.full(len(plan.tuned), 1 / len(plan.tuned))
+    means = {name: _mean_update(plan, name, uniform) for name in trials.names}
+
+    def loss(scales: Float) -> tuple[float, Float]:
+        value, slopes = gradient(trials.merged(_shares(trials.names, scales, uniform)))
+        along = [
+            scale * float(np.einsum("k,k->", slopes[name].reshape(-1).astype(np.float64), means[name]))
+            for name in trials.names
+        ]
+        return value, np.array(along)
+
+    scales = method.function(np.ones(len(trials.names)), loss, **trials.options)
+    report = {
+        name: {**plan.report[name], "ratio": float(value)} for name, value in zip(trials.names, scales, strict=True)
+    }
+    settled = trials.with_shares(_shares(trials.names, scales, uniform))
+    return replace(settled, report={**plan.report, **report})
+
+
+def _shares(names: Sequence[str], scales: Float, uniform: Float) -> dict[str, Float]:
+    return {name: scale * uniform for name, scale in zip(names, scales, strict=True)}
+
+
+def _mean_update(plan: Plan, name: str, uniform: Float) -> Float:
+    """The mean update of a tensor (size,), as the merge itself computes it."""
+    at_mean = replace(plan, coefficients={name: uniform[None]}, chosen=frozenset([name]), dtype="F64")
+    pieces = [piece.copy() for run in at_mean.runs(name) for _, piece in at_mean.pieces(name, run)]
+    merged = np.concatenate(pieces)
+    mean: Float = merged - plan.anchor.tensors[name].values()
+    return mean
+
+
+def search(plan: Plan, score: Scorer | None, gradient: Gradient | None) -> Plan:
+    """Settle the coefficients of a method that searches.
+
+    Raises:
+        MergeError: what the method needs was not passed.
+    """
+    needs = METHODS[plan.method].needs
+    if needs == "score" and score is not None:
+        return search_by_score(plan, score)
+    if needs == "gradient" and gradient is not None:
+        return search_by_gradient(plan, gradient)
+    raise MergeError(
+        f"method {plan.method}",
+        got="nothing to score merges with",
+        expected=f"a {needs} on held-out data",
+        cure="give --held-out, or from Python score= or gradient=",
+    )
