@@ -449,7 +449,7 @@ def test_the_command_merges_inspects_and_compares(files, tmp_path):
         (["--set", "scale=big"], "option scale: got 'big'; expected a number"),
         (
             ["--method", "weighted", "--set", "weights=5"],
-            "option weights: got 5; expected a number for each checkpoint, not all 0",
+            "option weights: got 5; expected a number for each checkpoint, their sum not 0",
         ),
         (["--method", "slerp", "--granularity", "layer"], "granularity: got 'layer'; expected tensor, filter or model"),
         (["--dtype", "float8"], "error: --dtype: got 'float8'"),
