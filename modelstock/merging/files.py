@@ -1,10 +1,8 @@
 """Merges of checkpoints on disk, a chunk at a time: neither a model nor a large tensor is ever whole in memory."""
 
 import fnmatch
-import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +19,7 @@ from modelstock.merging.kernels import Chunk
 from modelstock.merging.plan import Plan, result_dtype
 from modelstock.merging.searches import Gradient, Scorer
 from modelstock.weights.checkpoints import open_checkpoint
+from modelstock.weights.format import Layout, lay_out
 from modelstock.weights.tensors import STORED, Checkpoint
 
 SYNC = 1 << 26  # values after which what was written is sent to disk
@@ -193,27 +192,14 @@ def _check_room(out: Path, needed: int) -> None:
         raise MergeError(out, got=f"{free:,} free bytes", expected=f"{needed:,}", cure="make room or name another disk")
 
 
-def layout(anchor: Checkpoint, dtype: str | None, meta: Mapping[str, Any]) -> tuple[bytes, dict[str, int], int]:
-    """The file of a merge, as safetensors lays it out: its first bytes, where each tensor begins, its size."""
-    header: dict[str, Any] = {"__metadata__": {"modelstock": json.dumps(meta, sort_keys=True)}}
-    place, begins = 0, {}
-    dtypes = {name: result_dtype(tensor.dtype, dtype) for name, tensor in anchor.tensors.items()}
-    # Larger dtypes first, so that every tensor is aligned, then by name.
-    for name in sorted(dtypes, key=lambda n: (-STORED[dtypes[n]].itemsize, n)):
-        tensor = anchor.tensors[name]
-        size = tensor.size * STORED[dtypes[name]].itemsize
-        header[name] = {"dtype": dtypes[name], "shape": list(tensor.shape), "data_offsets": [place, place + size]}
-        begins[name] = place
-        place += size
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    start = struct.pack("<Q", len(raw)) + raw
-    return start, {name: len(start) + at for name, at in begins.items()}, len(start) + place
+def layout(anchor: Checkpoint, dtype: str | None, meta: Mapping[str, Any]) -> Layout:
+    """The file of a merge before its values are there."""
+    return lay_out({n: (result_dtype(t.dtype, dtype), t.shape) for n, t in anchor.tensors.items()}, meta)
 
 
 def file_size(anchor: Checkpoint, dtype: str | None) -> int:
     """Bytes that a merge takes on disk, less a few hundred of metadata."""
-    return layout(anchor, dtype, {})[2]
+    return layout(anchor, dtype, {}).size
 
 
 def write_plan(
@@ -229,20 +215,20 @@ def write_plan(
     Raises:
         MergeError: a disk that fills up meanwhile; nothing is left behind then.
     """
-    start, begins, total = layout(plan.anchor, plan.dtype, meta)
-    work = [(name, run) for name in sorted(begins) for run in plan.runs(name)]
+    file_layout = layout(plan.anchor, plan.dtype, meta)
+    work = [(name, run) for name in sorted(file_layout.begins) for run in plan.runs(name)]
     try:
         with atomic_path(out) as temporary, open(temporary, "wb") as file:
-            file.write(start)
+            file.write(file_layout.start)
             file.flush()
-            file.truncate(total)
+            file.truncate(file_layout.size)
             descriptor = file.fileno()
 
             def second_pass(task: tuple[str, Sequence[Chunk]]) -> int:
                 name, run = task
                 size = STORED[plan.dtype_of(name)].itemsize
                 for at, piece in plan.pieces(name, run):
-                    raw, place = np.ascontiguousarray(piece).view(np.uint8).data, begins[name] + at * size
+                    raw, place = np.ascontiguousarray(piece).view(np.uint8).data, file_layout.begins[name] + at * size
                     while raw:
                         written = os.pwrite(descriptor, raw, place)
                         raw, place = raw[written:], place + written
@@ -258,5 +244,8 @@ def write_plan(
                         unsynced = 0
     except OSError as error:
         raise MergeError(
-            out, got=f"{error.strerror}", expected=f"{total:,} bytes written", cure="make room or name another disk"
+            out,
+            got=f"{error.strerror}",
+            expected=f"{file_layout.size:,} bytes written",
+            cure="make room or name another disk",
         ) from error

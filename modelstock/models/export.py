@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save
-
 from modelstock.errors import DataError, ParamsError, WeightsError
 from modelstock.files import dump_json
 from modelstock.models.pretrained import CONFIG
-from modelstock.weights.weight_set import Array, WeightSet, classes_sha256
+from modelstock.weights.format import write_arrays
+from modelstock.weights.weight_set import WeightSet, classes_sha256
 
 WEIGHTS = "open_clip_model.safetensors"
 HEAD = "head.safetensors"
@@ -154,16 +152,10 @@ def export(
     head = {"weight": weights.tensors["head.weight"], "bias": weights.tensors["head.bias"]}
     with _whole_folder(folder, overwrite) as new:
         (new / CONFIG).write_text(dump_json(config), encoding="utf-8")
-        (new / WEIGHTS).write_bytes(_blob(both))
-        (new / HEAD).write_bytes(_blob(head))
+        write_arrays(new / WEIGHTS, both)
+        write_arrays(new / HEAD, head)
         (new / CLASSES).write_text(dump_json(list(names)), encoding="utf-8")
         (new / CARD).write_text(_card(weights, Path(folder).absolute().name, figures, licence), encoding="utf-8")
-
-
-def _blob(tensors: Mapping[str, Array]) -> bytes:
-    # The one metadata key tells other readers that these are torch's names.
-    ordered = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
-    return save(ordered, metadata={"format": "pt"})
 
 
 def _figures(report: Mapping[str, Any], weights: WeightSet) -> list[tuple[str, str, Mapping[str, float]]]:

@@ -20,8 +20,8 @@ from modelstock.data.classes import prompts_key
 from modelstock.errors import DataError, ParamsError, WeightsError
 from modelstock.params import OpenClipPretraining
 from modelstock.weights.checkpoints import open_checkpoint
-from modelstock.weights.tensors import FLOATS, Checkpoint, StoredTensor, in_memory, widen
-from modelstock.weights.weight_set import Array, WeightSet, classes_sha256, load_weights
+from modelstock.weights.tensors import FLOATS, Array, Checkpoint, StoredTensor, in_memory, widen
+from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
 
 Prompts = Sequence[Callable[[str], str]]
 CONFIG = "open_clip_config.json"

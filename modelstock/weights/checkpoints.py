@@ -1,14 +1,12 @@
-"""Checkpoints read piece by piece: safetensors files and folders, sharded ones, and torch's own, without loading them.
+"""The one reader of checkpoints: safetensors files and folders, sharded ones, and torch's own, piece by piece.
 
-A tensor is a place in a file until a slice of it is asked for. safetensors are parsed here, in numpy alone; torch is
-imported only to open its pickles, with `weights_only=True`, so nothing in them runs.
+A tensor is a place in a file until a slice of it is asked for. torch is imported only to open its pickles, with
+`weights_only=True`, so nothing in them runs.
 """
 
 import json
-import math
 import os
-import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,93 +14,75 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelstock.errors import WeightsError
+from modelstock.weights.format import broken_file, parse_header, parse_meta
 from modelstock.weights.tensors import STORED, Array, Checkpoint, StoredTensor, reader_of
 
-_MOST_HEADER = 100_000_000
-
-
-def _bad(path: Path, got: object, cure: str = "make or copy the file again") -> WeightsError:
-    return WeightsError(path, got=got, expected="a whole safetensors file", cure=cure)
-
-
-def parse_header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors header, checked entry by entry, and the offset at which the data begins.
-
-    Raises:
-        WeightsError: anything that the format forbids: a length beyond the file, bad JSON, unknown dtypes, offsets
-            that do not fit the shape, overlap, leave gaps or end beyond the file.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise _bad(path, f"{size} bytes")
-        (length,) = struct.unpack("<Q", start)
-        if length > min(size - 8, _MOST_HEADER):
-            if start[:4] == b"PK\x03\x04":
-                raise _bad(path, "a zip archive, as torch.save writes", cure="rename it to .pt")
-            raise _bad(path, f"a header of {length} bytes in a file of {size}")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise _bad(path, f"a header that is no JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _bad(path, f"a header that is a {type(header).__name__}")
-    spans = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            numbers = [*shape, begin, end]
-        except (TypeError, KeyError, ValueError) as error:
-            raise _bad(path, f"tensor {name} described as {str(entry)[:80]}") from error
-        if dtype not in STORED:
-            raise WeightsError(
-                f"{path}, tensor {name}", got=f"dtype {dtype!r}", expected=", ".join(STORED), cure="convert it first"
-            )
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-            raise _bad(path, f"tensor {name} with shape {shape} at {begin}:{end}")
-        if end - begin != math.prod(shape) * STORED[dtype].itemsize:
-            raise _bad(path, f"tensor {name} of {dtype}{shape} in {end - begin} bytes")
-        spans.append((begin, end, name))
-    place = 0
-    for begin, end, name in sorted(spans):
-        if begin != place:
-            raise _bad(path, f"tensor {name} at byte {begin}, after data that end at {place}")
-        place = end
-    if 8 + length + place != size:
-        raise _bad(path, f"{size} bytes where the header describes {8 + length + place}")
-    return header, 8 + length
+# A folder's weights: the first of these that it holds.
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "weights.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
 
 
 class _File:
-    """A file open for reading at any place, by several threads at once, until nothing refers to it any more."""
+    """A file read at any place, by several threads at once: held open, or opened for each read where `held` is false.
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._descriptor = path, os.open(path, os.O_RDONLY)
+    Files that are not held are as many as one likes; that they are still the same is checked.
+    """
+
+    def __init__(self, path: Path, *, held: bool) -> None:
+        self._path, self._descriptor = path, -1
+        descriptor = os.open(path, os.O_RDONLY)
+        self._state = self._state_of(descriptor)
+        if held:
+            self._descriptor = descriptor
+        else:
+            os.close(descriptor)
 
     def read(self, offset: int, into: NDArray[np.uint8]) -> None:
+        """Fill `into` with the bytes from `offset` on."""
+        if self._descriptor >= 0:
+            self._read(self._descriptor, offset, into)
+            return
+        descriptor = os.open(self._path, os.O_RDONLY)
+        try:
+            if self._state_of(descriptor) != self._state:
+                raise broken_file(self._path, "a file that was replaced while it was in use", cure="start again")
+            self._read(descriptor, offset, into)
+        finally:
+            os.close(descriptor)
+
+    def _read(self, descriptor: int, offset: int, into: NDArray[np.uint8]) -> None:
         # Read rather than mapped: pages of a map count as this process's memory until the system takes them away.
         while into.size:
-            got = os.preadv(self._descriptor, [into.data], offset)
-            if not got:
-                raise _bad(self._path, "a file that was cut while it was read")
-            offset, into = offset + got, into[got:]
+            count = os.preadv(descriptor, [into.data], offset)
+            if not count:
+                raise broken_file(self._path, "a file that was cut while it was read")
+            offset, into = offset + count, into[count:]
+
+    @staticmethod
+    def _state_of(descriptor: int) -> tuple[int, int, int, int]:
+        status = os.fstat(descriptor)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def __del__(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
 
-def _safetensors(path: Path) -> Checkpoint:
+def open_safetensors(path: Path, *, held: bool = True) -> Checkpoint:
+    """Open a safetensors file. `held`: it stays open as long as its tensors are used; else each read opens it.
+
+    Raises:
+        WeightsError: a truncated or foreign file.
+    """
     header, offset = parse_header(path)
-    said = header.pop("__metadata__", None) or {}
-    try:
-        meta = json.loads(said.get("modelstock", "{}"))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise _bad(path, f"metadata {str(said)[:80]}") from error
-    file = _File(path)
+    meta = parse_meta(path, header)
+    file = _File(path, held=held)
 
     def entry(described: Mapping[str, Any]) -> StoredTensor:
         stored = STORED[described["dtype"]]
@@ -116,7 +96,8 @@ def _safetensors(path: Path) -> Checkpoint:
 
         return StoredTensor(described["dtype"], tuple(described["shape"]), read)
 
-    return Checkpoint({name: entry(described) for name, described in header.items()}, meta, str(path))
+    tensors = {name: entry(described) for name, described in header.items() if name != "__metadata__"}
+    return Checkpoint(tensors, meta, str(path))
 
 
 def _sharded(index: Path) -> Checkpoint:
@@ -195,14 +176,22 @@ def _pickled(path: Path) -> Checkpoint:
     return Checkpoint({n.removeprefix(stripped): entry(n, t) for n, t in loaded.items()}, {}, str(path))
 
 
-_IN_FOLDERS = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "open_clip_model.safetensors",
-    "weights.safetensors",
-    "pytorch_model.bin",
-    "open_clip_pytorch_model.bin",
-)
+def weights_in(folder: Path, names: Sequence[str] = WEIGHT_FILES) -> Path:
+    """The file of a folder that holds a model's weights: the first of `names` that is there, or its one safetensors.
+
+    Raises:
+        WeightsError: there is none, or several without an index.
+    """
+    named = [folder / name for name in names if (folder / name).is_file()]
+    alone = sorted(folder.glob("*.safetensors"))
+    if not named and len(alone) != 1:
+        raise WeightsError(
+            folder,
+            got=f"a folder without weights, or with {len(alone)} safetensors files and no index",
+            expected="one of " + ", ".join(names),
+            cure="name the file",
+        )
+    return (named or alone)[0]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -214,18 +203,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        found = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), None)
-        alone = sorted(path.glob("*.safetensors"))
-        if found is None and len(alone) == 1:
-            found = alone[0]
-        if found is None:
-            raise WeightsError(
-                path,
-                got=f"a folder without weights, or with {len(alone)} safetensors files and no index",
-                expected="one of " + ", ".join(_IN_FOLDERS),
-                cure="name the file",
-            )
-        path = found
+        path = weights_in(path)
     if not path.is_file():
         raise WeightsError(path, got="no such file", expected="a checkpoint", cure="check the path")
     if path.suffix == ".json":
@@ -237,4 +215,4 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise WeightsError(path, got=error.strerror, expected="a readable file", cure="check its mode") from error
     if path.suffix != ".safetensors" and start[:1] in (b"\x80", b"P"):
         return _pickled(path)
-    return _safetensors(path)
+    return open_safetensors(path)

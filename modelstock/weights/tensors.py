@@ -87,6 +87,15 @@ class StoredTensor:
         """How many values it holds."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored values."""
+        return self.size * STORED[self.dtype].itemsize
+
+    def array(self) -> Array:
+        """All stored values, in their shape."""
+        return self.read(0, self.size).reshape(self.shape)
+
     def values(self, start: int = 0, stop: int | None = None) -> Array:
         """Values [start, stop) in a dtype that numpy computes with: float64 for floating dtypes, else the stored."""
         stored = self.read(start, self.size if stop is None else stop)
@@ -162,7 +171,8 @@ def stored_array(array: Array, place: str) -> StoredTensor:
     dtype = _NAMES.get(array.dtype.newbyteorder("<"))
     if dtype is None:
         raise WeightsError(place, got=f"dtype {array.dtype}", expected=", ".join(STORED), cure="convert it")
-    return StoredTensor(dtype, array.shape, reader_of(np.asarray(array, order="C").reshape(-1)))
+    flat = np.asarray(array, STORED[dtype], order="C").reshape(-1)
+    return StoredTensor(dtype, array.shape, reader_of(flat))
 
 
 def in_memory(tensors: Mapping[str, Array], meta: Mapping[str, Any], source: str) -> Checkpoint:

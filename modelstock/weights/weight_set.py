@@ -1,7 +1,7 @@
 """Weight sets: one safetensors file that says what it is.
 
 A weight set holds the image tower (`visual.*`, open_clip names) and the classification head
-(`head.weight` (C, D), `head.bias` (C,)), and one metadata key `modelstock` with sorted JSON.
+(`head.weight` (C, D), `head.bias` (C,)); its metadata key `modelstock` is sorted JSON.
 Nothing here knows CLIP: any mapping of names to arrays is a weight set.
 """
 
@@ -13,16 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
-
 from modelstock.errors import WeightsError
-from modelstock.files import atomic_path
-from modelstock.weights.tensors import StoredTensor, check_finite, identity_of, stored_array
-
-Array = NDArray[Any]
+from modelstock.weights.checkpoints import open_safetensors
+from modelstock.weights.format import write_arrays
+from modelstock.weights.tensors import Array, Checkpoint, StoredTensor, check_finite, identity_of, stored_array
 
 
 @dataclass(frozen=True)
@@ -45,8 +39,9 @@ class WeightSet:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        held = self.tensors
-        return held.nbytes if isinstance(held, _Lazy) else sum(tensor.nbytes for tensor in held.values())
+        if isinstance(self.tensors, LazyArrays):
+            return self.tensors.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all; equal weight sets give equal bytes.
@@ -55,11 +50,7 @@ class WeightSet:
             WeightsError: a tensor holds NaN or infinity.
         """
         self.check_finite()
-        tensors = {name: np.asarray(self.tensors[name], order="C") for name in sorted(self.tensors)}
-        # One key only: safetensors writes two or more in random order.
-        blob = save(tensors, metadata={"modelstock": json.dumps(dict(self.meta), sort_keys=True)})
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(blob)
+        write_arrays(path, self.tensors, self.meta)
 
     def check_finite(self) -> None:
         """Raise WeightsError naming the first tensor that holds NaN or infinity."""
@@ -71,25 +62,25 @@ class WeightSet:
             yield name, stored_array(self.tensors[name], f"{self.source}, tensor {name}")
 
 
-class _Lazy(Mapping[str, Array]):
-    """A safetensors file's tensors, each read when it is asked for and not kept."""
+class LazyArrays(Mapping[str, Array]):
+    """A checkpoint's tensors as arrays, each read when it is asked for and not kept."""
 
-    def __init__(self, path: Path) -> None:
-        self._file: Any = safe_open(path, framework="numpy")  # maps the file; nothing is read yet
-        self._names = sorted(self._file.keys())  # type: ignore[no-untyped-call]
-        self.nbytes = path.stat().st_size  # with a header of some KB
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._tensors = {name: checkpoint.tensors[name] for name in sorted(checkpoint.tensors)}
 
     def __getitem__(self, name: str) -> Array:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor: Array = self._file.get_tensor(name)
-        return tensor
+        return self._tensors[name].array()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
 
 def classes_sha256(names: Sequence[str]) -> str:
@@ -113,18 +104,17 @@ def load_weights(path: Path, *, lazy: bool = False) -> WeightSet:
             expected="a .safetensors file",
             cure="check the path, or run the stage that makes it",
         )
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            tensors = {} if lazy else {name: file.get_tensor(name) for name in sorted(file.keys())}
-        held: Mapping[str, Array] = _Lazy(path) if lazy else tensors
-        weights = WeightSet(held, json.loads(header.get("modelstock", "{}")), str(path))
-        weights.check_finite()
-    except (SafetensorError, ValueError, TypeError) as error:
-        raise WeightsError(
-            path,
-            got=f"{path.stat().st_size} bytes that do not parse ({error})",
-            expected="a whole safetensors file",
-            cure="make or copy the file again",
-        ) from error
+    # As many of ours may be open at a time as there are subsets to compare: none is held.
+    checkpoint = open_safetensors(path, held=not lazy)
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.dtype == "BF16":
+            raise WeightsError(
+                f"{path}, tensor {name}",
+                got="dtype BF16, which numpy has no arrays of",
+                expected="another",
+                cure="merge with --dtype float32",
+            )
+    arrays = LazyArrays(checkpoint)
+    weights = WeightSet(arrays if lazy else dict(arrays), checkpoint.meta, str(path))
+    weights.check_finite()
     return weights
