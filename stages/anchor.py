@@ -4,7 +4,7 @@ from pathlib import Path
 
 from modelstock.data.classes import class_names, templates
 from modelstock.devices import deterministic
-from modelstock.models.pretrained import anchor_of
+from modelstock.models.anchor import anchor_of
 from modelstock.params import load_params
 from modelstock.training.distributed import processes
 from modelstock.weights.weight_set import load_weights

@@ -13,7 +13,7 @@ from modelstock.data.shards import check_classes, load_manifest
 from modelstock.devices import deterministic
 from modelstock.errors import ParamsError
 from modelstock.files import atomic_path
-from modelstock.models.pretrained import adopt
+from modelstock.models.adopt import adopt_seed
 from modelstock.models.towers import build_classifier, tensors_of
 from modelstock.params import FinetuneParams, Params, load_params
 from modelstock.provenance import key_of
@@ -137,14 +137,11 @@ def adopted(params: Params, seed: int, anchor: Path, out: Path) -> bool:
         )
     deterministic(params.threads)
     start, source = load_weights(anchor), Path(checkpoints[place])
-    names, prompts = start.meta.get("classes"), templates(params.classes)
+    prompts = templates(params.classes)
     with processes(1, params.device, "stages.finetune") as world:
-        weights = adopt(source, start, names=names, prompts=prompts, device=world.device.type)
-    head = weights.meta["made_by"].get("options", {}).get("head", "own")
-    # However it was made, here it stands for this seed.
-    made = {"stage": "finetune", "seed": seed, "source": source.name, "options": {"head": head}}
-    meta = {**weights.meta, "made_by": {**made, "version": __version__}}
-    WeightSet(weights.tensors, meta, weights.source).save(out / "weights.safetensors")
+        weights = adopt_seed(source, start, seed=seed, prompts=prompts, device=world.device.type)
+    weights.save(out / "weights.safetensors")
+    head = weights.meta["made_by"]["options"]["head"]
     write_history(out, [])
     print(f"seed-{seed}: {source} adopted with the {head} head, identity {weights.identity[:12]}; no training")
     return True

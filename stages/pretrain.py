@@ -18,7 +18,8 @@ from stages import run
 def clip_of(params: Params, out: Path) -> WeightSet:
     """The tiny CLIP after its pre-training, whose history goes to `out`, or open_clip's."""
     if isinstance(params.pretrain, OpenClipPretraining):
-        return load_clip(params.pretrain)
+        section = params.pretrain
+        return load_clip(section.architecture, section.pretrained, seed=section.seed)
     options = params.pretrain.model_dump(mode="json")
     clip, history = pretrain(
         params.pretrain,

@@ -16,6 +16,7 @@ def anchor():
     import torch
 
     from modelstock.data.classes import templates
+    from modelstock.models import heads
     from modelstock.models import towers as models
     from modelstock.params import ClassesParams
     from modelstock.weights.weight_set import WeightSet, classes_sha256
@@ -23,7 +24,7 @@ def anchor():
     torch.manual_seed(0)
     clip = models.build_clip(models.TINY_CLIP).eval()
     prompts = templates(ClassesParams(names="shapes", templates="shapes"))
-    weight, bias = models.zero_shot_head(clip, models.tokenizer(models.TINY_CLIP), NAMES, prompts)
+    weight, bias = heads.zero_shot_head(clip, heads.tokenizer(models.TINY_CLIP), NAMES, prompts)
     tensors = {k: v for k, v in models.tensors_of(clip).items() if k.startswith("visual.")}
     tensors |= {"head.weight": weight.numpy(), "head.bias": bias.numpy()}
     meta = {

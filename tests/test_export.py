@@ -15,9 +15,9 @@ from modelstock.cli.commands import app
 from modelstock.data.images import normalise
 from modelstock.errors import DataError, ParamsError, WeightsError
 from modelstock.models import towers as models
+from modelstock.models.anchor import anchor_of
 from modelstock.models.export import export
-from modelstock.models.pretrained import anchor_of, load_clip
-from modelstock.params import OpenClipPretraining
+from modelstock.models.pretrained import load_clip
 from modelstock.weights.weight_set import WeightSet, load_weights
 from tests.support.merging import merge_with
 
@@ -35,14 +35,14 @@ COCA = {
 def family(request, monkeypatch):
     """A CLIP, and a merge of two weight sets fine-tuned from its anchor."""
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", request.param)
-    clip = load_clip(OpenClipPretraining(source="open_clip", architecture="tiny", pretrained="random", seed=1))
+    clip = load_clip("tiny", "random", seed=1)
     return clip, descendant(clip)
 
 
 @pytest.fixture
 def pair(monkeypatch):
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", models.TINY_CLIP)
-    clip = load_clip(OpenClipPretraining(source="open_clip", architecture="tiny", pretrained="random", seed=1))
+    clip = load_clip("tiny", "random", seed=1)
     return clip, descendant(clip)
 
 
@@ -91,7 +91,7 @@ def test_open_clip_loads_the_folder_and_it_predicts_as_the_weights_do(tmp_path, 
 def test_an_export_is_a_clip_that_can_be_an_anchor_again(tmp_path, pair):
     clip, weights = pair
     export(weights, clip, tmp_path / "out")
-    again = load_clip(OpenClipPretraining(source="open_clip", architecture="mine", pretrained=str(tmp_path / "out")))
+    again = load_clip("mine", str(tmp_path / "out"))
     assert again.meta["preprocess"] == weights.meta["preprocess"]
     np.testing.assert_array_equal(again.tensors["visual.proj"], weights.tensors["visual.proj"])
 

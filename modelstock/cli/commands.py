@@ -309,7 +309,7 @@ def evaluate(
     from modelstock.comparison.compare import metrics, wilson
     from modelstock.comparison.compare import per_class as by_class
     from modelstock.data.shards import check_classes, load_manifest
-    from modelstock.models.pretrained import adopt
+    from modelstock.models.adopt import adopt
     from modelstock.scoring.one_pass import collect, ensemble_identity, score
     from modelstock.scoring.results import Row, save_scores
     from modelstock.weights.weight_set import load_weights
@@ -547,7 +547,7 @@ def compare(
     from modelstock.experiment.choices import merge_subsets
     from modelstock.experiment.subsets import ensembles, row_of
     from modelstock.merging.methods.table import METHODS
-    from modelstock.models.pretrained import adopt
+    from modelstock.models.adopt import adopt
     from modelstock.scoring.one_pass import collect, ensemble_identity, score
     from modelstock.scoring.results import Row, save_scores
     from modelstock.weights.weight_set import WeightSet, load_weights
@@ -635,13 +635,12 @@ def anchor(
     from modelstock.data.classes import class_names
     from modelstock.data.classes import templates as prompts_of
     from modelstock.devices import device_kind
-    from modelstock.models.pretrained import anchor_of, load_clip
-    from modelstock.params import OpenClipPretraining
+    from modelstock.models.anchor import anchor_of
+    from modelstock.models.pretrained import load_clip
 
     names, prompts = class_names(section), prompts_of(section)
-    wanted = OpenClipPretraining(source="open_clip", architecture=architecture, pretrained=pretrained, seed=seed)
     kind = device_kind(device)
-    clip = load_clip(wanted)
+    clip = load_clip(architecture, pretrained, seed=seed)
     made = anchor_of(clip, names, prompts, device=kind)
     if clip_out is not None:
         clip.save(clip_out)

@@ -1,13 +1,12 @@
-"""CLIP models from open_clip, their zero-shot heads, and classifiers made of an image tower and a head.
+"""CLIP models of open_clip, and classifiers made of an image tower and a head.
 
 torch and open_clip cost seconds to import, so only what needs a model imports this.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 from open_clip.model import _build_vision_tower
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from modelstock.errors import ParamsError, WeightsError, few
 from modelstock.weights.differences import differences
@@ -33,11 +31,11 @@ TINY_CLIP: dict[str, Any] = {
 
 def _without_downloads(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a config whose towers start from random weights: whatever they should hold is loaded afterwards."""
-    own: dict[str, Any] = copy.deepcopy(dict(config))
+    blank: dict[str, Any] = copy.deepcopy(dict(config))
     for section, timm_or_hf in (("vision_cfg", "timm_model"), ("text_cfg", "hf_model")):
-        if f"{timm_or_hf}_name" in own.get(section, {}):
-            own[section][f"{timm_or_hf}_pretrained"] = False
-    return own
+        if f"{timm_or_hf}_name" in blank.get(section, {}):
+            blank[section][f"{timm_or_hf}_pretrained"] = False
+    return blank
 
 
 def build_clip(config: Mapping[str, Any]) -> nn.Module:
@@ -48,19 +46,19 @@ def build_clip(config: Mapping[str, Any]) -> nn.Module:
 
     Source: open_clip's factory, which chooses the class in the same way.
     """
-    own = _without_downloads(config)
-    custom = own.pop("custom_text", False) or "hf_model_name" in own["text_cfg"]
-    kind = open_clip.CLIP if not custom else open_clip.CoCa if "multimodal_cfg" in own else open_clip.CustomTextCLIP
-    if "hf_model_name" not in own["text_cfg"]:
-        model: nn.Module = kind(**own)
+    blank = _without_downloads(config)
+    custom = blank.pop("custom_text", False) or "hf_model_name" in blank["text_cfg"]
+    kind = open_clip.CLIP if not custom else open_clip.CoCa if "multimodal_cfg" in blank else open_clip.CustomTextCLIP
+    if "hf_model_name" not in blank["text_cfg"]:
+        model: nn.Module = kind(**blank)
         return model
-    name = own["text_cfg"]["hf_model_name"]
-    with _from_transformers(f"text tower {name}", f"the config of {name}"):
-        return kind(**own)  # type: ignore[no-any-return]
+    name = blank["text_cfg"]["hf_model_name"]
+    with from_transformers(f"text tower {name}", f"the config of {name}"):
+        return kind(**blank)  # type: ignore[no-any-return]
 
 
 @contextmanager
-def _from_transformers(place: str, wanted: str) -> Iterator[None]:
+def from_transformers(place: str, wanted: str) -> Iterator[None]:
     """Errors of the library `transformers`, and its absence, as one line."""
     if find_spec("transformers") is None:
         raise ParamsError(
@@ -80,8 +78,8 @@ def _from_transformers(place: str, wanted: str) -> Iterator[None]:
 
 def build_visual(config: Mapping[str, Any]) -> nn.Module:
     """The image tower of `build_clip(config)` alone, with random weights: images (B, 3, S, S) -> features (B, D)."""
-    own = _without_downloads(config)
-    visual: nn.Module = _build_vision_tower(own["embed_dim"], own["vision_cfg"], own.get("quick_gelu", False))
+    blank = _without_downloads(config)
+    visual: nn.Module = _build_vision_tower(blank["embed_dim"], blank["vision_cfg"], blank.get("quick_gelu", False))
     return visual
 
 
@@ -89,64 +87,12 @@ def _blank_visual(config: Mapping[str, Any]) -> nn.Module:
     """The image tower on the CPU, for weights to be loaded into; what the weights do not hold is right already."""
     with torch.device("meta"):
         visual = build_visual(config)
-    kept = visual.state_dict().keys()
-    if all(name in kept for name, _ in visual.named_buffers()):
+    loaded = visual.state_dict().keys()
+    if all(name in loaded for name, _ in visual.named_buffers()):
         return visual.to_empty(device="cpu")
     # Rotary embeddings, relative positions and masks are in no checkpoint: only a real tower computes them.
     with torch.random.fork_rng(devices=[]):
         return build_visual(config)
-
-
-def tokenizer(config: Mapping[str, Any], folder: Path | None = None) -> Callable[[Sequence[str]], Tensor]:
-    """The tokenizer that the text tower was trained with: texts -> (B, L) int64, L the tower's context length.
-
-    open_clip's own, or that of the library `transformers` which the config names, from `folder` where it is given.
-
-    Raises:
-        ParamsError: `transformers` is not installed, or the tokenizer's files are neither here nor to be had.
-    """
-    text = config["text_cfg"]
-    length, options = text.get("context_length", 77), dict(text.get("tokenizer_kwargs") or {})
-    name = text.get("hf_tokenizer_name")
-    if not name:
-        tokenize: Any = open_clip.SimpleTokenizer(context_length=length, **options)
-    else:
-        with _from_transformers(f"tokenizer {name}", f"its files in the hub's cache or in the folder of {name}"):
-            tokenize = open_clip.tokenizer.HFTokenizer(
-                str(folder or name), context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **options
-            )
-    return lambda texts: torch.as_tensor(tokenize(list(texts)))
-
-
-@torch.inference_mode()
-def zero_shot_head(
-    clip: nn.Module,
-    tokenize: Callable[[Sequence[str]], Tensor],
-    names: Sequence[str],
-    templates: Sequence[Callable[[str], str]],
-    *,
-    batch_size: int = 256,
-) -> tuple[Tensor, Tensor]:
-    """Weight (C, D) and zero bias (C,) of a linear head that classifies as CLIP's text tower does; float32 on the CPU.
-
-    Row c = exp(logit_scale) * normalise(mean over templates of normalise(text feature)). Texts are encoded on the
-    device that `clip` is on, each once.
-    Source: Radford et al., arXiv 2103.00020; Wortsman et al., arXiv 2109.01903.
-    """
-    texts = [template(name) for name in names for template in templates]
-    place = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    distinct, parts = list(place), []
-    device = next(clip.parameters()).device
-    # A bar where it takes a while, on a terminal.
-    with tqdm(total=len(distinct), desc="prompts", unit="text", disable=len(distinct) <= 1000 or None) as bar:
-        for start in range(0, len(distinct), batch_size):
-            tokens = tokenize(distinct[start : start + batch_size]).to(device)
-            encoded = clip.encode_text(tokens, normalize=False)  # type: ignore[operator]
-            parts.append(functional.normalize(encoded.float(), dim=-1))
-            bar.update(len(tokens))
-    features = torch.cat(parts)[[place[text] for text in texts]].reshape(len(names), len(templates), -1).mean(dim=1)
-    weight = functional.normalize(features, dim=-1) * clip.logit_scale.float().exp()  # type: ignore[operator]
-    return weight.cpu().clone(), torch.zeros(len(names))
 
 
 class Classifier(nn.Module):
@@ -162,9 +108,9 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """The tower's pooled feature (B, D), not normalised."""
-        found = self.visual(images)
+        output = self.visual(images)
         # Towers of captioning models give their tokens as well, after the pooled feature.
-        pooled: Tensor = found[0] if isinstance(found, tuple) else found
+        pooled: Tensor = output[0] if isinstance(output, tuple) else output
         return pooled
 
     def forward(self, images: Tensor) -> Tensor:

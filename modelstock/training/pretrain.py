@@ -11,7 +11,8 @@ from torch.nn import functional
 from modelstock.data.images import normalise
 from modelstock.data.shapes import render as shapes
 from modelstock.data.shapes.render import TINY_PREPROCESS
-from modelstock.models.towers import TINY_CLIP, build_clip, tokenizer
+from modelstock.models.heads import tokenizer
+from modelstock.models.towers import TINY_CLIP, build_clip
 from modelstock.params import TinyPretraining
 from modelstock.training.callbacks import Log, ResumePoint
 from modelstock.training.loop import Batch, Run, adamw, autocast, learning_rate

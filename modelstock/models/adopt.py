@@ -1,0 +1,191 @@
+"""Other people's fine-tuned checkpoints as weight sets that merge with an anchor."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from modelstock.errors import WeightsError, few
+from modelstock.models.anchor import head_of
+from modelstock.models.heads import Prompts
+from modelstock.models.pretrained import WEIGHT_FILES
+from modelstock.models.towers import build_clip
+from modelstock.weights.checkpoints import open_checkpoint, weights_in
+from modelstock.weights.differences import differences
+from modelstock.weights.origin import made_by
+from modelstock.weights.tensors import FLOATS, Array, Checkpoint, StoredTensor
+from modelstock.weights.weight_set import WeightSet, load_weights
+
+_HEADS = ("classification_head", "head", "fc", "classifier")
+
+
+def _read(tensor: StoredTensor) -> Array:
+    """The tensor in float32; integers as they are."""
+    values = tensor.values()
+    return (values.astype(np.float32) if tensor.dtype in FLOATS else values).reshape(tensor.shape)
+
+
+def _prefix_of_tower(checkpoint: Checkpoint, tower: Sequence[str]) -> str:
+    """What comes before the names of an image tower's tensors, given without `visual.`, in a checkpoint.
+
+    Raises:
+        WeightsError: no such tower in it, or two.
+    """
+    names, hits = set(tower), Counter[str]()
+    for name in checkpoint.tensors:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            if (rest := ".".join(parts[start:])) in names:
+                hits[name.removesuffix(rest)] += 1
+    whole = sorted(prefix for prefix, count in hits.items() if count == len(names))
+    if len(whole) == 1:
+        return whole[0]
+    if whole:
+        got = f"{len(whole)} image towers, under {' and '.join(map(repr, whole))}"
+        cure = "save the one to merge in a file of its own"
+        raise WeightsError(checkpoint.source, got=got, expected="one", cure=cure)
+    best = max(sorted(hits), key=lambda prefix: hits[prefix], default="visual.")
+    missing = sorted(best + name for name in names if best + name not in checkpoint.tensors)
+    raise WeightsError(
+        checkpoint.source,
+        got=f"{len(missing)} of the image tower's {len(names)} tensors missing: {few(missing)}",
+        expected="the image tower of the anchor",
+        cure="name a checkpoint of the anchor's architecture",
+    )
+
+
+def _linear_head(checkpoint: Checkpoint, tower: set[str]) -> str | None:
+    """The name of a checkpoint's classification layer, or None.
+
+    Raises:
+        WeightsError: it has several.
+    """
+    layers = []
+    for name in sorted(checkpoint.tensors.keys() - tower):
+        layer, _, parameter = name.rpartition(".")
+        if parameter == "weight" and layer.rpartition(".")[2] in _HEADS and len(checkpoint.tensors[name].shape) == 2:
+            layers.append(layer)
+    if len(layers) > 1:
+        raise WeightsError(
+            checkpoint.source,
+            got=f"{len(layers)} heads: {few(layers)}",
+            expected="one",
+            cure="save it with one of them",
+        )
+    return layers[0] if layers else None
+
+
+def _check_tower(checkpoint: Checkpoint, prefix: str, names: Mapping[str, str], anchor: WeightSet) -> None:
+    """Compare the tensors that are taken from a checkpoint, our name -> its name, with the anchor's.
+
+    Raises:
+        WeightsError: other shapes, or more tensors in the image tower: the file is of another architecture.
+    """
+    # Beside a tower without a prefix of its own lie the numbers of the CLIP.
+    beside = () if prefix.endswith("visual.") else ("logit_scale", "logit_bias")
+    tower = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name in names.values() or (name.startswith(prefix) and name.removeprefix(prefix) not in beside)
+    }
+    expected = {theirs: anchor.tensors[ours] for ours, theirs in names.items()}
+    if problems := differences(tower, expected, whose="the anchor's"):
+        raise WeightsError(
+            checkpoint.source,
+            got=few(problems),
+            expected="the anchor's tensors and no more in its image tower",
+            cure="name a checkpoint of the anchor's architecture and classes",
+        )
+
+
+def _checked(weights: WeightSet, anchor: WeightSet) -> WeightSet:
+    """A weight set of ours, if it merges with the anchor.
+
+    Raises:
+        WeightsError: other tensors, or a head for other classes.
+    """
+    if problems := differences(weights.tensors, anchor.tensors, whose="the anchor's"):
+        raise WeightsError(
+            weights.source,
+            got=few(problems),
+            expected="the tensors of the anchor",
+            cure="name a weight set made from this anchor",
+        )
+    classes, expected = weights.meta.get("classes_sha256"), anchor.meta.get("classes_sha256")
+    if classes and expected and classes != expected:
+        raise WeightsError(
+            weights.source,
+            got=f"a head for other classes ({classes[:12]})",
+            expected=f"the anchor's ({expected[:12]})",
+            cure="fine-tune from an anchor with the same classes, in the same order",
+        )
+    return weights
+
+
+def _whole_clip(checkpoint: Checkpoint, prefix: str, anchor: WeightSet) -> WeightSet | None:
+    """Both towers of a checkpoint, if it holds the text tower of the anchor's architecture whole."""
+    if not prefix.endswith("visual."):
+        return None
+    with torch.device("meta"):
+        expected = build_clip(anchor.meta["architecture"]).state_dict()
+    start = prefix.removesuffix("visual.")
+    tensors = {name: checkpoint.tensors[start + name] for name in expected if start + name in checkpoint.tensors}
+    if differences(tensors, expected, whose="the architecture's"):
+        return None
+    return WeightSet({name: _read(tensor) for name, tensor in tensors.items()}, anchor.meta, checkpoint.source)
+
+
+def adopt(path: Path, anchor: WeightSet, *, prompts: Prompts | None = None, device: str = "cpu") -> WeightSet:
+    """Somebody's fine-tuned checkpoint as a weight set that merges with `anchor`; floats become float32.
+
+    Our own files stay as they are. In others (safetensors, folders, state dicts, training checkpoints, with whatever
+    prefix) the image tower is what carries the anchor's names. The head is the file's own linear layer (C, D) over
+    normalised features; else zero-shot from its own text tower, if it has one, the anchor names its classes, and
+    `prompts` are given; else the anchor's. `meta["made_by"]["options"]["head"]` says which: own, zero-shot or anchor.
+
+    Raises:
+        WeightsError: a pickle of more than tensors, a tower or a head that does not fit the anchor, NaN or infinity.
+    """
+    path = Path(path)
+    file = weights_in(path, WEIGHT_FILES) if path.is_dir() else path
+    checkpoint = open_checkpoint(file)
+    if "architecture" in checkpoint.meta and "head.weight" in checkpoint.tensors:
+        return _checked(load_weights(file), anchor)
+    tower = [name.removeprefix("visual.") for name in anchor.tensors if name.startswith("visual.")]
+    prefix = _prefix_of_tower(checkpoint, tower)
+    names = {f"visual.{name}": prefix + name for name in tower}
+    layer = _linear_head(checkpoint, set(names.values()))
+    if layer is not None:
+        parameters = ("weight", "bias") if f"{layer}.bias" in checkpoint.tensors else ("weight",)
+        names |= {f"head.{parameter}": f"{layer}.{parameter}" for parameter in parameters}
+    _check_tower(checkpoint, prefix, names, anchor)
+    tensors = {ours: _read(checkpoint.tensors[theirs]) for ours, theirs in names.items()}
+    if layer is not None:
+        head = "own"
+        tensors.setdefault("head.bias", np.zeros_like(anchor.tensors["head.bias"]))
+    elif prompts is not None and "classes" in anchor.meta and (clip := _whole_clip(checkpoint, prefix, anchor)):
+        head = "zero-shot"
+        tensors |= head_of(clip, anchor.meta["classes"], prompts, device=device)
+    else:
+        head = "anchor"
+        tensors |= {name: anchor.tensors[name] for name in ("head.weight", "head.bias")}
+    origin = made_by(stage="finetune", source=file.name, options={"head": head})
+    weights = WeightSet(tensors, {**anchor.meta, "parents": [anchor.identity], "made_by": origin}, str(path))
+    weights.check_finite()
+    return weights
+
+
+def adopt_seed(
+    checkpoint: Path, anchor: WeightSet, *, seed: int, prompts: Prompts | None = None, device: str = "cpu"
+) -> WeightSet:
+    """A fine-tuned checkpoint, adopted, as the weight set of a seed: however it was made, here it counts as that.
+
+    Raises:
+        WeightsError: as `adopt`.
+    """
+    weights = adopt(checkpoint, anchor, prompts=prompts, device=device)
+    head = weights.meta["made_by"].get("options", {}).get("head", "own")
+    origin = made_by(stage="finetune", seed=seed, source=Path(checkpoint).name, options={"head": head})
+    return WeightSet(weights.tensors, {**weights.meta, "made_by": origin}, weights.source)

@@ -1,0 +1,68 @@
+"""Zero-shot heads: a linear layer that classifies as a CLIP's text tower does, and the tokenizers that it needs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from modelstock.models.towers import from_transformers
+
+# Class name -> prompt, each of them.
+Prompts = Sequence[Callable[[str], str]]
+
+
+def tokenizer(config: Mapping[str, Any], folder: Path | None = None) -> Callable[[Sequence[str]], Tensor]:
+    """The tokenizer that the text tower was trained with: texts -> (B, L) int64, L the tower's context length.
+
+    open_clip's own, or that of the library `transformers` which the config names, from `folder` where it is given.
+
+    Raises:
+        ParamsError: `transformers` is not installed, or the tokenizer's files are neither here nor to be had.
+    """
+    text = config["text_cfg"]
+    length, options = text.get("context_length", 77), dict(text.get("tokenizer_kwargs") or {})
+    name = text.get("hf_tokenizer_name")
+    if not name:
+        tokenize: Any = open_clip.SimpleTokenizer(context_length=length, **options)
+    else:
+        with from_transformers(f"tokenizer {name}", f"its files in the hub's cache or in the folder of {name}"):
+            tokenize = open_clip.tokenizer.HFTokenizer(
+                str(folder or name), context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **options
+            )
+    return lambda texts: torch.as_tensor(tokenize(list(texts)))
+
+
+@torch.inference_mode()
+def zero_shot_head(
+    clip: nn.Module,
+    tokenize: Callable[[Sequence[str]], Tensor],
+    names: Sequence[str],
+    templates: Prompts,
+    *,
+    batch_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Weight (C, D) and zero bias (C,) of a linear head that classifies as CLIP's text tower does; float32 on the CPU.
+
+    Row c = exp(logit_scale) * normalise(mean over templates of normalise(text feature)). Texts are encoded on the
+    device that `clip` is on, each once.
+    Source: Radford et al., arXiv 2103.00020; Wortsman et al., arXiv 2109.01903.
+    """
+    texts = [template(name) for name in names for template in templates]
+    rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    distinct, parts = list(rows), []
+    device = next(clip.parameters()).device
+    # A bar where it takes a while, on a terminal.
+    with tqdm(total=len(distinct), desc="prompts", unit="text", disable=len(distinct) <= 1000 or None) as bar:
+        for start in range(0, len(distinct), batch_size):
+            tokens = tokenize(distinct[start : start + batch_size]).to(device)
+            encoded = clip.encode_text(tokens, normalize=False)  # type: ignore[operator]
+            parts.append(functional.normalize(encoded.float(), dim=-1))
+            bar.update(len(tokens))
+    features = torch.cat(parts)[[rows[text] for text in texts]].reshape(len(names), len(templates), -1).mean(dim=1)
+    weight = functional.normalize(features, dim=-1) * clip.logit_scale.float().exp()  # type: ignore[operator]
+    return weight.cpu().clone(), torch.zeros(len(names))
