@@ -102,7 +102,6 @@ class ClassesParams(Section):
 class FinetuneParams(Optimization):
     """The recipe, the same for every seed.
 
-    `checkpoints`: fine-tuned weights that are there already, one a seed; nothing is trained then.
     `micro_batch`: examples a device takes at a time; null: its whole share of the batch; auto: halved until it fits.
     `layer_decay`: learning rate of a block over that of the next. `decay`: weight decay for all parameters, as in
     WiSE-FT, or for those of two dimensions and more. `mixup`: alpha of Beta(alpha, alpha); 0: none. `rand_augment_*`:
@@ -112,8 +111,6 @@ class FinetuneParams(Optimization):
     of these averages and snapshots is scored like any weight set.
     """
 
-    seeds: list[Seed] = Field(min_length=2)
-    checkpoints: list[str] = []
     epochs: Positive
     micro_batch: Positive | Literal["auto"] | None = None
     layer_decay: float = Field(default=1.0, gt=0, le=1)
@@ -136,8 +133,6 @@ class FinetuneParams(Optimization):
 
     @model_validator(mode="after")
     def _together(self) -> "FinetuneParams":
-        if self.checkpoints and len(self.checkpoints) != len(self.seeds):
-            raise ValueError(f"{len(self.checkpoints)} checkpoints for {len(self.seeds)} seeds: number them all")
         if self.head_first_epochs and not self.train_head:
             raise ValueError("head_first_epochs needs train_head: true")
         if self.lawa > self.epochs:
@@ -150,13 +145,6 @@ class FinetuneParams(Optimization):
             raise ValueError("micro_batch: auto is for one device; name a number for several")
         return self
 
-    @field_validator("seeds")
-    @classmethod
-    def _different(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("name each seed once")
-        return seeds
-
     @field_validator("crop_scale")
     @classmethod
     def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
@@ -168,7 +156,7 @@ class FinetuneParams(Optimization):
 class PeriodicParams(Section):
     """Seeds that train side by side and are merged by Model Stock on the way; beside each, one seed as long as all.
 
-    `sizes`: how many seeds, the first of finetune.seeds, with the recipe of `finetune`. `every_steps`: steps between
+    `sizes`: how many seeds, the first of `seeds`, with the recipe of `finetune`. `every_steps`: steps between
     two merges; null: an epoch. `reset_moments`: AdamW's moments start at zero after each merge. `devices`: 1, or one a
     seed. `pairwise`, `clip`: see modelstock.merging.model_stock.
     """
@@ -374,10 +362,16 @@ class TrackingParams(Section):
 
 
 class Params(Section):
-    """The whole file."""
+    """The whole file.
+
+    `seeds`: one fine-tuned weight set each. `checkpoints`: fine-tuned weights that are there already, one per seed, in
+    the order of `seeds`; nothing is trained then.
+    """
 
     threads: Positive
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    seeds: list[Seed] = Field(min_length=2)
+    checkpoints: list[str] = []
     loading: LoadingParams
     classes: ClassesParams
     prepare: PrepareParams
@@ -388,6 +382,13 @@ class Params(Section):
     evaluate: EvaluateParams
     compare: CompareParams
     tracking: TrackingParams
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("name each seed once")
+        return seeds
 
     @model_validator(mode="after")
     def _splits(self) -> "Params":
@@ -404,7 +405,7 @@ class Params(Section):
         if not problems:
             train, held_out = splits["train"], splits["held-out"]
             if (
-                not self.finetune.checkpoints
+                not self.checkpoints
                 and isinstance(train, FilesSplit)
                 and isinstance(held_out, FilesSplit)
                 and train.path == held_out.path
@@ -418,13 +419,19 @@ class Params(Section):
             problems.append("classes.names is shapes, but prepare.splits has files")
         if drawn and self.classes.names != "shapes":
             problems.append(f"classes.names: shapes, for the drawn splits {', '.join(drawn)}")
-        seeds = len(self.finetune.seeds)
+        seeds = len(self.seeds)
         problems += [f"periodic.sizes wants {n} of {seeds} seeds" for n in self.periodic.sizes if n > seeds]
-        if self.finetune.checkpoints and self.periodic.sizes:
-            problems.append("periodic.sizes: [] where finetune.checkpoints are given, for nothing is trained")
+        if self.checkpoints and self.periodic.sizes:
+            problems.append("periodic.sizes: [] where checkpoints are given, for nothing is trained")
+        if self.checkpoints and len(self.checkpoints) != seeds:
+            problems.append(f"{len(self.checkpoints)} checkpoints for {seeds} seeds: name one per seed")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def checkpoint_of(self, seed: int) -> Path | None:
+        """The checkpoint that stands for a seed; None where seeds are trained."""
+        return Path(self.checkpoints[self.seeds.index(seed)]) if self.checkpoints else None
 
 
 def _hint(name: str, known: list[str]) -> str:

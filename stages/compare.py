@@ -117,18 +117,18 @@ def main(results: Path, models: Path, out: Path) -> None:
     params = load_params()
     scores = [load_scores(results / f"{name}.safetensors") for name in params.evaluate.benchmarks]
     anchor, tuned, merged = models / "anchor.safetensors", models / "finetuned", models / "merged"
-    paths = [anchor, *(tuned / str(seed) / "weights.safetensors" for seed in params.finetune.seeds)]
+    paths = [anchor, *(tuned / str(seed) / "weights.safetensors" for seed in params.seeds)]
     paths += [p for method in params.merge.methods for p in sorted((merged / method).glob("*.safetensors"))]
     # Somebody's own checkpoints have no averages, and nothing may have trained beside them.
     paths += [p for p in beside(tuned, models / "periodic", models / "longer", params) if p.exists()]
     files = located(scores, paths)
     comparison = compare(scores, draws=params.compare.draws, seed=params.compare.seed)
     origin = load_weights(anchor, lazy=True)
-    angles = cosines(origin, finetuned(tuned, params.finetune.seeds, lazy=True))
+    angles = cosines(origin, finetuned(tuned, params.seeds, lazy=True))
     published = published_figures(comparison, origin.meta.get("backbone"))
     facts: dict[str, Any] = {"champion": comparison.champion, "cosines": angles, "published": published}
     facts = {name: value for name, value in facts.items() if value}
-    histories = [path for seed in params.finetune.seeds if (path := tuned / str(seed) / "history.jsonl").exists()]
+    histories = [path for seed in params.seeds if (path := tuned / str(seed) / "history.jsonl").exists()]
     write_report(comparison, out, facts=facts, histories=[read_history(path) for path in histories])
     try:
         track(params.tracking, scores, comparison, files)

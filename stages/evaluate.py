@@ -15,13 +15,13 @@ def main(data: Path, models: Path, out: Path) -> None:
     """DATA: shards; MODELS: the folder of anchor, seeds, merges and what is beside them; OUT: the results to write."""
     params = load_params()
     deterministic(params.threads)
-    seeds = finetuned(models / "finetuned", params.finetune.seeds, lazy=True)
+    seeds = finetuned(models / "finetuned", params.seeds, lazy=True)
     files = [p for method in params.merge.methods for p in sorted((models / "merged" / method).glob("*.safetensors"))]
     files += beside(models / "finetuned", models / "periodic", models / "longer", params)
     anchor = load_weights(models / "anchor.safetensors", lazy=True)
     weights = [anchor, *seeds.values(), *(load_weights(file, lazy=True) for file in files)]
     rows = [row_of(w) for w in weights]
-    groups = {members: [seeds[m].identity for m in members] for members in ensembles(params.finetune.seeds)}
+    groups = {members: [seeds[m].identity for m in members] for members in ensembles(params.seeds)}
     for members, identities in groups.items():
         name = f"ensemble/{'-'.join(map(str, members))}"
         rows.append(Row(name, ensemble_identity(identities), "ensemble", members, {}))

@@ -11,7 +11,6 @@ from modelstock import __version__
 from modelstock.data.classes import templates
 from modelstock.data.shards import check_classes, load_manifest
 from modelstock.devices import deterministic
-from modelstock.errors import ParamsError
 from modelstock.files import atomic_path
 from modelstock.models.adopt import adopt_seed
 from modelstock.models.towers import build_classifier, tensors_of
@@ -73,7 +72,7 @@ def train_seed(
     deterministic(params.threads)
     with processes(recipe.devices, params.device, f"stages.{made['stage']}") as world:
         inputs = read_inputs(params, *paths)
-        options = recipe.model_dump(mode="json", exclude={"seeds"})
+        options = recipe.model_dump(mode="json")
         key = key_of(
             "modelstock.training.finetune",
             options,
@@ -122,22 +121,12 @@ def train_seed(
 
 
 def adopted(params: Params, seed: int, anchor: Path, out: Path) -> bool:
-    """Whether `finetune.checkpoints` brings this seed's weights: then they are written to `out` with no history."""
-    # The i-th checkpoint stands for the i-th seed.
-    checkpoints = params.finetune.checkpoints
-    if not checkpoints:
+    """Whether `checkpoints` brings this seed's weights: then they are written to `out` with no history."""
+    source = params.checkpoint_of(seed)
+    if source is None:
         return False
-    place = params.finetune.seeds.index(seed)
-    if place >= len(checkpoints):
-        raise ParamsError(
-            "finetune.checkpoints",
-            got=f"{len(checkpoints)} of them",
-            expected=f"one a seed, {seed} being number {place + 1}",
-            cure="name as many checkpoints as seeds",
-        )
     deterministic(params.threads)
-    start, source = load_weights(anchor), Path(checkpoints[place])
-    prompts = templates(params.classes)
+    start, prompts = load_weights(anchor), templates(params.classes)
     with processes(1, params.device, "stages.finetune") as world:
         weights = adopt_seed(source, start, seed=seed, prompts=prompts, device=world.device.type)
     weights.save(out / "weights.safetensors")

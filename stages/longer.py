@@ -12,7 +12,7 @@ def main(factor: int, anchor: Path, train: Path, held_out: Path, out: Path) -> N
     params = load_params()
     epochs = factor * params.finetune.epochs
     recipe = params.finetune.model_copy(update={"epochs": epochs, "ema": [], "lawa": 0, "snapshots": False})
-    seed = recipe.seeds[0]
+    seed = params.seeds[0]
     made = {"stage": "longer", "seed": seed, "factor": factor}
     train_seed(params, recipe, made, f"longer@{factor}/{seed}", (anchor, train, held_out), out)
 

@@ -30,7 +30,7 @@ def main(method: str, anchor: Path, tuned: Path, train: Path, held_out: Path, ou
         method,
         params.merge.section(method),
         load_weights(anchor),
-        finetuned(tuned, params.finetune.seeds),
+        finetuned(tuned, params.seeds),
         held_out=held_out,
         train=train,
         scoring=scoring,

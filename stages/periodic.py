@@ -22,8 +22,8 @@ def main(size: int, anchor: Path, train: Path, held_out: Path, out: Path) -> Non
     deterministic(params.threads)
     with processes(params.periodic.devices, params.device, "stages.periodic") as world:
         inputs = read_inputs(params, anchor, train, held_out)
-        seeds = params.finetune.seeds[:size]
-        recipe = params.finetune.model_dump(mode="json", exclude={"seeds", "ema", "lawa", "snapshots", "devices"})
+        seeds = params.seeds[:size]
+        recipe = params.finetune.model_dump(mode="json", exclude={"ema", "lawa", "snapshots", "devices"})
         merging = params.periodic.model_dump(mode="json", exclude={"sizes", "devices"})
         made = {"stage": "periodic", "method": "periodic", "members": seeds, "options": {**recipe, **merging}}
         key = key_of(

@@ -20,7 +20,7 @@ from modelstock.models import towers as models
 from modelstock.models.adopt import adopt
 from modelstock.models.anchor import anchor_of
 from modelstock.models.pretrained import load_clip
-from modelstock.params import ClassesParams, OpenClipPretraining
+from modelstock.params import ClassesParams, OpenClipPretraining, Params
 from modelstock.tracking.history import read_history
 from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
 from tests.support.merging import merge_with
@@ -591,12 +591,13 @@ def test_a_pickled_module_is_refused_with_the_cure(tmp_path, own_anchor):
 
 
 class Settings:
-    """Params with `finetune.checkpoints`, and nothing else that the function reads."""
+    """Params with `checkpoints`, and nothing else that the function reads."""
 
     threads, device = torch.get_num_threads(), "cpu"
+    checkpoint_of = Params.checkpoint_of
 
     def __init__(self, seeds, checkpoints):
-        self.finetune = type("FinetuneParams", (), {"seeds": seeds, "checkpoints": checkpoints})
+        self.seeds, self.checkpoints = seeds, checkpoints
         self.classes = ClassesParams(names=["cat", "dog"], templates=["a photo of a {}."])
 
 
@@ -622,13 +623,10 @@ def test_a_seed_takes_the_checkpoint_in_its_place_and_does_not_train(tmp_path, o
         assert f"adopted with the {head} head" in capsys.readouterr().out
 
 
-def test_a_seed_without_a_checkpoint_trains_or_is_refused(tmp_path):
+def test_seeds_train_where_no_checkpoints_are_given(tmp_path):
     from stages.finetune import adopted
 
-    assert not adopted(Settings([7, 3], None), 7, tmp_path, tmp_path)
     assert not adopted(Settings([7, 3], []), 7, tmp_path, tmp_path)
-    with pytest.raises(ParamsError, match="got 1 of them; expected one a seed, 3 being number 2"):
-        adopted(Settings([7, 3], ["a.pt"]), 3, tmp_path, tmp_path)
 
 
 def test_the_stages_make_a_clip_of_open_clip_and_its_anchor(tmp_path, monkeypatch, tiny):

@@ -64,7 +64,8 @@ def project(tmp_path_factory):
                 },
             },
             "loading": {"in_memory": False},
-            "finetune": {"seeds": [0, 1], "epochs": 1, "batch_size": 12, "warmup_steps": 1, "lawa": 0, "ema": []},
+            "seeds": [0, 1],
+            "finetune": {"epochs": 1, "batch_size": 12, "warmup_steps": 1, "lawa": 0, "ema": []},
             "periodic": {"sizes": []},
             "merge": {"methods": ["model_stock"]},
             "evaluate": {"benchmarks": ["held-out", "photos"], "workers": 1, "batch_size": 5},
@@ -136,7 +137,7 @@ def test_checkpoints_that_are_there_already_stand_where_trained_seeds_stood(proj
         tensors = load_weights(project / f"models/finetuned/{seed}/weights.safetensors").tensors
         state = {f"module.{name}": torch.from_numpy(value.copy()) for name, value in tensors.items()}
         torch.save({"epoch": 1, "state_dict": state}, project / f"{seed}.pt")
-    write_params(project, {"finetune": {"checkpoints": ["0.pt", "1.pt"]}})
+    write_params(project, {"checkpoints": ["0.pt", "1.pt"]})
     done = run(project, "dvc", "repro")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "adopted with the own head" in done.stdout

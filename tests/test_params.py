@@ -21,8 +21,20 @@ def changed(tmp_path, *changes: tuple[str, str]) -> Path:
 
 def test_the_projects_own_file_is_valid():
     params = load_params(ROOT / "params.yaml")
-    assert params.finetune.seeds == list(range(8))
+    assert params.seeds == list(range(8))
     assert params.finetune.lr == 1e-3
+
+
+def test_the_checkpoints_stand_for_the_seeds_in_their_order(tmp_path):
+    path = changed(
+        tmp_path,
+        ("seeds: [0, 1, 2, 3, 4, 5, 6, 7]", "seeds: [7, 3]"),
+        ("checkpoints: []", "checkpoints: [a.pt, b.pt]"),
+        ("sizes: [2]", "sizes: []"),
+    )
+    params = load_params(path)
+    assert [params.checkpoint_of(seed) for seed in (3, 7)] == [Path("b.pt"), Path("a.pt")]
+    assert load_params(ROOT / "params.yaml").checkpoint_of(0) is None
 
 
 def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
@@ -65,9 +77,9 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
         ("names: shapes", "names: [a, a]", "two names or more, each once"),
         ("templates: shapes", "templates: [a photo]", "each with one {} for the class name"),
         ("source: shapes # or open_clip", "source: open_clip", "pretrain.architecture is missing"),
-        ("checkpoints: []", "checkpoints: [a.pt]", "finetune: 1 checkpoints for 8 seeds"),
+        ("checkpoints: []", "checkpoints: [a.pt]", "1 checkpoints for 8 seeds: name one per seed"),
         ("[model_stock, uniform,", "[model_stok, uniform,", "merge.methods.0: Input should be 'model_stock'"),
-        ("seeds: [0, 1, 2, 3, 4, 5, 6, 7]", "seeds: [0, 0]", "finetune.seeds: name each seed once"),
+        ("seeds: [0, 1, 2, 3, 4, 5, 6, 7]", "seeds: [0, 0]", "seeds: name each seed once"),
         (
             "density: 0.2, scales: [0.4,",
             "density: 1.2, scales: [0.4,",

@@ -272,7 +272,7 @@ def own(tmp_path, monkeypatch):
     """Somebody's two checkpoints, without histories and averages, and their soup, scored on one test set."""
     yaml = YAML(typ="safe")
     params = yaml.load((Path(__file__).parent.parent / "params.yaml").read_text())
-    params["finetune"]["seeds"] = [0, 1]
+    params["seeds"] = [0, 1]
     params["periodic"]["sizes"] = []
     params["merge"]["methods"] = ["uniform"]
     params["evaluate"]["benchmarks"] = ["held-out", "shapes"]

@@ -39,11 +39,11 @@ def finetuned(folder: Path, seeds: Sequence[int], *, lazy: bool = False) -> dict
 def beside(tuned_folder: Path, periodic: Path, longer: Path, params: Params) -> list[Path]:
     """What training made beside the seeds: averages and snapshots of each, periodic merges, seeds trained longer."""
     tuned, sizes = params.finetune, params.periodic.sizes
-    if tuned.checkpoints:
+    if params.checkpoints:
         return []
     stems = [f"ema-{decay}" for decay in tuned.ema] + ["lawa"] * (tuned.lawa > 0)
     stems += [f"epoch-{n}" for n in range(1, tuned.head_first_epochs + tuned.epochs) if tuned.snapshots]
-    paths = [tuned_folder / str(seed) / f"{stem}.safetensors" for seed in tuned.seeds for stem in stems]
+    paths = [tuned_folder / str(seed) / f"{stem}.safetensors" for seed in params.seeds for stem in stems]
     return paths + [folder / str(size) / "weights.safetensors" for folder in (periodic, longer) for size in sizes]
 
 
