@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from modelstock.data.classes import class_names, templates
-from modelstock.devices import deterministic
+from modelstock.devices import deterministic, device_kind
 from modelstock.models.anchor import anchor_of
 from modelstock.params import load_params
-from modelstock.training.distributed import processes
 from modelstock.weights.weight_set import load_weights
 from stages import run
 
@@ -16,9 +15,8 @@ def main(clip: Path, out: Path) -> None:
     params = load_params()
     deterministic(params.threads)
     names, prompts = class_names(params.classes), templates(params.classes)
-    with processes(1, params.device, "stages.anchor") as world:
-        source, cache = load_weights(clip), Path("scratch/heads")
-        anchor = anchor_of(source, names, prompts, cache=cache, device=world.device.type)
+    cache, device = Path("scratch/heads"), device_kind(params.device)
+    anchor = anchor_of(load_weights(clip), names, prompts, cache=cache, device=device)
     anchor.save(out)
     print(f"anchor: {len(names)} classes x {len(prompts)} templates, identity {anchor.identity[:12]}")
 

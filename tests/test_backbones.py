@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -11,17 +12,18 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
+from modelstock import provenance
 from modelstock.data.classes import templates
 from modelstock.errors import DataError, ParamsError, WeightsError
 from modelstock.experiment.subsets import row_of
 from modelstock.models import anchor as anchors
 from modelstock.models import heads, pretrained
 from modelstock.models import towers as models
-from modelstock.models.adopt import adopt
+from modelstock.models.adopt import adopt, adopt_seed
 from modelstock.models.anchor import anchor_of
 from modelstock.models.pretrained import load_clip
-from modelstock.params import ClassesParams, OpenClipPretraining, Params
-from modelstock.tracking.history import read_history
+from modelstock.params import ClassesParams, OpenClipPretraining
+from modelstock.weights.origin import made_by
 from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
 from tests.support.merging import merge_with
 
@@ -194,6 +196,32 @@ def test_a_head_is_cached_by_text_tower_and_prompts_and_a_damaged_cache_is_made_
     cached.write_bytes(cached.read_bytes()[:-1])
     assert anchor_of(weights, ["cat", "dog"], PROMPTS, cache=tmp_path).identity == first.identity
     assert load_weights(cached).tensors["head.weight"].shape == (2, 128)
+
+
+@pytest.mark.parametrize("change", ["nothing", "another open_clip", "another line of code", "more threads"])
+def test_a_cached_head_is_used_only_as_long_as_the_code_and_libraries_that_made_it(tmp_path, monkeypatch, change):
+    _, weights = clip_of(TINY)
+    encoded = []
+
+    def spy(*arguments):
+        encoded.append(arguments)
+        return heads.zero_shot_head(*arguments)
+
+    monkeypatch.setattr(anchors, "zero_shot_head", spy)
+    anchor_of(weights, ["cat", "dog"], PROMPTS, cache=tmp_path / "heads")
+    if change == "another open_clip":
+        version = provenance._version
+        monkeypatch.setattr(provenance, "_version", lambda name: "4.0" if name == "open_clip_torch" else version(name))
+    elif change == "another line of code":
+        changed, files_of = tmp_path / "heads.py", provenance.files_of
+        changed.write_text(Path(heads.__file__).read_text() + "# another line\n")
+        monkeypatch.setattr(
+            provenance, "files_of", lambda m: [changed if f.samefile(heads.__file__) else f for f in files_of(m)]
+        )
+    elif change == "more threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    anchor_of(weights, ["cat", "dog"], PROMPTS, cache=tmp_path / "heads")
+    assert len(encoded) == (1 if change == "nothing" else 2)
 
 
 def test_an_anchor_says_what_it_is(tmp_path):
@@ -590,43 +618,25 @@ def test_a_pickled_module_is_refused_with_the_cure(tmp_path, own_anchor):
 # --- in the pipeline
 
 
-class Settings:
-    """Params with `checkpoints`, and nothing else that the function reads."""
-
-    threads, device = torch.get_num_threads(), "cpu"
-    checkpoint_of = Params.checkpoint_of
-
-    def __init__(self, seeds, checkpoints):
-        self.seeds, self.checkpoints = seeds, checkpoints
-        self.classes = ClassesParams(names=["cat", "dog"], templates=["a photo of a {}."])
-
-
-def test_a_seed_takes_the_checkpoint_in_its_place_and_does_not_train(tmp_path, own_anchor, capsys, monkeypatch):
-    from stages import finetune as stage
-
-    monkeypatch.setattr(stage, "deterministic", lambda threads: None)
-    adopted = stage.adopted
-    own_anchor.save(tmp_path / "anchor.safetensors")
+def test_a_checkpoint_adopted_for_a_seed_is_that_seed_in_every_table(tmp_path, own_anchor):
     for number in (0, 1):
         state, layer = tuned(number)
-        own = {f"head.{k}": v for k, v in layer.items()} if number == 0 else {}
-        torch.save({**state, **own}, tmp_path / f"{number}.pt")
-    settings = Settings([7, 3], [str(tmp_path / "0.pt"), str(tmp_path / "1.pt")])
+        head = {f"head.{k}": v for k, v in layer.items()} if number == 0 else {}
+        torch.save({**state, **head}, tmp_path / f"{number}.pt")
     for seed, number, head in ((7, 0, "own"), (3, 1, "zero-shot")):
-        assert adopted(settings, seed, tmp_path / "anchor.safetensors", tmp_path / "out")
-        found = load_weights(tmp_path / "out/weights.safetensors")
-        np.testing.assert_array_equal(found.tensors["visual.proj"], tuned(number)[0]["visual.proj"])
-        made = found.meta["made_by"]
-        assert (made["stage"], made["seed"], made["source"]) == ("finetune", seed, f"{number}.pt")
-        assert row_of(found).name == f"seed-{seed}"
-        assert read_history(tmp_path / "out/history.jsonl") == []
-        assert f"adopted with the {head} head" in capsys.readouterr().out
+        weights = adopt_seed(tmp_path / f"{number}.pt", own_anchor, seed=seed, prompts=PROMPTS)
+        np.testing.assert_array_equal(weights.tensors["visual.proj"], tuned(number)[0]["visual.proj"])
+        assert weights.meta["made_by"] == made_by(
+            stage="finetune", seed=seed, source=f"{number}.pt", options={"head": head}
+        )
+        assert row_of(weights).name == f"seed-{seed}"
 
 
-def test_seeds_train_where_no_checkpoints_are_given(tmp_path):
-    from stages.finetune import adopted
-
-    assert not adopted(Settings([7, 3], []), 7, tmp_path, tmp_path)
+def test_our_own_weight_set_adopted_for_a_seed_keeps_its_tensors_and_parents(tmp_path, anchor, variants):
+    variants[2].save(tmp_path / "ours.safetensors")
+    weights = adopt_seed(tmp_path / "ours.safetensors", anchor, seed=5)
+    assert (weights.identity, weights.meta["parents"]) == (variants[2].identity, [anchor.identity])
+    assert (weights.meta["made_by"]["seed"], weights.meta["made_by"]["options"]) == (5, {"head": "own"})
 
 
 def test_the_stages_make_a_clip_of_open_clip_and_its_anchor(tmp_path, monkeypatch, tiny):

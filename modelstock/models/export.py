@@ -3,14 +3,19 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelstock.errors import DataError, ParamsError, WeightsError
+from huggingface_hub import ModelCardData
+from open_clip.pretrained import get_pretrained_cfg
+
+from modelstock.errors import DataError, ParamsError, WeightsError, few
 from modelstock.files import dump_json
 from modelstock.models.pretrained import CONFIG
+from modelstock.weights.differences import differences
 from modelstock.weights.format import write_arrays
 from modelstock.weights.weight_set import WeightSet, classes_sha256
 
@@ -28,12 +33,12 @@ def _whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         ParamsError: the folder exists, and is not to be overwritten or is no export.
     """
     folder = Path(os.path.abspath(folder))
-    there = folder.exists() or folder.is_symlink()
-    if there and not overwrite:
+    exists = folder.exists() or folder.is_symlink()
+    if exists and not overwrite:
         raise ParamsError(
             folder, got="something that exists", expected="a new folder", cure="name another, or --overwrite"
         )
-    if there and not (folder.is_dir() and ((folder / CONFIG).is_file() or not any(folder.iterdir()))):
+    if exists and not (folder.is_dir() and ((folder / CONFIG).is_file() or not any(folder.iterdir()))):
         raise ParamsError(
             folder, got="something that is no export", expected=f"a folder with {CONFIG}", cure="name another"
         )
@@ -46,12 +51,12 @@ def _whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         for path in sorted(new.iterdir()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        if there:
+        if exists:
             os.rename(folder, old)
         try:
             os.rename(new, folder)
         except OSError:
-            if there:
+            if exists:
                 os.rename(old, folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
@@ -59,58 +64,59 @@ def _whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _check(weights: WeightSet, clip: WeightSet) -> tuple[str, ...]:
-    """The class names of a weight set that descends from a CLIP.
-
-    Raises:
-        WeightsError: it does not, or one of them is not what it should be.
-    """
-
-    def refuse(source: str, got: str, expected: str, cure: str) -> WeightsError:
-        return WeightsError(source, got=got, expected=expected, cure=cure)
-
+def _check_origin(weights: WeightSet, clip: WeightSet) -> None:
+    """Raise WeightsError unless these are a weight set with a head and the CLIP that it descends from."""
     if "architecture" not in weights.meta or not {"head.weight", "head.bias"} <= weights.tensors.keys():
-        raise refuse(
+        raise WeightsError(
             weights.source,
-            "a file without architecture or head",
-            "a weight set made by modelstock",
-            "make it with the stages, or `modelstock merge`",
+            got="a file without architecture or head",
+            expected="a weight set made by modelstock",
+            cure="make it with the stages, or `modelstock merge`",
         )
     if "architecture" not in clip.meta or "logit_scale" not in clip.tensors:
-        raise refuse(
+        raise WeightsError(
             clip.source,
-            "a file without architecture or text tower",
-            "a CLIP with both towers",
-            "name the file of the stage pretrain, or of `modelstock anchor --clip-out`",
+            got="a file without architecture or text tower",
+            expected="a CLIP with both towers",
+            cure="name the file of the stage pretrain, or of `modelstock anchor --clip-out`",
         )
-    ours, theirs = weights.meta["architecture"], clip.meta["architecture"]
-    if ours != theirs:
-        differing = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-        raise refuse(
+    tuned, built = weights.meta["architecture"], clip.meta["architecture"]
+    if differing := sorted(key for key in tuned.keys() | built.keys() if tuned.get(key) != built.get(key)):
+        raise WeightsError(
             clip.source,
-            f"another architecture ({', '.join(differing)} differ)",
-            f"that of {weights.source}",
-            "name the CLIP that the weights were fine-tuned from",
+            got=f"another architecture ({', '.join(differing)} differ)",
+            expected=f"that of {weights.source}",
+            cure="name the CLIP that the weights were fine-tuned from",
         )
     ancestors = {weights.meta.get("clip"), *weights.meta.get("parents", [])}
     if clip.identity not in ancestors:
-        known = str(weights.meta.get("clip", ""))[:12] or "none recorded"
-        raise refuse(
+        recorded = str(weights.meta.get("clip", ""))[:12] or "none recorded"
+        raise WeightsError(
             clip.source,
-            f"the CLIP {clip.identity[:12]}",
-            f"the ancestor of {weights.source} ({known})",
-            "name the CLIP that its anchor was made of",
+            got=f"the CLIP {clip.identity[:12]}",
+            expected=f"the ancestor of {weights.source} ({recorded})",
+            cure="name the CLIP that its anchor was made of",
         )
-    own = {n: t.shape for n, t in weights.tensors.items() if n.startswith("visual.")}
-    if own != {n: t.shape for n, t in clip.tensors.items() if n.startswith("visual.")}:
-        raise refuse(weights.source, "an image tower with other tensors", f"those of {clip.source}", "make it again")
-    names = tuple(weights.meta.get("classes", ()))
-    if len(names) != len(weights.tensors["head.weight"]) or weights.meta.get("classes_sha256") != classes_sha256(names):
-        raise refuse(
+    tower, expected = ({n: t for n, t in w.tensors.items() if n.startswith("visual.")} for w in (weights, clip))
+    if problems := differences(tower, expected, whose="the CLIP's"):
+        raise WeightsError(
+            weights.source, got=few(problems), expected=f"the image tower of {clip.source}", cure="make it again"
+        )
+
+
+def _class_names(weights: WeightSet) -> tuple[str, ...]:
+    """The names of a head's classes, in order.
+
+    Raises:
+        WeightsError: they are not recorded, or are not those that the head was made for.
+    """
+    names, count = tuple(weights.meta.get("classes", ())), len(weights.tensors["head.weight"])
+    if len(names) != count or weights.meta.get("classes_sha256") != classes_sha256(names):
+        raise WeightsError(
             weights.source,
-            f"{len(names)} class names for a head of {len(weights.tensors['head.weight'])}",
-            "a weight set that names its classes",
-            "make its anchor again with this version",
+            got=f"{len(names)} class names for a head of {count}",
+            expected="a weight set that names its classes",
+            cure="make its anchor again with this version",
         )
     return names
 
@@ -135,19 +141,15 @@ def export(
         DataError: a report without these weights.
         ParamsError: a folder that exists.
     """
-    names = _check(weights, clip)
-    figures = None if report is None else _figures(report, weights)
-    both = {n: weights.tensors.get(n, t) if n.startswith("visual.") else t for n, t in clip.tensors.items()}
+    _check_origin(weights, clip)
+    names = _class_names(weights)
+    figures = () if report is None else _figures(report, weights)
+    both = {n: weights.tensors[n] if n.startswith("visual.") else t for n, t in clip.tensors.items()}
     WeightSet(both, {}, weights.source).check_finite()
-    preprocess = weights.meta["preprocess"]
+    preprocess = {"resize_mode": "shortest", **weights.meta["preprocess"]}
     config = {
         "model_cfg": weights.meta["architecture"],
-        "preprocess_cfg": {
-            "mean": preprocess["mean"],
-            "std": preprocess["std"],
-            "interpolation": preprocess["interpolation"],
-            "resize_mode": preprocess.get("resize_mode", "shortest"),
-        },
+        "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")},
     }
     head = {"weight": weights.tensors["head.weight"], "bias": weights.tensors["head.bias"]}
     with _whole_folder(folder, overwrite) as new:
@@ -155,28 +157,47 @@ def export(
         write_arrays(new / WEIGHTS, both)
         write_arrays(new / HEAD, head)
         (new / CLASSES).write_text(dump_json(list(names)), encoding="utf-8")
-        (new / CARD).write_text(_card(weights, Path(folder).absolute().name, figures, licence), encoding="utf-8")
+        card = _card(weights, Path(folder).absolute().name, figures=figures, licence=licence)
+        (new / CARD).write_text(card, encoding="utf-8")
 
 
-def _figures(report: Mapping[str, Any], weights: WeightSet) -> list[tuple[str, str, Mapping[str, float]]]:
-    """What a comparison says of a weight set: (set, role, {value, low, high}), the mean of the shifts last.
+# ---------------------------------------------------------------- the model card
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """An accuracy on the card: of which set, in which role, in [0, 1], with its interval."""
+
+    benchmark: str
+    role: str
+    value: float
+    low: float
+    high: float
+
+
+def _figures(report: Mapping[str, Any], weights: WeightSet) -> Sequence[Figure]:
+    """A comparison's accuracies of a weight set, the mean of the shifts last.
 
     Raises:
         DataError: a report of another form, or one without these weights.
     """
     try:
-        named = [row["name"] for row in report["rows"] if row["identity"] == weights.identity]
-        if not named:
+        names = [row["name"] for row in report["rows"] if row["identity"] == weights.identity]
+        if not names:
             raise DataError(
                 "report",
                 got=f"no row of {weights.source} ({weights.identity[:12]})",
                 expected="the weights to export",
                 cure="name the comparison that scored them, or leave --report out",
             )
-        accuracy, roles = report["accuracy"][named[0]], {report["held_out"]: "held out, chosen on"}
+        accuracy, roles = report["accuracy"][names[0]], {report["held_out"]: "held out, chosen on"}
         roles |= {report["in_distribution"]: "in distribution"} | {name: "shift" for name in report["shifts"]}
-        found = [(name, roles.get(name, ""), accuracy[name]) for name in report["benchmarks"]]
-        mean = report.get("summary", {}).get(named[0], {}).get("shifts") or report.get("shift_mean", {}).get(named[0])
+        rows = [(name, roles.get(name, ""), accuracy[name]) for name in report["benchmarks"]]
+        mean = report.get("summary", {}).get(names[0], {}).get("shifts") or report.get("shift_mean", {}).get(names[0])
+        rows += [("mean of shifts", "", mean)] if mean else []
+        return [
+            Figure(benchmark=name, role=role, value=e["value"], low=e["low"], high=e["high"]) for name, role, e in rows
+        ]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             "report",
@@ -184,91 +205,100 @@ def _figures(report: Mapping[str, Any], weights: WeightSet) -> list[tuple[str, s
             expected="reports/comparison.json",
             cure="run the stage compare again",
         ) from error
-    return found + ([("mean of shifts", "", mean)] if mean else [])
 
 
 def _base(backbone: Mapping[str, str]) -> str | None:
     """The hub's repository of published weights, where they have one."""
-    from open_clip import pretrained
-
-    tag = pretrained.get_pretrained_cfg(backbone.get("name", ""), backbone.get("pretrained", ""))
+    tag = get_pretrained_cfg(backbone.get("name", ""), backbone.get("pretrained", ""))
     return str(tag["hf_hub"]).rpartition("/")[0] if tag.get("hf_hub") else None
 
 
-def _card(weights: WeightSet, name: str, figures: Any, licence: str | None) -> str:
+def _card(weights: WeightSet, name: str, *, figures: Sequence[Figure], licence: str | None) -> str:
     """The model card: front matter for the hub, then what it is, how good, and how to use it."""
-    meta, made = weights.meta, weights.meta.get("made_by", {})
+    meta = weights.meta
+    origin = meta.get("made_by", {})
     backbone = meta.get("backbone", {})
     base = _base(backbone)
     # A local file or folder is named without the place where it lay.
-    origin = f"{backbone.get('name', 'a CLIP')} ({Path(str(backbone.get('pretrained', 'not recorded'))).name})"
-    merged = "method" in made
-    front: dict[str, Any] = {
-        "library_name": "open_clip",
-        "pipeline_tag": "image-classification",
-        "tags": ["clip", "modelstock", *(["merge"] if merged else [])],
-        "license": licence or "other",
-    }
-    if base:
-        front |= {"base_model": base, "base_model_relation": "merge" if merged else "finetune"}
-    # JSON is YAML, and quotes whatever a name may hold.
-    lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()), "---"]
-    head = weights.tensors["head.weight"]
-    method = str(made.get("method", made.get("stage", "not recorded")))
-    lines += [
+    parent = f"{backbone.get('name', 'a CLIP')} ({Path(str(backbone.get('pretrained', 'not recorded'))).name})"
+    method = str(origin.get("method", origin.get("stage", "not recorded")))
+    how = "fine-tuned and merged" if "method" in origin else method
+    tokenizer = meta["architecture"].get("text_cfg", {}).get("hf_tokenizer_name")
+    link = f"[{base}](https://huggingface.co/{base})" if base else parent
+    also = f" This folder is published under {licence} as far as that allows." if licence else ""
+    lines = [
+        *("---", _front_matter(base, licence, merged="method" in origin), "---"),
         f"# {name}",
-        f"An image classifier for {len(head)} classes: {origin}, {'fine-tuned and merged' if merged else method} with "
-        "modelstock.",
+        f"An image classifier for {len(weights.tensors['head.weight'])} classes: {parent}, {how} with modelstock.",
         "",
-        "| | |",
-        "|---|---|",
-        f"| method | {_cell(method)} |",
-    ]
-    lines += [f"| members (seeds) | {_cell(', '.join(map(str, made['members'])))} |"] if "members" in made else []
-    lines += [f"| options | {_cell(_shown(made['options']))} |"] if made.get("options") else []
-    lines += [f"| identity (sha256 of the tensors) | `{weights.identity}` |"]
-    lines += [f"| parent | `{parent}` |" for parent in meta.get("parents", [])]
-    lines += [f"| version of modelstock | {_cell(str(made['version']))} |"] if "version" in made else []
-    if figures is not None:
-        lines += ["", "## Accuracy", "Top-1 in percent, with 95 % intervals over the test images.", ""]
-        lines += ["| set | role | top-1 | interval |", "|---|---|---:|---:|"]
-        lines += [
-            f"| {_cell(label)} | {role} | {100 * e['value']:.1f} | {100 * e['low']:.1f} to {100 * e['high']:.1f} |"
-            for label, role, e in figures
-        ]
-    lines += ["", "## Use", "```python", *_example(name), "```", ""]
-    lines += [
+        *_facts(weights, method),
+        *_accuracies(figures),
+        *("", "## Use", "```python", *_example(name), "```", ""),
         f"`{HEAD}` is the fine-tuned head, over normalised image features; `{CLASSES}` has its classes in order. "
         "The text tower is the backbone's, unchanged, so zero-shot prompts work as well.",
-    ]
-    if tokenizer := meta["architecture"].get("text_cfg", {}).get("hf_tokenizer_name"):
-        lines += [f"The tokenizer is not in this folder: it is that of `{tokenizer}`."]
-    of = f"[{base}](https://huggingface.co/{base})" if base else origin
-    lines += ["", "## Licence"]
-    lines += [
-        f"The weights derive from those of {of}, whose licence governs them; the terms of the training images may add "
-        "to it." + (f" This folder is published under {licence} as far as that allows." if licence else "")
+        *([f"The tokenizer is not in this folder: it is that of `{tokenizer}`."] if tokenizer else []),
+        *("", "## Licence"),
+        f"The weights derive from those of {link}, whose licence governs them; the terms of the training images may "
+        f"add to it.{also}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _front_matter(base: str | None, licence: str | None, *, merged: bool) -> str:
+    """What the hub reads of a card, as YAML."""
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation=("merge" if merged else "finetune") if base else None,
+        library_name="open_clip",
+        license=licence or "other",
+        pipeline_tag="image-classification",
+        tags=["clip", "modelstock", *(["merge"] if merged else [])],
+    )
+    return str(data.to_yaml())
+
+
+def _facts(weights: WeightSet, method: str) -> list[str]:
+    """The card's table of how the weights were made."""
+    origin = weights.meta.get("made_by", {})
+    lines = ["| | |", "|---|---|", f"| method | {_cell(method)} |"]
+    if "members" in origin:
+        lines.append(f"| members (seeds) | {_cell(', '.join(map(str, origin['members'])))} |")
+    if origin.get("options"):
+        options = ", ".join(f"{name}={json.dumps(value)}" for name, value in sorted(origin["options"].items()))
+        lines.append(f"| options | {_cell(options)} |")
+    lines.append(f"| identity (sha256 of the tensors) | `{weights.identity}` |")
+    lines += [f"| parent | `{parent}` |" for parent in weights.meta.get("parents", [])]
+    if "version" in origin:
+        lines.append(f"| version of modelstock | {_cell(str(origin['version']))} |")
+    return lines
+
+
+def _accuracies(figures: Sequence[Figure]) -> list[str]:
+    """The card's table of accuracies; nothing where there are none."""
+    if not figures:
+        return []
+    rows = [
+        f"| {_cell(f.benchmark)} | {f.role} | {100 * f.value:.1f} | {100 * f.low:.1f} to {100 * f.high:.1f} |"
+        for f in figures
+    ]
+    intervals = "Top-1 in percent, with 95 % intervals over the test images."
+    return ["", "## Accuracy", intervals, "", "| set | role | top-1 | interval |", "|---|---|---:|---:|", *rows]
 
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _shown(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={json.dumps(value)}" for name, value in sorted(options.items()))
-
-
 def _example(name: str) -> list[str]:
     return [
         "import json, open_clip, torch",
+        "from pathlib import Path",
         "from PIL import Image",
         "from safetensors.torch import load_file",
         "",
-        f"folder = {json.dumps(name)}",
+        f"folder = Path({json.dumps(name)})",
         'model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")',
-        f'head, classes = load_file(f"{{folder}}/{HEAD}"), json.load(open(f"{{folder}}/{CLASSES}"))',
+        f'head, classes = load_file(folder / "{HEAD}"), json.loads((folder / "{CLASSES}").read_text())',
         "with torch.inference_mode():",
         '    pixels = preprocess(Image.open("image.png").convert("RGB")).unsqueeze(0)',
         "    features = model.eval().encode_image(pixels, normalize=True)",
