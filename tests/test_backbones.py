@@ -26,57 +26,9 @@ from modelstock.params import ClassesParams, OpenClipPretraining
 from modelstock.weights.origin import made_by
 from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
 from tests.support.merging import merge_with
+from tests.support.models import CONFIGS, TEXT, TINY, clip_of, folder_of
 
-TINY = models.TINY_CLIP
-TEXT = TINY["text_cfg"]
 PROMPTS = templates(ClassesParams(names=["cat", "dog"], templates=["a photo of a {}.", "{}"]))
-
-
-def timm_config(name: str, size: int, pool: str) -> dict:
-    vision = {
-        "timm_model_name": name,
-        "timm_pool": pool,
-        "timm_proj": "linear",
-        "image_size": size,
-        "timm_model_pretrained": True,
-    }
-    return {"embed_dim": 32, "vision_cfg": vision, "text_cfg": TEXT}
-
-
-CONFIGS = {
-    "CLIP": TINY,
-    "QuickGELU": {**TINY, "quick_gelu": True},
-    "ResNet": {
-        "embed_dim": 64,
-        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
-        "text_cfg": TEXT,
-    },
-    "CustomTextCLIP": {**TINY, "custom_text": True, "init_logit_bias": -10},
-    "CoCa": {
-        **TINY,
-        "custom_text": True,
-        "vision_cfg": {**TINY["vision_cfg"], "output_tokens": True, "attentional_pool": True, "attn_pooler_heads": 2},
-        "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
-        "multimodal_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
-    },
-    "a ViT of timm": timm_config("vit_tiny_patch16_224", 224, ""),
-    "rotary embeddings": {
-        **open_clip.get_model_config("PE-Core-T-16-384"),
-        "text_cfg": TEXT,
-        "embed_dim": 512,
-        "custom_text": False,
-    },
-    "relative positions and masks": timm_config("swin_tiny_patch4_window7_224", 224, "avg"),
-}
-
-
-def clip_of(config, seed=0):
-    """A CLIP with random weights, and its weight set."""
-    torch.manual_seed(seed)
-    model = models.build_clip(config).eval()
-    preprocess = {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
-    meta = {"architecture": config, "backbone": {"name": "tiny", "pretrained": "random"}, "preprocess": preprocess}
-    return model, WeightSet(models.tensors_of(model), meta, "clip")
 
 
 @pytest.fixture
@@ -283,14 +235,6 @@ def test_every_form_of_file_gives_the_same_weights(tmp_path, tiny, form):
     found = load_clip(tiny, path)
     assert found.identity == expected.identity
     assert {t.dtype for t in found.tensors.values()} == {np.dtype("float32")}
-
-
-def folder_of(path, state, config, **preprocess):
-    path.mkdir()
-    said = {"model_cfg": config, "preprocess_cfg": preprocess}
-    (path / "open_clip_config.json").write_text(json.dumps(said))
-    save_file(state, path / "open_clip_model.safetensors")
-    return path
 
 
 def test_a_folder_brings_its_own_architecture_and_preprocessing(tmp_path):

@@ -20,21 +20,15 @@ from modelstock.models.export import export
 from modelstock.models.pretrained import load_clip
 from modelstock.weights.weight_set import WeightSet, load_weights
 from tests.support.merging import merge_with
+from tests.support.models import CONFIGS
 
 CLASSES = ["cat", "dog", "cow"]
-COCA = {
-    **models.TINY_CLIP,
-    "custom_text": True,
-    "vision_cfg": {**models.TINY_CLIP["vision_cfg"], "output_tokens": True},
-    "text_cfg": {**models.TINY_CLIP["text_cfg"], "embed_cls": True, "output_tokens": True},
-    "multimodal_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
-}
 
 
-@pytest.fixture(params=[models.TINY_CLIP, COCA], ids=["CLIP", "CoCa"])
+@pytest.fixture(params=["CLIP", "CoCa"])
 def family(request, monkeypatch):
     """A CLIP, and a merge of two weight sets fine-tuned from its anchor."""
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", request.param)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CONFIGS[request.param])
     clip = load_clip("tiny", "random", seed=1)
     return clip, descendant(clip)
 

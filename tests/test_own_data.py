@@ -15,7 +15,7 @@ from modelstock.data.shards import load_manifest
 from modelstock.models.towers import TINY_CLIP
 from modelstock.scoring.results import load_scores
 from modelstock.weights.weight_set import load_weights
-from tests.test_backbones import clip_of, folder_of
+from tests.support.models import clip_of, folder_of
 from tests.test_pipeline import ROOT, run, write_params
 
 CHOSEN = ("disc", "heart", "cross")

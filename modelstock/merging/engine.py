@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from modelstock import __version__
 from modelstock.errors import MergeError
 from modelstock.merging.checks import (
     Granularity,
@@ -27,6 +26,7 @@ from modelstock.merging.methods.table import METHODS
 from modelstock.merging.plan import Plan
 from modelstock.merging.searches import Gradient, Scorer, search
 from modelstock.weights.layout import depths
+from modelstock.weights.origin import made_by
 from modelstock.weights.tensors import FLOATS, Checkpoint, in_memory
 from modelstock.weights.weight_set import WeightSet
 
@@ -227,12 +227,6 @@ def merge(
     metadata = {
         **anchor.meta,
         "parents": [anchor.identity, *sorted(weights.identity for weights in tuned)],
-        "made_by": {
-            "stage": "merge",
-            "method": method,
-            "options": dict(options or {}),
-            "granularity": granularity,
-            "version": __version__,
-        },
+        "made_by": made_by(stage="merge", method=method, options=options or {}, granularity=granularity),
     }
     return WeightSet(plan.tensors(), metadata, f"{method} of {len(tuned)}"), dict(plan.report)

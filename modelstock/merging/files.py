@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from modelstock import __version__
 from modelstock.errors import MergeError, WeightsError
 from modelstock.files import atomic_path, write_json
 from modelstock.merging.checks import Granularity, check_options
@@ -20,6 +19,7 @@ from modelstock.merging.plan import Plan, result_dtype
 from modelstock.merging.searches import Gradient, Scorer
 from modelstock.weights.checkpoints import open_checkpoint
 from modelstock.weights.format import Layout, lay_out
+from modelstock.weights.origin import made_by
 from modelstock.weights.tensors import STORED, Checkpoint
 
 SYNC = 1 << 26  # values after which what was written is sent to disk
@@ -98,16 +98,15 @@ def merge_files(
     )
     metadata = {
         **origin.meta,
-        "made_by": {
-            "stage": "merge",
-            "method": method,
-            "options": options,
-            "granularity": granularity,
-            "include": list(include),
-            "exclude": list(exclude),
-            "files": [{"name": path.name, "bytes": _size(path)} for path in inputs],
-            "version": __version__,
-        },
+        "made_by": made_by(
+            stage="merge",
+            method=method,
+            options=options,
+            granularity=granularity,
+            include=list(include),
+            exclude=list(exclude),
+            files=[{"name": path.name, "bytes": _size(path)} for path in inputs],
+        ),
     }
     if identify or "architecture" in origin.meta:
         with ThreadPoolExecutor(workers) as pool:

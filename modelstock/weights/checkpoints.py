@@ -61,7 +61,7 @@ class _File:
         while into.size:
             count = os.preadv(descriptor, [into.data], offset)
             if not count:
-                raise broken_file(self._path, "a file that was cut while it was read")
+                raise broken_file(self._path, "a file that became shorter while it was read")
             offset, into = offset + count, into[count:]
 
     @staticmethod

@@ -15,18 +15,20 @@ def blocks(names: Sequence[str]) -> dict[str, tuple[int, int]]:
     prefix. Tensors outside the blocks lie before them where their name speaks of embeddings, stems or patches. Where
     no name has a number, n is 0.
     """
-    found = {name: m for name in names if (m := _BLOCK.search(name))}
-    place = {n: (n[: m.start()] + "." + (m[2] or ""), int(m[1] or m[3])) for n, m in found.items()}
-    numbers: dict[str, set[int]] = {}
-    for prefix, number in place.values():
-        numbers.setdefault(prefix, set()).add(number)
-    counts = {prefix: max(own) - min(own) + 1 for prefix, own in numbers.items()}  # some models count from 1
+    numbered: dict[str, tuple[str, int]] = {}  # name -> prefix, number
+    numbers: dict[str, set[int]] = {}  # prefix -> the numbers that occur
+    for name in names:
+        if match := _BLOCK.search(name):
+            prefix, number = f"{name[: match.start()]}.{match[2] or ''}", int(match[1] or match[3])
+            numbered[name] = prefix, number
+            numbers.setdefault(prefix, set()).add(number)
+    counts = {prefix: max(group) - min(group) + 1 for prefix, group in numbers.items()}  # some models count from 1
     most = max(counts.values(), default=0)
 
     def block(name: str) -> tuple[int, int]:
-        if name not in place:
+        if name not in numbered:
             return (-1 if _BEFORE.search(name) and not _POOL.search(name) else most), most
-        prefix, number = place[name]
+        prefix, number = numbered[name]
         return number - min(numbers[prefix]), counts[prefix]
 
     return {name: block(name) for name in names}
@@ -37,7 +39,7 @@ def depths(names: Sequence[str]) -> dict[str, float]:
 
     Empty where no name has a number.
     """
-    place = blocks(names)
-    if not any(count for _, count in place.values()):
+    numbered = blocks(names)
+    if not any(count for _, count in numbered.values()):
         return {}
-    return {name: min(max(number / max(1, count - 1), 0.0), 1.0) for name, (number, count) in place.items()}
+    return {name: min(max(number / max(1, count - 1), 0.0), 1.0) for name, (number, count) in numbered.items()}

@@ -21,10 +21,10 @@ from modelstock.weights.tensors import Array, Checkpoint, StoredTensor, check_fi
 
 @dataclass(frozen=True)
 class WeightSet:
-    """Named tensors and what is known of them.
+    """Named tensors, and the metadata that says what they are.
 
-    `tensors`: name -> array. `meta`: architecture, preprocess, classes_sha256, parents (identities),
-    made_by (stage, method, options, seed, version); every value is JSON. `source` names the file for messages.
+    `tensors`: name -> array. `meta`: architecture, preprocess, classes, classes_sha256, parents (identities), made_by
+    (see modelstock.weights.origin); every value is JSON. `source` names the file for messages.
     """
 
     tensors: Mapping[str, Array]
