@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Modules and packages that say, keep or show what others compute.
 NOT_COMPUTING = ("cli", "errors", "files", "params", "provenance", "tracking")
 # Libraries whose next version may compute, decode or build something else.
-LIBRARIES = ("numpy", "open_clip_torch", "pillow", "scipy", "timm", "torch", "torchvision")
+LIBRARIES = ("numpy", "open_clip_torch", "pillow", "scipy", "timm", "torch", "torchvision", "transformers")
 
 
 def _file(module: str) -> Path | None:

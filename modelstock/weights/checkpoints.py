@@ -29,16 +29,16 @@ WEIGHT_FILES = (
 
 
 class _File:
-    """A file read at any place, by several threads at once: held open, or opened for each read where `held` is false.
+    """A file read at any place, by several threads at once: kept open, or opened for each read.
 
-    Files that are not held are as many as one likes; that they are still the same is checked.
+    Of files that are not kept open there may be any number; that they are still the same is checked.
     """
 
-    def __init__(self, path: Path, *, held: bool) -> None:
+    def __init__(self, path: Path, *, keep_open: bool) -> None:
         self._path, self._descriptor = path, -1
         descriptor = os.open(path, os.O_RDONLY)
         self._state = self._state_of(descriptor)
-        if held:
+        if keep_open:
             self._descriptor = descriptor
         else:
             os.close(descriptor)
@@ -74,15 +74,15 @@ class _File:
             os.close(self._descriptor)
 
 
-def open_safetensors(path: Path, *, held: bool = True) -> Checkpoint:
-    """Open a safetensors file. `held`: it stays open as long as its tensors are used; else each read opens it.
+def open_safetensors(path: Path, *, keep_open: bool = True) -> Checkpoint:
+    """Open a safetensors file. `keep_open`: as long as its tensors are used; else each read opens it.
 
     Raises:
         WeightsError: a truncated or foreign file.
     """
     header, offset = parse_header(path)
     meta = parse_meta(path, header)
-    file = _File(path, held=held)
+    file = _File(path, keep_open=keep_open)
 
     def entry(described: Mapping[str, Any]) -> StoredTensor:
         stored = STORED[described["dtype"]]

@@ -104,8 +104,8 @@ def load_weights(path: Path, *, lazy: bool = False) -> WeightSet:
             expected="a .safetensors file",
             cure="check the path, or run the stage that makes it",
         )
-    # As many of ours may be open at a time as there are subsets to compare: none is held.
-    checkpoint = open_safetensors(path, held=not lazy)
+    # A process may use as many lazily as there are subsets to compare, more than it may have files open.
+    checkpoint = open_safetensors(path, keep_open=not lazy)
     for name, tensor in checkpoint.tensors.items():
         if tensor.dtype == "BF16":
             raise WeightsError(
