@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from modelstock.cli.commands import app
+from modelstock.cli.app import app
 from modelstock.data.images import normalise
 from modelstock.errors import DataError, ParamsError, WeightsError
 from modelstock.models import towers as models

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from threadpoolctl import threadpool_info, threadpool_limits
 from typer.testing import CliRunner
 
-from modelstock.cli.commands import app
+from modelstock.cli.app import app
 from modelstock.errors import MergeError, WeightsError
 from modelstock.experiment.choices import merge_subsets
 from modelstock.merging.files import merge_files

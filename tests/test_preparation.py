@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from modelstock.cli.commands import app
+from modelstock.cli.app import app
 from modelstock.data.preparation import prepare
 from modelstock.data.shapes.reference import drawn, reference_model
 from modelstock.data.shapes.render import SPLITS

@@ -444,7 +444,7 @@ def test_the_command_merges_inspects_and_compares(files, tmp_path):
         (["--method", "model_stok"], "error: method: got 'model_stok'; expected model_stock, uniform"),
         (["--set", "alfa=0.3", "--method", "wise_ft"], "did you mean alpha?"),
         (["--set", "alpha"], "error: --set: got 'alpha'; expected option=value"),
-        (["--clip", "never"], "option clip: got 'never'; expected unit or none"),
+        (["--set", "clip=never"], "option clip: got 'never'; expected unit or none"),
         (["--set", "workers=7"], "method model_stock, option workers: got no such option"),
         (["--set", "scale=big"], "option scale: got 'big'; expected a number"),
         (
@@ -465,7 +465,7 @@ def test_the_command_says_in_one_line_what_is_wrong(files, tmp_path, arguments, 
 def test_merging_imports_neither_torch_nor_the_pipelines_tools(files, tmp_path):
     code = (
         "import sys; from pathlib import Path; from modelstock.merging.files import merge_files;"
-        "import modelstock.cli.commands;"
+        "import modelstock.cli.app;"
         "p = [Path(f'w{i}.safetensors') for i in range(3)];"
         "merge_files('model_stock', p[0], p[1:], Path('o.safetensors'));"
         "print([m for m in ('torch', 'prefect', 'dvc', 'mlflow', 'open_clip') if m in sys.modules])"

@@ -1,0 +1,42 @@
+"""The command itself: every subcommand by name, and errors as one line."""
+
+import sys
+from collections.abc import Callable
+
+import typer
+
+from modelstock.cli.checkpoints import diff, inspect
+from modelstock.cli.comparison import compare
+from modelstock.cli.data import prepare
+from modelstock.cli.extras import missing_extra
+from modelstock.cli.merging import merge, methods, statistics
+from modelstock.cli.models import anchor, export
+from modelstock.cli.scoring import evaluate
+from modelstock.errors import ModelstockError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Prepare data, merge fine-tuned checkpoints exactly, score them in one pass, compare and export them.",
+    rich_markup_mode="rich",
+)
+CORE: tuple[Callable[..., None], ...] = (merge, methods, inspect, diff)
+TRAIN: tuple[Callable[..., None], ...] = (prepare, anchor, statistics, evaluate, compare, export)
+NEEDS = r"Needs the extra train: pip install 'modelstock\[train]'"
+for command in CORE:
+    app.command(rich_help_panel="Merging and inspecting")(command)
+for command in TRAIN:
+    app.command(rich_help_panel="Data, models and scores, with the extra train", epilog=NEEDS)(command)
+
+
+def main() -> None:
+    """Run the command; an error that a user can fix is one line on stderr and exit code 1."""
+    try:
+        try:
+            app()
+        except ModuleNotFoundError as error:
+            raise missing_extra(" ".join(["modelstock", *sys.argv[1:2]]), error) from error
+    except ModelstockError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,44 @@
+"""Which extra brings a library that is not installed."""
+
+from modelstock.errors import ModelstockError
+
+# The libraries that this package imports beyond its core, by the extra of pyproject.toml that brings them.
+LIBRARIES = {
+    "train": (
+        "PIL",
+        "huggingface_hub",
+        "markdown",
+        "matplotlib",
+        "open_clip",
+        "psutil",
+        "pydantic",
+        "ruamel",
+        "safetensors",
+        "scipy",
+        "statsmodels",
+        "timm",
+        "torch",
+        "torchvision",
+        "webdataset",
+    ),
+    "pipeline": ("dvc", "mlflow", "prefect"),
+    "datasets": ("datasets",),
+}
+
+
+def missing_extra(command: str, error: ModuleNotFoundError) -> ModelstockError:
+    """The one line for a library that is missing: which extra to install.
+
+    Raises:
+        ModuleNotFoundError: the error itself, where no extra brings the library.
+    """
+    library = (error.name or "").partition(".")[0]
+    for extra, libraries in LIBRARIES.items():
+        if library in libraries:
+            return ModelstockError(
+                command,
+                got=f"no library {library}",
+                expected=f"the extra {extra}",
+                cure=f"pip install 'modelstock[{extra}]'",
+            )
+    raise error

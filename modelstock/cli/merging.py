@@ -1,0 +1,142 @@
+"""`modelstock merge`, `methods` and `statistics`."""
+
+import json
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modelstock.cli.options import AsJson, OutFile, Overwrite, check_choice, method_options
+from modelstock.cli.output import progress_bar, show
+from modelstock.errors import MergeError
+
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def merge(
+    weights: Annotated[list[Path], typer.Argument(help="Fine-tuned checkpoints.")],
+    anchor: Annotated[Path, typer.Option(help="The pre-trained checkpoint w0.")],
+    out: OutFile,
+    method: Annotated[str, typer.Option(help="See `modelstock methods`.")] = "model_stock",
+    granularity: Annotated[str, typer.Option(help="One ratio per tensor, filter or model.")] = "tensor",
+    include: Annotated[list[str] | None, typer.Option(help="Glob of tensors to merge.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Glob of tensors to keep from the anchor.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float64, float32, float16 or bfloat16.")] = None,
+    statistics: Annotated[
+        list[Path] | None,
+        typer.Option(help="A file of `modelstock statistics` per checkpoint, for methods that weigh by them."),
+    ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option(help="Held-out shards that merges are scored on, for methods that search.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write each tensor's cosine, ratio, norms and flags.")] = None,
+    overwrite: Overwrite = False,
+    identify: Annotated[bool, typer.Option("--identify", help="Record the inputs' sha256 in the output.")] = False,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="option=value, an option of the method.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Merge checkpoints into one safetensors file."""
+    from modelstock.merging.files import merge_files
+    from modelstock.merging.methods.table import find_method
+
+    if dtype is not None:
+        check_choice("--dtype", dtype, list(DTYPES))
+    options = method_options(settings or [])
+    find_method(method, options)  # before an option could be taken for something else
+    with progress_bar("merging") as progress:
+        plan = merge_files(
+            method,
+            anchor,
+            weights,
+            out,
+            granularity=granularity,  # type: ignore[arg-type]
+            include=include or [],
+            exclude=exclude or [],
+            dtype=DTYPES[dtype] if dtype else None,
+            report=report,
+            statistics=statistics or [],
+            overwrite=overwrite,
+            identify=identify,
+            progress=progress,
+            options=options,
+            **_search_inputs(method, anchor, held_out),
+        )
+    summary = {"out": str(out), "method": method, "checkpoints": len(weights), "tensors": len(plan.report)}
+    show("merged", [{**summary, **_flag_counts(plan.report)}], as_json)
+
+
+def _flag_counts(report: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """How many tensors (or filters) have each flag, in the order of the flags' names."""
+    counts: Counter[str] = Counter()
+    for facts in report.values():
+        counts.update({facts["flag"]: 1} if facts.get("flag") else facts.get("flags", {}))
+    return dict(sorted(counts.items()))
+
+
+def _search_inputs(method: str, anchor: Path, shards: Path | None) -> dict[str, Any]:
+    """The score or the gradient that a searching method asks for, on held-out shards; needs torch."""
+    from modelstock.merging.methods.table import METHODS
+
+    needs = METHODS[method].needs
+    if shards is None:
+        return {}
+    if needs not in ("score", "gradient"):
+        raise MergeError(f"method {method}", got="--held-out", expected="a method that searches", cure="leave it out")
+    from modelstock.scoring.data_statistics import loss_gradient, sample
+    from modelstock.scoring.one_pass import score
+    from modelstock.weights.weight_set import WeightSet, load_weights
+
+    def accuracies(weights: Sequence[WeightSet]) -> list[float]:
+        outcomes = score(shards, weights)
+        return [float(outcomes[one.identity].correct.mean()) for one in weights]
+
+    @cache
+    def loss() -> Any:
+        return loss_gradient(*sample(shards, load_weights(anchor, lazy=True), examples=10**6))
+
+    return {"score": accuracies} if needs == "score" else {"gradient": lambda weights: loss()(weights)}
+
+
+def statistics(
+    what: Annotated[str, typer.Argument(help="fisher (for fisher) or inner (for regmean).")],
+    weights: Annotated[Path, typer.Argument(help="A weight set made by modelstock.")],
+    data: Annotated[Path, typer.Option(help="Shards of the training set.")],
+    out: OutFile,
+    examples: Annotated[int, typer.Option(min=1, help="How many images, drawn at random.")] = 1000,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure what fisher and regmean weigh by, for one weight set."""
+    check_choice("statistics", what, ("fisher", "inner"))
+    from modelstock.merging.files import check_paths
+
+    check_paths([weights], [out], overwrite)
+    from modelstock.scoring import data_statistics
+    from modelstock.weights.weight_set import load_weights
+
+    loaded = load_weights(weights)
+    images, _ = data_statistics.sample(data, loaded, examples=examples)
+    measured = (data_statistics.fisher if what == "fisher" else data_statistics.inner)(loaded, images)
+    measured.save(out)
+    print(f"{out}: {what} of {len(measured.tensors)} tensors on {len(images)} images")
+
+
+def methods(as_json: AsJson = False) -> None:
+    """Every merge method: formula, options and source."""
+    from modelstock.merging.methods.table import METHODS
+
+    rows: list[dict[str, Any]] = []
+    for name, method in METHODS.items():
+        options = ", ".join(f"{option}={json.dumps(default)}" for option, default in method.defaults.items())
+        row = {"method": name, "formula": method.formula, "options": options, "source": method.source}
+        rows.append({**row, "needs": method.needs} if method.needs not in ("", "depth") else row)
+    if as_json:
+        show("methods", rows, True)
+        return
+    for row in rows:
+        print(row.pop("method"))
+        for key, value in row.items():
+            print(textwrap.fill(f"{key}: {value}", 100, initial_indent="    ", subsequent_indent="        "))

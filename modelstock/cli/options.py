@@ -1,0 +1,91 @@
+"""Options that several commands share, and texts on the command line that stand for more than a text."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modelstock.errors import MergeError, ParamsError
+
+if TYPE_CHECKING:
+    from modelstock.params import ClassesParams
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON rather than a table.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+OutFile = Annotated[Path, typer.Option("-o", "--out", help="The safetensors file to write.")]
+OutFolder = Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
+Precision = Annotated[str, typer.Option(help="float32 or bfloat16, of the towers.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode; 0: this one.")]
+
+
+def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        ParamsError: it is none of them.
+    """
+    if value not in choices:
+        expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise ParamsError(option, got=repr(value), expected=expected, cure="name one of these")
+
+
+def method_options(settings: Sequence[str]) -> dict[str, Any]:
+    """`option=value` pairs; values are JSON where they can be, else text.
+
+    Raises:
+        MergeError: a setting without an equals sign.
+    """
+    options = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise MergeError("--set", got=repr(setting), expected="option=value", cure="write it so")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+def _listed(text: str, what: str) -> Any:
+    """What a file of names or templates holds, one per line (or folder, tab, name) or as JSON; None for no file."""
+    path = Path(text)
+    if not path.is_file():
+        return None
+    raw = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        lines = [line.strip() for line in raw.splitlines() if line.strip()]
+        if all("\t" in line for line in lines):
+            return {folder.strip(): name.strip() for folder, _, name in (line.partition("\t") for line in lines)}
+        return lines
+    try:
+        return json.loads(raw)
+    except ValueError as error:
+        raise ParamsError(path, got=f"no JSON ({error})", expected=f"a list of {what}", cure="correct it") from error
+
+
+def class_section(classes: str, templates: str) -> "ClassesParams":
+    """`--classes` and `--templates` as the section `classes` of a params file.
+
+    Raises:
+        ParamsError: a file that is no list, or names and templates that the section refuses.
+    """
+    from pydantic import ValidationError
+
+    from modelstock.params import ClassesParams
+
+    names: Any = classes if classes in ("imagenet", "shapes") else _listed(classes, "class names")
+    if names is None:
+        names = [name.strip() for name in classes.split(",")]
+    texts: Any = templates if templates in ("openai", "shapes") else _listed(templates, "templates") or [templates]
+    try:
+        return ClassesParams(names=names, templates=texts)
+    except ValidationError as error:
+        problem = error.errors()[-1]
+        field, text = str(problem["loc"][0]), problem["msg"].removeprefix("Value error, ")
+        option, value = ("--classes", classes) if field == "names" else ("--templates", templates)
+        raise ParamsError(option, got=repr(value), expected=text, cure="see --help") from None
