@@ -3,7 +3,7 @@
 from modelstock.weights.layout import blocks, depths
 
 
-def test_depth_is_read_off_the_names_of_many_architectures(self):
+def test_depth_is_read_off_the_names_of_many_architectures():
     depth = depths(
         [
             "visual.conv1.weight",
@@ -47,7 +47,7 @@ def test_depth_is_read_off_the_names_of_many_architectures(self):
     assert depth["transformer.resblocks.1.ln_1.weight"] == 0.5
 
 
-def test_blocks_by_hand(self):
+def test_blocks_by_hand():
     openai = [f"visual.transformer.resblocks.{i}.attn.out_proj.weight" for i in range(4)]
     outside = {
         "visual.class_embedding": -1,
