@@ -18,6 +18,7 @@ LIBRARIES = {
         "statsmodels",
         "timm",
         "torch",
+        "torchmetrics",
         "torchvision",
         "webdataset",
     ),
