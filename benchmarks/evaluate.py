@@ -1,4 +1,4 @@
-"""Scoring many weight sets: one pass beside a pass each, and beside bare forward passes.
+"""Scoring many weight sets: one pass against a pass each, and against bare forward passes.
 
     python benchmarks/evaluate.py [--setting NAME]... [--sets N] [--images N] [--rounds N] [--workers N] [--threads N]
                                   [--device cpu|cuda] [--precision float32|bfloat16]
@@ -9,7 +9,7 @@ Three settings, all or those that are named, of `sets` weight sets each:
 - vit-b-32: the photographs and a ViT-B/32: the tower binds on a CPU.
 
 - usual: for each weight set, open_clip's transform in a torch DataLoader over the same files, and accuracy.
-- ours: modelstock.evaluation.score, with everything it does: shards checked by hash, all metrics, no cache.
+- ours: modelstock.scoring.one_pass.score, with everything it does: shards checked by hash, all metrics, no cache.
 - bare: the towers' forward passes on batches that are normalised and in memory, and nothing else.
 
 All use the same batch size, threads, decoding processes and device, and build their models within the time. The
@@ -32,11 +32,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from modelstock.data.images import InShards
+from modelstock.data.dataset import Dataset as ImageSet
 from modelstock.data.shapes.render import NAMES, TINY_PREPROCESS, draw
 from modelstock.data.shards import load_manifest, make_manifest, save_manifest, write_shard
 from modelstock.models.towers import TINY_CLIP, build_classifier, build_visual, tensors_of
-from modelstock.scoring.one_pass import score
+from modelstock.scoring.one_pass import ScoringOptions, score
+from modelstock.scoring.outcome import Outcome
 from modelstock.weights.weight_set import WeightSet, classes_sha256
 
 VIT = {
@@ -53,13 +54,13 @@ def weight_sets(config: dict, preprocess: dict, count: int) -> list[WeightSet]:
     tower = {f"visual.{name}": value for name, value in tensors_of(build_visual(config)).items()}
     random = np.random.default_rng(0)
     meta = {"architecture": config, "preprocess": preprocess, "classes_sha256": classes_sha256(NAMES)}
-    found = []
+    weights = []
     for number in range(count):
         head = random.standard_normal((len(NAMES), config["embed_dim"])).astype(np.float32)
         tensors = {**tower, "head.weight": head, "head.bias": np.zeros(len(NAMES), np.float32)}
-        found.append(WeightSet(tensors, meta, f"{number}"))
-        _ = found[-1].identity  # reading and hashing files belongs to neither side
-    return found
+        weights.append(WeightSet(tensors, meta, f"{number}"))
+        _ = weights[-1].identity  # reading and hashing files belongs to neither side
+    return weights
 
 
 def photographs(count: int) -> list[tuple[str, bytes]]:
@@ -130,7 +131,7 @@ def usual(
     sets: Sequence[WeightSet], files: Sequence[tuple[str, bytes]], options: argparse.Namespace
 ) -> list[np.ndarray]:
     """A pass for each weight set; predictions."""
-    found = []
+    predictions = []
     for weights in sets:
         model = build_classifier(weights).to(options.device, dtype_of(options))
         loader = DataLoader(
@@ -144,8 +145,15 @@ def usual(
             guess = model(images.to(options.device, dtype_of(options), non_blocking=True)).argmax(dim=1).cpu()
             hits += int((guess == labels).sum())
             guesses.append(guess)
-        found.append(torch.cat(guesses).numpy())
-    return found
+        predictions.append(torch.cat(guesses).numpy())
+    return predictions
+
+
+def ours(sets: Sequence[WeightSet], folder: Path, options: argparse.Namespace) -> dict[str, Outcome]:
+    """One pass over shards that are checked first; outcomes by identity."""
+    names = ("batch_size", "workers", "device", "precision")
+    scoring = ScoringOptions(**{name: getattr(options, name) for name in names})
+    return score(ImageSet(folder, load_manifest(folder)), sets, options=scoring)
 
 
 @torch.inference_mode()
@@ -166,19 +174,11 @@ def measure(
     sets, data = weight_sets(config, preprocess, options.sets), Files(files, preprocess)
     pixels = torch.stack([data[i][0] for i in range(len(files))]).to(options.device, dtype_of(options))
     times: dict[str, list[float]] = {"usual": [], "ours": [], "bare": []}
-    with tempfile.TemporaryDirectory() as place:
-        folder = shards(Path(place) / "images", files)
-        assert len(InShards(folder, load_manifest(folder)).labels) == len(files)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = shards(Path(temporary) / "images", files)
         call = {
             "usual": lambda: usual(sets, files, options),
-            "ours": lambda: score(
-                folder,
-                sets,
-                batch_size=options.batch_size,
-                workers=options.workers,
-                device=options.device,
-                precision=options.precision,
-            ),
+            "ours": lambda: ours(sets, folder, options),
             "bare": lambda: bare(sets, pixels, options),
         }
         bare(sets[:1], pixels, options)

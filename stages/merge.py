@@ -1,14 +1,15 @@
-"""Merges subsets of the seeds by one method; whatever is chosen is chosen on the held-out cut."""
+"""Merges subsets of the seeds by one method; whatever is chosen is chosen on the held-out split."""
 
 from pathlib import Path
-from typing import Any
 
+from modelstock.data.dataset import open_dataset
 from modelstock.devices import deterministic, device_kind
 from modelstock.errors import MergeError
-from modelstock.experiment.choices import merge_subsets
-from modelstock.experiment.subsets import finetuned
-from modelstock.files import write_json
+from modelstock.experiment.merge import SubsetMerges, merge_method
+from modelstock.experiment.paths import SCORES, load_seeds
+from modelstock.merging.methods.table import METHODS
 from modelstock.params import load_params
+from modelstock.scoring.one_pass import ScoringOptions
 from modelstock.weights.weight_set import load_weights
 from stages import run
 
@@ -21,25 +22,18 @@ def main(method: str, anchor: Path, tuned: Path, train: Path, held_out: Path, ou
             "method", got=repr(method), expected=", ".join(params.merge.methods), cure="name one of merge.methods"
         )
     deterministic(params.threads)
-    scoring = params.evaluate.model_dump(exclude={"benchmarks"}) | {
-        "cache": Path("scratch/scores"),
-        "device": device_kind(params.device),
-    }
-    report: dict[str, Any] = {}
-    merged = merge_subsets(
-        method,
-        params.merge.section(method),
-        load_weights(anchor),
-        finetuned(tuned, params.seeds),
-        held_out=held_out,
-        train=train,
-        scoring=scoring,
+    options = params.evaluate.model_dump(exclude={"benchmarks"})
+    merges = SubsetMerges(
+        method=method,
+        section=params.merge.section(method),
+        anchor=load_weights(anchor),
+        seeds=load_seeds(tuned, params.seeds),
+        held_out=open_dataset(held_out),
+        train=open_dataset(train) if METHODS[method].reads_statistics else None,
+        scoring=ScoringOptions(device=device_kind(params.device), cache=SCORES, **options),
     )
-    for name, weights, facts in merged:
-        weights.save(out / f"{name}.safetensors")
-        report[name] = facts
-    write_json(out / "report.json", report)
-    print(f"{method}: {len(report)} weight sets")
+    files = merge_method(merges, out)
+    print(f"{method}: {len(files)} weight sets")
 
 
 if __name__ == "__main__":

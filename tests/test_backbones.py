@@ -15,7 +15,7 @@ from torch.nn import functional
 from modelstock import provenance
 from modelstock.data.classes import templates
 from modelstock.errors import DataError, ParamsError, WeightsError
-from modelstock.experiment.subsets import row_of
+from modelstock.experiment.rows import row_of
 from modelstock.models import anchor as anchors
 from modelstock.models import heads, pretrained
 from modelstock.models import towers as models

@@ -9,9 +9,11 @@ import torch
 from typer.testing import CliRunner
 
 from modelstock.cli.app import app
+from modelstock.data.dataset import open_dataset
 from modelstock.errors import ModelstockError
-from modelstock.scoring.one_pass import ensemble_identity, score
+from modelstock.scoring.one_pass import ScoringOptions, score
 from modelstock.scoring.results import load_scores
+from modelstock.scoring.score_cache import ensemble_identity
 from modelstock.weights.weight_set import load_weights
 from tests.support.splits import make_split
 
@@ -71,7 +73,7 @@ def test_evaluate_prints_what_scoring_says(folder, tmp_path, variants):
         for name in (str(files[0]), str(files[1]), "ensemble of 1, 2")
     ]
     for split, part in (("shapes", table[:3]), ("shapes-objectnet", table[3:])):
-        known = score(folder / split, variants[:2], [identities], batch_size=32)
+        known = score(open_dataset(folder / split), variants[:2], [identities], ScoringOptions(batch_size=32))
         kept = load_scores(tmp_path / f"results/{split}.safetensors")
         for number, (row, identity) in enumerate(zip(part, [*identities, ensemble_identity(identities)], strict=True)):
             outcome = known[identity]
@@ -86,14 +88,14 @@ def test_evaluate_shows_percent_with_intervals_to_people(folder, variants):
     shown = call("evaluate", folder / "0.safetensors", *benchmarks(folder, "shapes", "shapes-sketch"))
     for split, images in (("shapes", 70), ("shapes-sketch", 40)):
         assert f"{split}: {images} images" in shown
-        share = 100 * score(folder / split, variants[:1])[variants[0].identity].correct.mean()
+        share = 100 * score(open_dataset(folder / split), variants[:1])[variants[0].identity].correct.mean()
         assert f"{share:.1f} [" in shown
 
 
 def test_evaluate_tells_classes_apart(folder):
     shown = call("evaluate", folder / "0.safetensors", *benchmarks(folder, "shapes"), "--per-class", "--json")
     table = json.loads(shown)
-    outcome = score(folder / "shapes", [load_weights(folder / "0.safetensors")])
+    outcome = score(open_dataset(folder / "shapes"), [load_weights(folder / "0.safetensors")])
     assert len(table) == 24
     assert sum(row["images"] for row in table) == 70
     right = sum(row["images"] * row["top1"] for row in table)
@@ -113,7 +115,9 @@ def test_evaluate_takes_foreign_checkpoints_with_their_anchor(folder, variants, 
     )
     head = {k: v for k, v in anchor.tensors.items() if k.startswith("head.")}
     same = type(anchor)({**variants[2].tensors, **head}, anchor.meta, "same")
-    assert table[0]["top1"] == pytest.approx(score(folder / "shapes", [same])[same.identity].correct.mean())
+    assert table[0]["top1"] == pytest.approx(
+        score(open_dataset(folder / "shapes"), [same])[same.identity].correct.mean()
+    )
 
 
 def test_what_evaluate_cannot_do_is_one_line(folder):
@@ -137,7 +141,7 @@ def test_compare_merges_scores_and_reports_and_repeats_its_bytes(folder, tmp_pat
     assert {"anchor", "seed-0", "seed-2", "model_stock/0-1-2", "uniform/0-1", "ensemble/0-1-2"} <= names
     assert f"wise_ft/0-1-2@{0.5}" in names
     report = json.loads((tmp_path / "a/report/comparison.json").read_text())
-    assert f"champion by the held-out cut: {report['champion']}" in shown
+    assert f"champion by the held-out split: {report['champion']}" in shown
     assert "# Comparison" in (tmp_path / "a/report/comparison.md").read_text()
     shutil.rmtree(tmp_path / "a/merged")
     call(*words, "-o", tmp_path / "a")

@@ -1,10 +1,10 @@
-"""One pass over the data says of each weight set what scoring it alone says, to the last example."""
+"""One pass over the data gives each weight set what scoring it alone gives, to the last example."""
 
 import io
+import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -14,15 +14,25 @@ import pytest
 import torch
 from PIL import Image
 
-import modelstock.scoring.one_pass as evaluation
-from modelstock.data.images import normalise
+import modelstock.scoring.one_pass as one_pass
+from modelstock import provenance
+from modelstock.data.dataset import open_dataset
+from modelstock.data.images import InShards, normalise
 from modelstock.data.shards import read_all
 from modelstock.errors import DataError, WeightsError
 from modelstock.models.towers import TINY_CLIP, build_classifier, build_clip, tensors_of
-from modelstock.scoring.one_pass import Outcome, collect, ensemble_identity, label_logits, score
+from modelstock.scoring.decoding import DecodedBatches
+from modelstock.scoring.one_pass import ScoringOptions, collect
+from modelstock.scoring.outcome import COLUMNS, Outcome, label_logits
 from modelstock.scoring.results import Row, load_scores, save_scores
+from modelstock.scoring.score_cache import ensemble_identity
 from modelstock.weights.weight_set import WeightSet, load_weights
 from tests.support.splits import make_split
+
+
+def score(folder, weights, ensembles=(), **options):
+    """`one_pass.score` of a folder, with its options as keywords."""
+    return one_pass.score(open_dataset(folder), weights, ensembles, ScoringOptions(**options))
 
 
 def alone(folder, weights):
@@ -67,7 +77,7 @@ def test_fewer_labels_than_five_are_all_among_the_first_five():
 
 def equal(first: dict[str, Outcome], second: dict[str, Outcome]) -> bool:
     return first.keys() == second.keys() and all(
-        np.array_equal(getattr(first[k], f.name), getattr(second[k], f.name)) for k in first for f in fields(Outcome)
+        np.array_equal(getattr(first[k], name), getattr(second[k], name)) for k in first for name in COLUMNS
     )
 
 
@@ -76,7 +86,7 @@ def test_taking_turns_on_the_device_and_decoding_processes_change_no_bit(tmp_pat
     make_split(tmp_path, "shapes", 130)
     ensembles = [[w.identity for w in variants], [variants[2].identity, variants[0].identity]]
     expected = score(tmp_path, variants, ensembles, batch_size=20)
-    monkeypatch.setattr(evaluation, "SPAN_BYTES", 3 * 20 * 3 * 32 * 32)  # three batches a turn
+    monkeypatch.setattr(one_pass, "SPAN_BYTES", 3 * 20 * 3 * 32 * 32)  # three batches a turn
     assert equal(score(tmp_path, variants, ensembles, batch_size=20, **options), expected)
 
 
@@ -135,7 +145,7 @@ def test_an_interrupted_pass_goes_on_where_it_was_and_ends_with_the_same_bits(tm
     make_split(tmp_path / "data", "shapes", 130)
     ensembles = [[w.identity for w in variants[:2]]]
     expected = score(tmp_path / "data", variants, ensembles, batch_size=20)
-    read = evaluation.Batches.__getitem__
+    read = DecodedBatches.__getitem__
     numbers: list[int] = []
 
     def stopping(self, number):
@@ -144,7 +154,7 @@ def test_an_interrupted_pass_goes_on_where_it_was_and_ends_with_the_same_bits(tm
             raise Stopped
         return read(self, number)
 
-    monkeypatch.setattr(evaluation.Batches, "__getitem__", stopping)
+    monkeypatch.setattr(DecodedBatches, "__getitem__", stopping)
     call = partial(score, tmp_path / "data", batch_size=20, cache=tmp_path / "cache")
     with pytest.raises(Stopped):
         call(variants[:2], ensembles)
@@ -160,17 +170,20 @@ def test_a_pass_that_is_killed_keeps_what_it_had_scored(tmp_path, variants):
     script = f"""
 import os, signal
 from pathlib import Path
-import modelstock.scoring.one_pass as evaluation
+from modelstock.data.dataset import open_dataset
+from modelstock.scoring import one_pass
+from modelstock.scoring.decoding import DecodedBatches
 from modelstock.weights.weight_set import load_weights
-evaluation.SAVE_EVERY_S = 0.0
-read = evaluation.Batches.__getitem__
+one_pass.SAVE_EVERY_S = 0.0
+read = DecodedBatches.__getitem__
 def killed(self, number):
     if number == 40:
         os.kill(os.getpid(), signal.SIGKILL)
     return read(self, number)
-evaluation.Batches.__getitem__ = killed
+DecodedBatches.__getitem__ = killed
 folder = Path({str(tmp_path)!r})
-evaluation.score(folder / "data", [load_weights(folder / "a.safetensors")], cache=folder / "cache", batch_size=10)
+options = one_pass.ScoringOptions(cache=folder / "cache", batch_size=10)
+one_pass.score(open_dataset(folder / "data"), [load_weights(folder / "a.safetensors")], options=options)
 """
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
@@ -185,7 +198,7 @@ evaluation.score(folder / "data", [load_weights(folder / "a.safetensors")], cach
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_does_not_decode_is_named(tmp_path, variants, monkeypatch, workers):
     make_split(tmp_path, "shapes", 30)
-    monkeypatch.setattr(evaluation.InShards, "cut", lambda self, row: Image.open(io.BytesIO(b"no image")))
+    monkeypatch.setattr(InShards, "cut", lambda self, row: Image.open(io.BytesIO(b"no image")))
     with pytest.raises(DataError, match=r"example 0: got UnidentifiedImageError: .*; expected an image that decodes"):
         score(tmp_path, variants, workers=workers)
 
@@ -207,13 +220,13 @@ def test_label_logits_by_hand():
 def test_every_image_is_decoded_once_and_what_is_scored_is_not_scored_again(tmp_path, variants, monkeypatch):
     make_split(tmp_path / "data", "shapes", 60)
     rows = []
-    cut = evaluation.InShards.cut
+    cut = InShards.cut
 
     def counted(self, row):
         rows.append(row)
         return cut(self, row)
 
-    monkeypatch.setattr(evaluation.InShards, "cut", counted)
+    monkeypatch.setattr(InShards, "cut", counted)
     cache, data = tmp_path / "cache", tmp_path / "data"
     first = score(data, variants[:2], cache=cache)
     assert rows == list(range(60))
@@ -230,7 +243,7 @@ def test_every_image_is_decoded_once_and_what_is_scored_is_not_scored_again(tmp_
 def test_results_read_back_and_their_bytes_repeat(tmp_path, variants):
     manifest = make_split(tmp_path / "data", "shapes", 60)
     rows = [Row(f"seed-{i}", w.identity, "seed", (i,), {"lr": 0.1}) for i, w in enumerate(variants)]
-    scores = collect(tmp_path / "data", rows, score(tmp_path / "data", variants))
+    scores = collect(open_dataset(tmp_path / "data"), rows, score(tmp_path / "data", variants))
     save_scores(tmp_path / "a", scores)
     save_scores(tmp_path / "b", scores)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -257,3 +270,81 @@ def test_a_tower_that_does_not_fit_and_an_unknown_member_are_refused(tmp_path, v
         score(tmp_path, [WeightSet(lacking, variants[0].meta, "lacking")])
     with pytest.raises(WeightsError, match="ensemble: got member 0123"):
         score(tmp_path, variants, [["0123"]])
+
+
+class TestTheCacheKnowsWhatScored:
+    """What other code, another library or another number of threads scored is not used."""
+
+    @pytest.fixture
+    def decoded(self, tmp_path, monkeypatch):
+        """The rows that have been decoded so far."""
+        make_split(tmp_path / "data", "shapes", 40)
+        rows, cut = [], InShards.cut
+
+        def counted(self, row):
+            rows.append(row)
+            return cut(self, row)
+
+        monkeypatch.setattr(InShards, "cut", counted)
+        return rows
+
+    def scored(self, folder, variants):
+        return score(folder / "data", variants[:1], cache=folder / "cache")
+
+    def test_after_a_change_of_a_librarys_version_old_outcomes_are_not_used(
+        self, tmp_path, variants, decoded, monkeypatch
+    ):
+        self.scored(tmp_path, variants)
+        self.scored(tmp_path, variants)
+        assert len(decoded) == 40
+        real = provenance.version
+        monkeypatch.setattr(provenance, "version", lambda name: "99.0" if name == "pillow" else real(name))
+        self.scored(tmp_path, variants)
+        assert len(decoded) == 80
+
+    @pytest.mark.parametrize("module", ["scoring/outcome.py", "data/images.py", "models/towers.py"])
+    def test_after_a_change_of_code_that_scores_old_outcomes_are_not_used(
+        self, tmp_path, variants, decoded, monkeypatch, module
+    ):
+        self.scored(tmp_path, variants)
+        copy = tmp_path / "copy"
+        shutil.copytree(provenance.ROOT / "modelstock", copy / "modelstock")
+        monkeypatch.setattr(provenance, "ROOT", copy)
+        self.scored(tmp_path, variants)
+        assert len(decoded) == 40  # the same code elsewhere
+        with open(copy / "modelstock" / module, "a") as file:
+            file.write("# changed\n")
+        self.scored(tmp_path, variants)
+        assert len(decoded) == 80
+
+    def test_a_change_of_what_does_not_score_leaves_outcomes_in_use(self, tmp_path, variants, decoded, monkeypatch):
+        self.scored(tmp_path, variants)
+        copy = tmp_path / "copy"
+        shutil.copytree(provenance.ROOT / "modelstock", copy / "modelstock")
+        monkeypatch.setattr(provenance, "ROOT", copy)
+        for module in ("errors.py", "comparison/report.py", "merging/engine.py"):
+            with open(copy / "modelstock" / module, "a") as file:
+                file.write("# changed\n")
+        self.scored(tmp_path, variants)
+        assert len(decoded) == 40
+
+    def test_another_number_of_threads_scores_again(self, tmp_path, variants, decoded, monkeypatch):
+        self.scored(tmp_path, variants)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+        self.scored(tmp_path, variants)
+        assert len(decoded) == 80
+
+    def test_what_other_code_scored_on_the_same_data_is_removed_and_nothing_else(
+        self, tmp_path, variants, decoded, monkeypatch
+    ):
+        self.scored(tmp_path, variants)
+        (old,) = (tmp_path / "cache").rglob("*.safetensors")
+        other_data = tmp_path / "cache/other-data/code/kept.safetensors"
+        other_data.parent.mkdir(parents=True)
+        other_data.write_bytes(b"")
+        monkeypatch.setattr(provenance, "version", lambda name: "99.0")
+        self.scored(tmp_path, variants)
+        assert not old.exists()
+        files = set((tmp_path / "cache").rglob("*.safetensors"))
+        assert len(files) == 2
+        assert other_data in files

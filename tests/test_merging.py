@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,8 @@ from typer.testing import CliRunner
 
 from modelstock.cli.app import app
 from modelstock.errors import MergeError, WeightsError
-from modelstock.experiment.choices import merge_subsets
+from modelstock.experiment.merge import SubsetMerges
+from modelstock.experiment.rows import row_of
 from modelstock.merging.files import merge_files
 from modelstock.merging.methods.blend import Blend
 from modelstock.merging.methods.model_stock import stock_ratio
@@ -20,6 +20,7 @@ from modelstock.merging.methods.rows import Choice, Method, Option
 from modelstock.merging.methods.table import METHODS
 from modelstock.merging.methods.weighted import fisher, regmean
 from modelstock.params import merge_section, standard_section
+from modelstock.scoring.one_pass import ScoringOptions
 from modelstock.weights.weight_set import WeightSet, load_weights
 from tests.support.merging import merge_with
 
@@ -708,22 +709,19 @@ class TestARowIsAllThatAMethodNeeds:
         anchor, tuned = family(2)
         near = merge_with("halves", anchor, tuned, share=0.5)[0]
 
-        def score(dataset, weights, **settings):
-            return {w.identity: SimpleNamespace(correct=np.array([w.identity == near.identity])) for w in weights}
+        def accuracies(dataset, weights, options):
+            return [float(w.identity == near.identity) for w in weights]
 
-        monkeypatch.setattr("modelstock.experiment.choices.score", score)
-        found = list(
-            merge_subsets(
-                "halves",
-                standard_section(halves),
-                anchor,
-                dict(enumerate(tuned)),
-                held_out=None,
-                train=None,
-                scoring={"device": "cpu"},
-            )
+        monkeypatch.setattr("modelstock.experiment.merge.accuracies", accuracies)
+        merges = SubsetMerges(
+            method="halves",
+            section=standard_section(halves),
+            anchor=anchor,
+            seeds=dict(enumerate(tuned)),
+            held_out=None,
+            scoring=ScoringOptions(),
         )
-        assert [name for name, _, _ in found] == ["0-1@0.5"]
+        assert [(merge.name, row_of(merge.weights).name) for merge in merges] == [("0-1@0.5", "halves/0-1@0.5")]
 
 
 def test_almost_equal_weights_are_not_taken_for_the_same():

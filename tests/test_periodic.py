@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from modelstock.data.shapes.render import TINY_PREPROCESS
 from modelstock.data.shards import read_all
 from modelstock.errors import ParamsError, TrainingError
-from modelstock.experiment.subsets import row_of
+from modelstock.experiment.rows import row_of
 from modelstock.merging import engine as merging
 from modelstock.models.towers import build_classifier, set_tensors, tensors_of
 from modelstock.params import PeriodicParams, load_params

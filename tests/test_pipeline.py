@@ -11,8 +11,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from modelstock.params import Params
-from modelstock.scoring.one_pass import ensemble_identity
 from modelstock.scoring.results import load_scores
+from modelstock.scoring.score_cache import ensemble_identity
 from modelstock.tracking.mlflow import IDENTITY, Tracker
 from modelstock.weights.weight_set import load_weights
 

@@ -302,7 +302,7 @@ def own(tmp_path, monkeypatch):
 
 def test_the_stage_compares_somebodys_own_checkpoints_on_one_test_set(own, capsys):
     compare_stage(Path("results"), Path("models"), Path("reports"))
-    assert "champion by the held-out cut: uniform/0-1" in capsys.readouterr().out
+    assert "champion by the held-out split: uniform/0-1" in capsys.readouterr().out
     assert (own / "reports/held_out.csv").read_text() == "step,high,low,mean\n"
     assert "<table>" in (own / "reports/comparison.html").read_text()
     facts = json.loads((own / "reports/comparison.json").read_text())["facts"]

@@ -1,16 +1,19 @@
 """What merges weigh by, against definitions computed another way, one example at a time."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from modelstock.data.dataset import open_dataset
 from modelstock.data.images import normalise
 from modelstock.data.shapes.render import draw
 from modelstock.errors import DataError
 from modelstock.models.towers import build_classifier
 from modelstock.scoring.data_statistics import fisher, inner, loss_gradient, sample
-from modelstock.scoring.one_pass import score
+from modelstock.scoring.one_pass import accuracies, score
 from modelstock.weights.weight_set import load_weights
 from tests.support.merging import merge_with
 from tests.support.splits import make_split
@@ -25,7 +28,7 @@ def examples():
 def train(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     make_split(folder, "train", 60)
-    return folder
+    return open_dataset(folder)
 
 
 def test_fisher_is_the_mean_squared_gradient_of_log_p_at_labels_the_model_draws(anchor, examples):
@@ -119,8 +122,8 @@ def test_a_sample_is_random_repeats_and_is_at_most_everything(anchor, train):
 
 def test_labels_that_stand_for_several_classes_are_refused(anchor, tmp_path):
     make_split(tmp_path, "shapes-objectnet", 20)
-    with pytest.raises(DataError, match="one class a label, all of them"):
-        sample(tmp_path, anchor, examples=5)
+    with pytest.raises(DataError, match="one class per label, all of them"):
+        sample(open_dataset(tmp_path), anchor, examples=5)
 
 
 def test_every_data_driven_merge_of_real_towers(anchor, variants, train):
@@ -130,9 +133,9 @@ def test_every_data_driven_merge_of_real_towers(anchor, variants, train):
     options = {
         "fisher": {"statistics": [fisher(w, images[:8]) for w in tuned]},
         "regmean": {"statistics": [inner(w, images) for w in tuned]},
-        "greedy": {"score": lambda trials: [score(train, [w])[w.identity].correct.mean() for w in trials]},
+        "greedy": {"score": partial(accuracies, train)},
         "oracle_scale": {
-            "score": lambda trials: [score(train, [w])[w.identity].correct.mean() for w in trials],
+            "score": partial(accuracies, train),
             "steps": 3,
         },
         "oracle_scales": {"gradient": loss_gradient(images, labels), "iterations": 3},
@@ -163,9 +166,17 @@ def test_the_command_measures_statistics_and_merges_by_them(anchor, variants, tr
             cli.main()
         return stop.value.code, capsys.readouterr()
 
+    data = ["--data", train.folder]
     for w in "ab":
         code, said = command(
-            "statistics", "fisher", f"{w}.safetensors", "--data", train, "-o", f"{w}.f.safetensors", "--examples", 10
+            "statistics",
+            "fisher",
+            f"{w}.safetensors",
+            *data,
+            "-o",
+            f"{w}.f.safetensors",
+            "--examples",
+            10,
         )
         assert code == 0, said.err
     merging = ["merge", "--anchor", "w0.safetensors", "a.safetensors", "b.safetensors", "--method"]
@@ -181,17 +192,19 @@ def test_the_command_measures_statistics_and_merges_by_them(anchor, variants, tr
     assert found.identity == expected.identity
     assert found.meta["parents"] == expected.meta["parents"]  # our own weight sets are always identified
     for method in ("greedy", "oracle_scale", "oracle_scales"):
-        code, said = command(*merging, method, "--held-out", train, "-o", f"{method}.safetensors")
+        code, said = command(*merging, method, "--held-out", train.folder, "-o", f"{method}.safetensors")
         assert code == 0, said.err
     code, said = command(*merging, "fisher", "-o", "g.safetensors")
     assert (code, said.err.count("\n")) == (1, 1)
     assert "got 0 files of statistics; expected 2: squared gradients by checkpoint" in said.err
-    code, said = command(*merging, "uniform", "--held-out", train, "-o", "g.safetensors")
+    code, said = command(*merging, "uniform", "--held-out", train.folder, "-o", "g.safetensors")
     assert "a method that searches" in said.err
-    code, said = command("statistics", "fischer", "a.safetensors", "--data", train, "-o", "x.safetensors")
+    code, said = command("statistics", "fischer", "a.safetensors", *data, "-o", "x.safetensors")
     assert "expected fisher or inner" in said.err
     before = (tmp_path / "a.safetensors").read_bytes()
-    code, said = command("statistics", "inner", "a.safetensors", "--data", train, "-o", "a.safetensors", "--overwrite")
+    code, said = command(
+        "statistics", "inner", "a.safetensors", "--data", train.folder, "-o", "a.safetensors", "--overwrite"
+    )
     assert "got an input as output" in said.err
     assert (tmp_path / "a.safetensors").read_bytes() == before
     assert not (tmp_path / "g.safetensors").exists()

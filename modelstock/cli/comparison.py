@@ -48,23 +48,24 @@ def compare(
 ) -> None:
     """Merge, score and compare fine-tuned checkpoints that are there already; run again, it goes on where it was."""
     check_choice("--precision", precision, ("float32", "bfloat16"))
-    from modelstock.comparison.compare import compare as compared
-    from modelstock.comparison.report import published_figures, summary_lines, write_report
-    from modelstock.data.shards import check_classes, load_manifest
+    from modelstock.comparison.report import summary_lines
+    from modelstock.data.dataset import open_dataset
     from modelstock.devices import device_kind
-    from modelstock.experiment.choices import merge_subsets
-    from modelstock.experiment.subsets import ensembles, row_of
+    from modelstock.experiment.compare import compare_results
+    from modelstock.experiment.evaluate import Candidates, score_benchmark
+    from modelstock.experiment.merge import SubsetMerges, merge_method
+    from modelstock.experiment.paths import results_file
     from modelstock.merging.methods.table import METHODS
     from modelstock.models.adopt import adopt
-    from modelstock.scoring.one_pass import collect, ensemble_identity, score
-    from modelstock.scoring.results import Row, save_scores
+    from modelstock.scoring.one_pass import ScoringOptions
+    from modelstock.scoring.results import save_scores
     from modelstock.weights.weight_set import WeightSet, load_weights
 
     sections = _sections(params, method or [])
     needy = [name for name in sections if METHODS[name].reads_statistics]
-    manifests = {folder: load_manifest(folder) for folder in [*benchmark, *([train] if train else [])]}
-    held_out = [folder for folder in benchmark if manifests[folder].role == "held-out"]
-    roles = [manifests[folder].role for folder in benchmark]
+    datasets = {folder: open_dataset(folder) for folder in [*benchmark, *([train] if train else [])]}
+    held_out = [folder for folder in benchmark if datasets[folder].manifest.role == "held-out"]
+    roles = [datasets[folder].manifest.role for folder in benchmark]
     if len(weights) < 2 or len(held_out) != 1 or roles.count("in-distribution") != 1 or (needy and train is None):
         raise MergeError(
             "compare",
@@ -74,45 +75,41 @@ def compare(
             cure="name what is missing",
         )
     origin = load_weights(anchor)
-    for folder, manifest in manifests.items():
-        check_classes(origin, manifest, folder)
+    for dataset in datasets.values():
+        dataset.check_classes(origin)
     seeds: dict[int, WeightSet] = {}
     for number, path in enumerate(weights):
         found = adopt(path, origin)
         made = {**found.meta["made_by"], "stage": "finetune", "seed": number, "source": path.name}
         seeds[number] = WeightSet(found.tensors, {**found.meta, "made_by": made}, str(path))
         print(f"seed-{number}: {path}")
-    scoring = {
-        "cache": out / "scratch",
-        "device": device_kind(device),
-        "precision": precision,
-        "batch_size": batch_size,
-        "workers": workers,
-    }
-    files = []
+    scoring = ScoringOptions(
+        cache=out / "scratch",
+        device=device_kind(device),
+        precision=precision,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        workers=workers,
+    )
+    files: list[Path] = []
     for name, section in sections.items():
-        for stem, merged, _ in merge_subsets(
-            name, section, origin, seeds, held_out=held_out[0], train=train or held_out[0], scoring=scoring
-        ):
-            files.append(out / "merged" / name / f"{stem}.safetensors")
-            merged.save(files[-1])
+        merges = SubsetMerges(
+            method=name,
+            section=section,
+            anchor=origin,
+            seeds=seeds,
+            held_out=datasets[held_out[0]],
+            train=datasets[train] if train else None,
+            scoring=scoring,
+        )
+        files += merge_method(merges, out / "merged" / name)
         print(f"{name}: merged")
-    everything = [origin, *seeds.values(), *(load_weights(file, lazy=True) for file in files)]
-    rows = [row_of(one) for one in everything]
-    groups = {members: [seeds[m].identity for m in members] for members in ensembles(list(seeds))}
-    for members, identities in groups.items():
-        title = f"ensemble/{'-'.join(map(str, members))}"
-        rows.append(Row(title, ensemble_identity(identities), "ensemble", members, {}))
-    results = []
-    for folder in benchmark:
-        outcomes = score(folder, everything, list(groups.values()), **scoring)  # type: ignore[arg-type]
-        results.append(collect(folder, rows, outcomes))
-        save_scores(out / "results" / f"{results[-1].benchmark}.safetensors", results[-1])
-    comparison = compared(results, draws=draws)
-    published = published_figures(comparison, origin.meta.get("backbone"))
-    write_report(comparison, out / "report", facts={"champion": comparison.champion, "published": published})
+    candidates = Candidates(anchor=origin, seeds=seeds, others=[load_weights(file, lazy=True) for file in files])
+    results = [score_benchmark(datasets[folder], candidates, scoring) for folder in benchmark]
+    for scores in results:
+        save_scores(results_file(out / "results", scores.benchmark), scores)
+    comparison = compare_results(results, out / "report", anchor=origin, seeds=list(seeds.values()), draws=draws)
     print(summary_lines(comparison))
-    best = next(row for row in rows if row.name == comparison.champion)
-    places = {one.identity: one.source for one in everything}
+    champion = next(row for row in results[0].rows if row.name == comparison.champion)
+    sources = {weights.identity: weights.source for weights in candidates.weights}
     print(f"report: {out / 'report/comparison.html'}")
-    print(f"champion by the held-out cut: {best.name}, {places[best.identity]}")
+    print(f"champion by the held-out split: {champion.name}, {sources[champion.identity]}")

@@ -3,8 +3,8 @@
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,19 +86,20 @@ def _search_inputs(method: str, anchor: Path, shards: Path | None) -> dict[str, 
         return {}
     if needs not in ("score", "gradient"):
         raise MergeError(f"method {method}", got="--held-out", expected="a method that searches", cure="leave it out")
+    from modelstock.data.dataset import open_dataset
     from modelstock.scoring.data_statistics import loss_gradient, sample
-    from modelstock.scoring.one_pass import score
-    from modelstock.weights.weight_set import WeightSet, load_weights
+    from modelstock.scoring.one_pass import accuracies
+    from modelstock.weights.weight_set import load_weights
 
-    def accuracies(weights: Sequence[WeightSet]) -> list[float]:
-        outcomes = score(shards, weights)
-        return [float(outcomes[one.identity].correct.mean()) for one in weights]
+    held_out = open_dataset(shards)
+    if needs == "score":
+        return {"score": partial(accuracies, held_out)}
 
     @cache
     def loss() -> Any:
-        return loss_gradient(*sample(shards, load_weights(anchor, lazy=True), examples=10**6))
+        return loss_gradient(*sample(held_out, load_weights(anchor, lazy=True), examples=10**6))
 
-    return {"score": accuracies} if needs == "score" else {"gradient": lambda weights: loss()(weights)}
+    return {"gradient": lambda weights: loss()(weights)}
 
 
 def statistics(
@@ -114,11 +115,12 @@ def statistics(
     from modelstock.merging.files import check_paths
 
     check_paths([weights], [out], overwrite)
+    from modelstock.data.dataset import open_dataset
     from modelstock.scoring import data_statistics
     from modelstock.weights.weight_set import load_weights
 
     loaded = load_weights(weights)
-    images, _ = data_statistics.sample(data, loaded, examples=examples)
+    images, _ = data_statistics.sample(open_dataset(data), loaded, examples=examples)
     measured = (data_statistics.fisher if what == "fisher" else data_statistics.inner)(loaded, images)
     measured.save(out)
     print(f"{out}: {what} of {len(measured.tensors)} tensors on {len(images)} images")

@@ -33,37 +33,35 @@ def evaluate(
     """Score checkpoints on benchmarks, all of them in one pass over each."""
     check_choice("--precision", precision, ("float32", "bfloat16"))
     groups = [_members(text, len(weights)) for text in ensemble or []]
-    from modelstock.data.shards import check_classes, load_manifest
+    from modelstock.data.dataset import open_dataset
     from modelstock.models.adopt import adopt
-    from modelstock.scoring.one_pass import collect, ensemble_identity, score
+    from modelstock.scoring.one_pass import ScoringOptions, collect, score
     from modelstock.scoring.results import Row, save_scores
+    from modelstock.scoring.score_cache import ensemble_identity
     from modelstock.weights.weight_set import load_weights
 
     origin = load_weights(anchor) if anchor else None
     candidates = [adopt(path, origin) if origin else load_weights(path, lazy=True) for path in weights]
-    manifests = [load_manifest(folder) for folder in benchmark]
-    for folder, manifest in zip(benchmark, manifests, strict=True):
+    datasets = [open_dataset(folder) for folder in benchmark]
+    for dataset in datasets:
         for one in candidates:  # of all benchmarks, before the first is scored
-            check_classes(one, manifest, folder)
+            dataset.check_classes(one)
     rows = [Row(str(weights[i]), one.identity, "checkpoint", (i,), {}) for i, one in enumerate(candidates)]
     identities = [[candidates[member].identity for member in members] for members in groups]
     for members, group in zip(groups, identities, strict=True):
         title = "ensemble of " + ", ".join(str(member + 1) for member in members)
         rows.append(Row(title, ensemble_identity(group), "ensemble", tuple(members), {}))
+    options = ScoringOptions(
+        cache=cache,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,  # type: ignore[arg-type]
+        workers=workers,
+        resident=resident or "auto",
+    )
     results = []
-    for folder in benchmark:
-        outcomes = score(
-            folder,
-            candidates,
-            identities,
-            cache=cache,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,  # type: ignore[arg-type]
-            workers=workers,
-            resident=resident or "auto",
-        )
-        results.append(collect(folder, rows, outcomes))
+    for dataset in datasets:
+        results.append(collect(dataset, rows, score(dataset, candidates, identities, options)))
         if out is not None:
             save_scores(out / f"{results[-1].benchmark}.safetensors", results[-1])
     if per_class:

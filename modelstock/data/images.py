@@ -90,8 +90,8 @@ class InShards:
         return np.array(self.cut(row).convert("RGB"))
 
 
-def normalise(images: NDArray[np.uint8], preprocess: Mapping[str, Any]) -> Tensor:
-    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32 with the model's mean and std."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 255
-    mean, std = (torch.tensor(preprocess[k]).reshape(3, 1, 1) for k in ("mean", "std"))
+def normalise(images: NDArray[np.uint8] | Tensor, preprocess: Mapping[str, Any]) -> Tensor:
+    """(B, S, S, 3) uint8 -> (B, 3, S, S) float32 with the model's mean and std, on the images' device."""
+    pixels = torch.as_tensor(images).permute(0, 3, 1, 2).to(torch.float32) / 255
+    mean, std = (torch.tensor(preprocess[k], device=pixels.device).reshape(3, 1, 1) for k in ("mean", "std"))
     return ((pixels - mean) / std).contiguous()

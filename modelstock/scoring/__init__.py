@@ -1,1 +1,13 @@
-"""One pass over a benchmark for many weight sets, and the results per example that it leaves."""
+"""Scoring: one pass over a benchmark for many weight sets, and statistics of the data that merges weigh by.
+
+results.py          the results per example of all rows on one benchmark, and their file
+outcome.py          what one weight set or ensemble predicts, example by example
+score_cache.py      outcomes on disk, whole or so far, named by everything that could change a bit of them
+decoding.py         batches of decoded images, and pixels as towers take them
+one_pass.py         the pass: any number of weight sets, and ensembles of them, on every image once
+data_statistics.py  Fisher information, inner products of layer inputs, loss gradients
+"""
+
+from modelstock.scoring.results import Row, Scores, load_scores, save_scores
+
+__all__ = ["Row", "Scores", "load_scores", "save_scores"]

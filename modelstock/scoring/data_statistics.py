@@ -1,12 +1,11 @@
 """Statistics of the data that some merges weigh by: Fisher information, inner products of layer inputs, loss gradients.
 
-Each is measured for one weight set on images of the training set (or, for the loss, of the held-out cut), in float64
+Each is measured for one weight set on images of the training set (or, for the loss, of the held-out split), in float64
 sums over examples. They come as weight sets, so that they can be saved, named and handed to a merge like any other.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,41 +15,42 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from modelstock import __version__
-from modelstock.data.images import Framing, InShards, normalise
-from modelstock.data.shards import check_classes, load_manifest
+from modelstock.data.dataset import Dataset
+from modelstock.data.images import Framing, normalise
 from modelstock.errors import DataError
 from modelstock.models.towers import build_classifier
+from modelstock.weights.origin import made_by
 from modelstock.weights.weight_set import WeightSet
 
 Images = NDArray[np.uint8]
 
 
-def sample(folder: Path, weights: WeightSet, *, examples: int, seed: int = 0) -> tuple[Images, NDArray[np.int64]]:
+def sample(dataset: Dataset, weights: WeightSet, *, examples: int, seed: int = 0) -> tuple[Images, NDArray[np.int64]]:
     """A random choice of a split's examples, in the shards' order: images (n, S, S, 3) uint8 and labels (n,).
 
     Raises:
-        DataError: shards that are missing or damaged, of other classes, or with labels that are not the head's.
+        DataError: labels that are not the head's.
+        WeightsError: a head for other classes.
     """
-    manifest = load_manifest(folder)
-    check_classes(weights, manifest, folder)
+    dataset.check_classes(weights)
+    manifest = dataset.manifest
     if manifest.label_groups != [[i] for i in range(len(manifest.label_groups))]:
         raise DataError(
-            folder,
+            dataset.folder,
             got="labels that stand for several classes",
-            expected="one class a label, all of them",
-            cure="use the training set, or its held-out cut",
+            expected="one class per label, all of them",
+            cure="use the training set, or its held-out split",
         )
-    stored, framing = InShards(folder, manifest), Framing.of(weights.meta["preprocess"])
-    count = min(examples, manifest.count)
+    framing, count = Framing.of(weights.meta["preprocess"]), min(examples, manifest.count)
     rows = np.sort(np.random.default_rng(seed).choice(manifest.count, count, replace=False))
-    return np.stack([framing(stored.cut(row)) for row in rows.tolist()]), stored.labels[rows]
+    return np.stack([framing(dataset.images.cut(row)) for row in rows.tolist()]), dataset.labels[rows]
 
 
-def _statistic(tensors: Mapping[str, Tensor], weights: WeightSet, what: str, examples: int) -> WeightSet:
-    made = {"stage": "statistics", "what": what, "examples": examples, "version": __version__}
-    arrays = {name: tensor.to(torch.float32).cpu().numpy() for name, tensor in tensors.items()}
-    return WeightSet(arrays, {"of": weights.identity, "made_by": made}, f"{what} of {weights.source}")
+def _statistic(total: Mapping[str, Tensor], weights: WeightSet, *, what: str, examples: int) -> WeightSet:
+    """Means over examples of sums over them, as a weight set."""
+    how = made_by(stage="statistics", options={}, what=what, examples=examples)
+    arrays = {name: (tensor / examples).to(torch.float32).cpu().numpy() for name, tensor in total.items()}
+    return WeightSet(arrays, {"of": weights.identity, "made_by": how}, f"{what} of {weights.source}")
 
 
 def fisher(
@@ -59,7 +59,7 @@ def fisher(
     """The diagonal of the Fisher information: mean over images of the squared gradient of log p(y | x), y ~ p(y | x).
 
     Labels are drawn from the model itself, as Fisher information asks; the data's own are not looked at.
-    Source: Matena, Raffel, arXiv 2111.09832, eq. 4, with one draw an image.
+    Source: Matena, Raffel, arXiv 2111.09832, eq. 4, with one draw per image.
     """
     model = build_classifier(weights).to(device)
     state = {name: value.detach() for name, value in model.named_parameters()}
@@ -74,13 +74,13 @@ def fisher(
     for start in range(0, len(images), batch_size):
         pixels = normalise(images[start : start + batch_size], weights.meta["preprocess"]).to(device)
         with torch.no_grad():
-            chance = model(pixels).softmax(dim=1).cpu()
-        labels = torch.multinomial(chance, 1, generator=generator)[:, 0].to(device)
+            probabilities = model(pixels).softmax(dim=1).cpu()
+        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(device)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be batched over examples
             slopes = by_example(state, pixels, labels)
         for name, slope in slopes.items():
             total[name] += slope.square().sum(dim=0).double()
-    return _statistic({n: v / len(images) for n, v in total.items()}, weights, "fisher", len(images))
+    return _statistic(total, weights, what="fisher", examples=len(images))
 
 
 @contextmanager
@@ -91,8 +91,8 @@ def _watched(model: nn.Module, seen: Callable[[str, Tensor], None]) -> Iterator[
     """
 
     def attention(name: str, module: nn.MultiheadAttention) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-            query = args[0] if args else given["query"]
+        def hook(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            query = args[0] if args else keywords["query"]
             seen(f"{name}.in_proj_weight", query)
             x = query if module.batch_first else query.transpose(0, 1)
             q, k, v = (
@@ -137,7 +137,7 @@ def inner(weights: WeightSet, images: Images, *, batch_size: int = 250, device: 
     with _watched(model, seen):
         for start in range(0, len(images), batch_size):
             model(normalise(images[start : start + batch_size], weights.meta["preprocess"]).to(device))
-    return _statistic({n: v / len(images) for n, v in total.items()}, weights, "inner", len(images))
+    return _statistic(total, weights, what="inner", examples=len(images))
 
 
 def loss_gradient(

@@ -1,0 +1,77 @@
+"""Where an experiment's files are, below the folders that stages are given."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from modelstock.params import FinetuneParams
+from modelstock.weights.weight_set import WeightSet, load_weights
+
+SCORES = Path("scratch/scores")  # outcomes, whole or so far; see modelstock.scoring.score_cache
+
+
+def anchor_file(models: Path) -> Path:
+    """The anchor."""
+    return models / "anchor.safetensors"
+
+
+def finetuned_folder(models: Path) -> Path:
+    """The seeds' folders."""
+    return models / "finetuned"
+
+
+def seed_file(finetuned: Path, seed: int) -> Path:
+    """The final weights of a seed."""
+    return finetuned / str(seed) / "weights.safetensors"
+
+
+def history_file(weights: Path) -> Path:
+    """The history of the training that made a weight set; somebody's own checkpoint has none."""
+    return weights.with_name("history.jsonl")
+
+
+def average_files(finetuned: Path, recipe: FinetuneParams, seeds: Sequence[int]) -> list[Path]:
+    """The averages and snapshots that a recipe keeps of each seed."""
+    names = [f"ema-{decay}" for decay in recipe.ema] + ["lawa"] * (recipe.lawa > 0)
+    names += [f"epoch-{n}" for n in range(1, recipe.head_first_epochs + recipe.epochs) if recipe.snapshots]
+    return [seed_file(finetuned, seed).with_name(f"{name}.safetensors") for seed in seeds for name in names]
+
+
+def periodic_files(models: Path, sizes: Sequence[int]) -> list[Path]:
+    """The periodic runs, and the seeds that train as long."""
+    return [models / stage / str(size) / "weights.safetensors" for stage in ("periodic", "longer") for size in sizes]
+
+
+def merged_file(folder: Path, name: str) -> Path:
+    """One merge in its method's folder."""
+    return folder / f"{name}.safetensors"
+
+
+def merged_files(models: Path, methods: Iterable[str]) -> list[Path]:
+    """The merges that there are, by method."""
+    return [file for method in methods for file in sorted((models / "merged" / method).glob("*.safetensors"))]
+
+
+def other_files(
+    models: Path,
+    *,
+    methods: Iterable[str],
+    recipe: FinetuneParams | None,
+    seeds: Sequence[int],
+    sizes: Sequence[int],
+) -> list[Path]:
+    """Every weight set besides the anchor and the seeds: merges, averages and snapshots, periodic runs.
+
+    `recipe`: None for somebody's own checkpoints, of which there are no averages.
+    """
+    averages = average_files(finetuned_folder(models), recipe, seeds) if recipe else []
+    return merged_files(models, methods) + averages + periodic_files(models, sizes)
+
+
+def results_file(results: Path, benchmark: str) -> Path:
+    """The results per example on one benchmark."""
+    return results / f"{benchmark}.safetensors"
+
+
+def load_seeds(finetuned: Path, seeds: Sequence[int], *, lazy: bool = False) -> Mapping[int, WeightSet]:
+    """The seeds' weight sets by seed; folders of seeds that are not named are left alone."""
+    return {seed: load_weights(seed_file(finetuned, seed), lazy=lazy) for seed in seeds}

@@ -1,0 +1,56 @@
+"""What a weight set is called in tables, from what its file says of itself."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from modelstock.scoring.results import Row
+from modelstock.scoring.score_cache import ensemble_identity
+from modelstock.weights.weight_set import WeightSet
+
+# The option that tells averages and snapshots of one seed apart.
+AVERAGES = {"ema": "ema_decay", "lawa": "lawa_last", "snapshot": "epoch"}
+
+
+def row_of(weights: WeightSet) -> Row:
+    """The row of a weight set: its name, kind, members and options."""
+    made_by: Mapping[str, Any] = weights.meta["made_by"]
+    describe = {"anchor": _anchor, "finetune": _seed, "longer": _longer}.get(made_by["stage"], _merge)
+    name, kind, members, options = describe(made_by)
+    return Row(name=name, identity=weights.identity, kind=kind, members=members, options=options)
+
+
+def ensemble_row(members: tuple[int, ...], identities: Sequence[str]) -> Row:
+    """The row of the logit ensemble of these seeds."""
+    identity = ensemble_identity(identities)
+    return Row(name=f"ensemble/{_joined(members)}", identity=identity, kind="ensemble", members=members, options={})
+
+
+Description = tuple[str, str, tuple[int, ...], Mapping[str, Any]]  # name, kind, members, options
+
+
+def _joined(members: Sequence[int]) -> str:
+    return "-".join(map(str, members))
+
+
+def _anchor(made_by: Mapping[str, Any]) -> Description:
+    return "anchor", "anchor", (), {}
+
+
+def _seed(made_by: Mapping[str, Any]) -> Description:
+    seed, average = int(made_by["seed"]), made_by.get("average")
+    if average is None:
+        return f"seed-{seed}", "seed", (seed,), {}
+    option = AVERAGES[average]
+    value = made_by["options"][option]
+    return f"{average}@{value}/{seed}", average, (seed,), {option: value}
+
+
+def _longer(made_by: Mapping[str, Any]) -> Description:
+    seed, factor = int(made_by["seed"]), made_by["factor"]
+    return f"longer@{factor}/{seed}", "longer", (seed,), {"factor": factor}
+
+
+def _merge(made_by: Mapping[str, Any]) -> Description:
+    members, options, method = tuple(map(int, made_by["members"])), made_by["options"], made_by["method"]
+    value = f"@{options[made_by['chosen']]}" if "chosen" in made_by else ""
+    return f"{method}/{_joined(members)}{value}", method, members, options
