@@ -144,7 +144,7 @@ def _named(
 
 
 def merge_method(merges: SubsetMerges, out: Path) -> list[Path]:
-    """Merge the seeds by one method. Writes `<name>.safetensors` each and report.json; returns the weight sets' files.
+    """Merge the seeds by one method. Writes `<name>.safetensors` each and report.json; returns those files, sorted.
 
     Raises:
         DataError, MergeError, WeightsError: as `SubsetMerges`.
@@ -154,4 +154,4 @@ def merge_method(merges: SubsetMerges, out: Path) -> list[Path]:
         merged.weights.save(merged_file(out, merged.name))
         report[merged.name] = merged.report
     write_json(out / "report.json", report)
-    return [merged_file(out, name) for name in report]
+    return sorted(merged_file(out, name) for name in report)
