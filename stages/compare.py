@@ -86,7 +86,7 @@ def track(params: TrackingParams, results: list[Scores], comparison: Comparison,
 
 
 def main(results: Path, models: Path, out: Path) -> None:
-    """RESULTS: per-example results; MODELS: anchor.safetensors and folders of weight sets; OUT: the report's folder."""
+    """RESULTS: results per example; MODELS: anchor.safetensors and folders of weight sets; OUT: the report's folder."""
     params = load_params()
     scores = [load_scores(results_file(results, name)) for name in params.evaluate.benchmarks]
     tuned, seeds = finetuned_folder(models), params.seeds

@@ -258,7 +258,7 @@ def test_results_read_back_and_their_bytes_repeat(tmp_path, variants):
     np.testing.assert_array_equal(read.nll, scores.nll)
     np.testing.assert_array_equal(np.array(read.labels)[read.truth], np.array(manifest.labels)[read.truth])
     np.testing.assert_array_equal(read.truth, read_all(tmp_path / "data")[1])
-    with pytest.raises(DataError, match="expected per-example results"):
+    with pytest.raises(DataError, match="expected results per example"):
         load_scores(tmp_path / "absent")
     assert Outcome.load(tmp_path / "absent") is None
 
@@ -270,6 +270,11 @@ def test_a_tower_that_does_not_fit_and_an_unknown_member_are_refused(tmp_path, v
         score(tmp_path, [WeightSet(lacking, variants[0].meta, "lacking")])
     with pytest.raises(WeightsError, match="ensemble: got member 0123"):
         score(tmp_path, variants, [["0123"]])
+
+
+def test_results_are_read_without_torch():
+    script = "import sys, modelstock.scoring, modelstock.scoring.results; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent).returncode == 0
 
 
 class TestTheCacheKnowsWhatScored:

@@ -168,7 +168,7 @@ def test_the_command_measures_statistics_and_merges_by_them(anchor, variants, tr
 
     data = ["--data", train.folder]
     for w in "ab":
-        code, said = command(
+        code, output = command(
             "statistics",
             "fisher",
             f"{w}.safetensors",
@@ -178,7 +178,7 @@ def test_the_command_measures_statistics_and_merges_by_them(anchor, variants, tr
             "--examples",
             10,
         )
-        assert code == 0, said.err
+        assert code == 0, output.err
     merging = ["merge", "--anchor", "w0.safetensors", "a.safetensors", "b.safetensors", "--method"]
     by = ["--statistics", "a.f.safetensors", "--statistics", "b.f.safetensors"]
     assert command(*merging, "fisher", *by, "-o", "f.safetensors")[0] == 0
@@ -192,19 +192,19 @@ def test_the_command_measures_statistics_and_merges_by_them(anchor, variants, tr
     assert found.identity == expected.identity
     assert found.meta["parents"] == expected.meta["parents"]  # our own weight sets are always identified
     for method in ("greedy", "oracle_scale", "oracle_scales"):
-        code, said = command(*merging, method, "--held-out", train.folder, "-o", f"{method}.safetensors")
-        assert code == 0, said.err
-    code, said = command(*merging, "fisher", "-o", "g.safetensors")
-    assert (code, said.err.count("\n")) == (1, 1)
-    assert "got 0 files of statistics; expected 2: squared gradients by checkpoint" in said.err
-    code, said = command(*merging, "uniform", "--held-out", train.folder, "-o", "g.safetensors")
-    assert "a method that searches" in said.err
-    code, said = command("statistics", "fischer", "a.safetensors", *data, "-o", "x.safetensors")
-    assert "expected fisher or inner" in said.err
+        code, output = command(*merging, method, "--held-out", train.folder, "-o", f"{method}.safetensors")
+        assert code == 0, output.err
+    code, output = command(*merging, "fisher", "-o", "g.safetensors")
+    assert (code, output.err.count("\n")) == (1, 1)
+    assert "got 0 files of statistics; expected 2: squared gradients by checkpoint" in output.err
+    code, output = command(*merging, "uniform", "--held-out", train.folder, "-o", "g.safetensors")
+    assert "a method that searches" in output.err
+    code, output = command("statistics", "fischer", "a.safetensors", *data, "-o", "x.safetensors")
+    assert "expected fisher or inner" in output.err
     before = (tmp_path / "a.safetensors").read_bytes()
-    code, said = command(
+    code, output = command(
         "statistics", "inner", "a.safetensors", "--data", train.folder, "-o", "a.safetensors", "--overwrite"
     )
-    assert "got an input as output" in said.err
+    assert "got an input as output" in output.err
     assert (tmp_path / "a.safetensors").read_bytes() == before
     assert not (tmp_path / "g.safetensors").exists()

@@ -25,7 +25,7 @@ from modelstock.data.images import Framing
 from modelstock.devices import device_kind
 from modelstock.errors import WeightsError
 from modelstock.models.towers import Classifier, build_classifier
-from modelstock.scoring.decoding import Decoded, DecodedBatches, Pixels
+from modelstock.scoring.decoding import DecodedBatches, Pixels
 from modelstock.scoring.outcome import COLUMNS, Outcome
 from modelstock.scoring.results import Row, Scores
 from modelstock.scoring.score_cache import Progress, ScoreCache, ensemble_identity
@@ -117,7 +117,7 @@ def score(
     wanted = {member for identity in unfinished for member in groups.get(identity, [identity])}
     if wanted:
         needed = [w for identity, w in by_identity.items() if identity in wanted]
-        _Pass(dataset, needed, groups, unfinished, options, device).run()
+        _Pass(dataset, needed, groups=groups, progress=unfinished, options=options, device=device).run()
     cache.remove_outdated()
     return {identity: entry.outcome for identity, entry in progress.items()}
 
@@ -137,6 +137,7 @@ class _Pass:
         self,
         dataset: Dataset,
         weights: Sequence[WeightSet],
+        *,
         groups: Mapping[str, Sequence[str]],
         progress: Mapping[str, Progress],
         options: ScoringOptions,
@@ -161,7 +162,7 @@ class _Pass:
             try:
                 for span in self._spans(scored):
                     self._score(span)
-                    bar.update(span.stop - span.start)
+                    bar.update(span[-1].stop - span[0].start)
                     if time.monotonic() - saved > SAVE_EVERY_S:
                         self._keep()
                         saved = time.monotonic()
@@ -172,7 +173,7 @@ class _Pass:
         for entry in self.progress.values():
             entry.keep()
 
-    def _spans(self, start: int) -> "Iterator[_Span]":
+    def _spans(self, start: int) -> "Iterator[list[_Batch]]":
         """The batches from example `start` on: one at a time, or as many as weight sets take turns on."""
         batch_size, pin = self.options.batch_size, self.device == "cuda"
         loaded = DecodedBatches(self.dataset, self.framings, batch_size)
@@ -180,58 +181,65 @@ class _Pass:
         batch_bytes = batch_size * sum(3 * framing.size**2 for framing in self.framings)
         most = 1 if self.resident else max(1, SPAN_BYTES // batch_bytes)
         while decoded := list(islice(batches, most)):
-            span = _Span(decoded, start, self.device)
+            span = []
+            for images, labels in decoded:
+                framed = dict(zip(self.framings, images, strict=True))
+                span.append(_Batch(start=start, images=framed, labels=labels.to(self.device)))
+                start = span[-1].stop
             yield span
-            start = span.stop
 
     def _towers(self, turn: Sequence[WeightSet]) -> dict[str, Tower]:
         return {w.identity: Tower(w, self.device, self.options.dtype) for w in turn}
 
-    def _score(self, span: "_Span") -> None:
+    def _score(self, span: "Sequence[_Batch]") -> None:
         """Every weight set in its turn, then the ensembles of their logits."""
-        logits: dict[tuple[str, int], Tensor] = {}  # of ensembles' members, by identity and batch
+        logits: dict[tuple[str, int], Tensor] = {}  # of ensembles' members, by identity and first example
         for turn in self.turns:
             towers = self.resident or self._towers(turn)
-            for number in range(len(span.batches)):
-                logits |= self._score_batch(span, number, towers)
+            for batch in span:
+                of_members = self._score_batch(batch, towers)
+                logits |= {(identity, batch.start): values for identity, values in of_members.items()}
             del towers  # before the next turn's are built
         for identity, members in self.groups.items():
-            for number in range(len(span.batches)):
-                if self._lacks(identity, span, number):
-                    mean = torch.stack([logits[member, number] for member in members]).mean(dim=0)
-                    self._record(identity, span, number, mean)
+            for batch in span:
+                if self._lacks(identity, batch):
+                    self._record(
+                        identity, batch, torch.stack([logits[member, batch.start] for member in members]).mean(dim=0)
+                    )
 
-    def _score_batch(self, span: "_Span", number: int, towers: Mapping[str, Tower]) -> dict[tuple[str, int], Tensor]:
+    def _score_batch(self, batch: "_Batch", towers: Mapping[str, Tower]) -> dict[str, Tensor]:
         """One batch by these towers; the logits of those that are members of ensembles."""
-        images = dict(zip(self.framings, span.batches[number][0], strict=True))
-        pixels, of_members = Pixels(images, self.device, self.options.dtype), {}
+        pixels, of_members = Pixels(batch.images, self.device, self.options.dtype), {}
         for identity, tower in towers.items():
-            lacks = self._lacks(identity, span, number)
+            lacks = self._lacks(identity, batch)
             if lacks or identity in self.members:
                 logits = tower.logits(pixels)
                 if lacks:
-                    self._record(identity, span, number, logits)
+                    self._record(identity, batch, logits)
                 if identity in self.members:
-                    of_members[identity, number] = logits
+                    of_members[identity] = logits
         return of_members
 
-    def _lacks(self, identity: str, span: "_Span", number: int) -> bool:
+    def _lacks(self, identity: str, batch: "_Batch") -> bool:
         """Whether what this weight set or ensemble lacks begins at this batch."""
-        return identity in self.progress and self.progress[identity].scored == span.starts[number]
+        return identity in self.progress and self.progress[identity].scored == batch.start
 
-    def _record(self, identity: str, span: "_Span", number: int, logits: Tensor) -> None:
-        outcome = Outcome.of(logits, span.labels[number], self.dataset.manifest.label_groups)
-        self.progress[identity].add(outcome)
+    def _record(self, identity: str, batch: "_Batch", logits: Tensor) -> None:
+        self.progress[identity].add(Outcome.of(logits, batch.labels, self.dataset.manifest.label_groups))
 
 
-class _Span:
-    """Consecutive decoded batches, from example `start` to before `stop`, with their labels on the device."""
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Consecutive examples from number `start` on: decoded images by framing, and labels (B,) on the device."""
 
-    def __init__(self, batches: Sequence[Decoded], start: int, device: str) -> None:
-        self.batches, self.start = batches, start
-        self.labels = [labels.to(device) for _, labels in batches]
-        ends = [start, *(start + np.cumsum([len(labels) for labels in self.labels])).tolist()]
-        self.starts, self.stop = ends[:-1], ends[-1]
+    start: int
+    images: Mapping[Framing, Tensor]
+    labels: Tensor
+
+    @property
+    def stop(self) -> int:
+        """The number after the last example's."""
+        return self.start + len(self.labels)
 
 
 def accuracies(dataset: Dataset, weights: Sequence[WeightSet], options: ScoringOptions | None = None) -> list[float]:

@@ -53,7 +53,7 @@ class Scores:
 
 
 def save_scores(path: Path, scores: Scores) -> None:
-    """Write per-example results: tensors (rows, n), and rows, role and data in the metadata; the bytes repeat."""
+    """Write results per example: tensors (rows, n), and rows, role and data in the metadata; the bytes repeat."""
     facts: dict[str, Any] = {
         "benchmark": scores.benchmark,
         "role": scores.role,
@@ -76,7 +76,7 @@ def save_scores(path: Path, scores: Scores) -> None:
 
 
 def load_scores(path: Path) -> Scores:
-    """Read per-example results.
+    """Read results per example.
 
     Raises:
         DataError: the file is missing or is not one.
@@ -89,7 +89,7 @@ def load_scores(path: Path) -> Scores:
         raise DataError(
             path,
             got=f"{type(error).__name__}: {error}",
-            expected="per-example results",
+            expected="results per example",
             cure="run the stage evaluate",
         ) from error
     rows = tuple(Row(**{**row, "members": tuple(row["members"])}) for row in facts["rows"])
