@@ -293,6 +293,24 @@ class TestTheCacheKnowsWhatScored:
         monkeypatch.setattr(InShards, "cut", counted)
         return rows
 
+    @pytest.fixture(autouse=True)
+    def _read_again(self):
+        """The library's source is read once per process; here it changes."""
+        yield
+        self.forget()
+
+    def forget(self):
+        provenance._read.cache_clear()
+        provenance.modules_of.cache_clear()
+
+    def library(self, folder, monkeypatch):
+        """A copy of the library, taken for ours from now on."""
+        copy = folder / "copy"
+        shutil.copytree(provenance.ROOT / "modelstock", copy / "modelstock")
+        monkeypatch.setattr(provenance, "ROOT", copy)
+        self.forget()
+        return copy
+
     def scored(self, folder, variants):
         return score(folder / "data", variants[:1], cache=folder / "cache")
 
@@ -302,8 +320,8 @@ class TestTheCacheKnowsWhatScored:
         self.scored(tmp_path, variants)
         self.scored(tmp_path, variants)
         assert len(decoded) == 40
-        real = provenance.version
-        monkeypatch.setattr(provenance, "version", lambda name: "99.0" if name == "pillow" else real(name))
+        real = provenance._version
+        monkeypatch.setattr(provenance, "_version", lambda name: "99.0" if name == "pillow" else real(name))
         self.scored(tmp_path, variants)
         assert len(decoded) == 80
 
@@ -312,9 +330,7 @@ class TestTheCacheKnowsWhatScored:
         self, tmp_path, variants, decoded, monkeypatch, module
     ):
         self.scored(tmp_path, variants)
-        copy = tmp_path / "copy"
-        shutil.copytree(provenance.ROOT / "modelstock", copy / "modelstock")
-        monkeypatch.setattr(provenance, "ROOT", copy)
+        copy = self.library(tmp_path, monkeypatch)
         self.scored(tmp_path, variants)
         assert len(decoded) == 40  # the same code elsewhere
         with open(copy / "modelstock" / module, "a") as file:
@@ -324,9 +340,7 @@ class TestTheCacheKnowsWhatScored:
 
     def test_a_change_of_what_does_not_score_leaves_outcomes_in_use(self, tmp_path, variants, decoded, monkeypatch):
         self.scored(tmp_path, variants)
-        copy = tmp_path / "copy"
-        shutil.copytree(provenance.ROOT / "modelstock", copy / "modelstock")
-        monkeypatch.setattr(provenance, "ROOT", copy)
+        copy = self.library(tmp_path, monkeypatch)
         for module in ("errors.py", "comparison/report.py", "merging/engine.py"):
             with open(copy / "modelstock" / module, "a") as file:
                 file.write("# changed\n")
@@ -347,7 +361,7 @@ class TestTheCacheKnowsWhatScored:
         other_data = tmp_path / "cache/other-data/code/kept.safetensors"
         other_data.parent.mkdir(parents=True)
         other_data.write_bytes(b"")
-        monkeypatch.setattr(provenance, "version", lambda name: "99.0")
+        monkeypatch.setattr(provenance, "_version", lambda name: "99.0")
         self.scored(tmp_path, variants)
         assert not old.exists()
         files = set((tmp_path / "cache").rglob("*.safetensors"))
