@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
+from flows.compose import text_of
 from modelstock.data.shards import load_manifest
 from modelstock.params import load_params
 
@@ -30,6 +31,15 @@ def test_the_default_preset_is_params_yaml(tmp_path):
     assert PRESETS == ["digits", "own-checkpoints", "shapes", "vit-b-16", "vit-b-32", "vit-l-14"]
     read = YAML(typ="safe").load
     assert read(composed(tmp_path).read_text()) == read((ROOT / "params.yaml").read_text())
+    written = (ROOT / "params.yaml").read_text()
+    assert written == text_of("shapes", ROOT / "conf"), "params.yaml is not current: run python -m flows.compose"
+    assert "seeds: [0, 1, 2, 3, 4, 5, 6, 7] # one fine-tuned weight set each" in written
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_file_with_comments_has_the_values_that_dvc_composes(tmp_path, name):
+    read = YAML(typ="safe").load
+    assert read(text_of(name, ROOT / "conf")) == read(composed(tmp_path, f"preset={name}").read_text())
 
 
 @pytest.mark.parametrize("name", PRESETS)
