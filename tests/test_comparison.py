@@ -1,12 +1,17 @@
 """The statistics against values worked by hand, published values and simulations of what they promise."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 
-from modelstock.comparison.compare import champion, compare, mcnemar, metrics, per_class, percentile, resampled, wilson
+from modelstock.comparison.compare import champion, compare, per_class
+from modelstock.comparison.intervals import percentile, resampled, wilson
+from modelstock.comparison.metrics import METRICS, Metric, metrics
+from modelstock.comparison.paired_tests import mcnemar
+from modelstock.comparison.report import write_report
 from modelstock.errors import DataError
 from modelstock.scoring.results import Row, Scores
 
@@ -181,18 +186,40 @@ def test_a_confidence_that_rounds_to_one_lies_in_the_last_bin_and_one_above_is_n
     assert metrics(few([0.95, above], [True, False]), 0)["ece"] == pytest.approx(0.475, abs=1e-6)
 
 
-def test_calibration_error_is_that_of_the_predicted_label_among_many():
-    import torch
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
+def test_calibration_error_is_the_definitions_sum_over_bins():
     generator = np.random.default_rng(5)
-    shares = torch.from_numpy(generator.dirichlet([0.3] * 7, 500).astype(np.float32))
-    truth = torch.from_numpy(generator.integers(0, 7, 500))
-    confidence, prediction = shares.max(dim=1)
-    expected = multiclass_calibration_error(shares, truth, num_classes=7, n_bins=15)
-    found = metrics(few(confidence.numpy(), (prediction == truth).numpy()), 0)["ece"]
-    assert found == pytest.approx(float(expected), abs=1e-5)
-    assert found > 0.1
+    shares = generator.dirichlet([0.3] * 7, 500).astype(np.float32)
+    truth = generator.integers(0, 7, 500)
+    confidence, correct = shares.max(axis=1), shares.argmax(axis=1) == truth
+    expected = 0.0
+    for number in range(15):
+        inside = (confidence >= number / 15) & ((confidence < (number + 1) / 15) | (number == 14))
+        if inside.any():
+            expected += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean(dtype=np.float64))
+    assert metrics(few(confidence, correct), 0)["ece"] == pytest.approx(expected, abs=1e-12)
+    assert expected > 0.1
+
+
+def test_a_metric_is_one_row(results, monkeypatch, tmp_path):
+    """A metric that no other file knows: it is in the comparison, in the report and in its tables."""
+    low = Metric(
+        name="low",
+        title="least sure",
+        measure=lambda scores, row: float(scores.confidence[row].min()),
+        unit="percent",
+        better="higher",
+        about="the smallest confidence",
+    )
+    monkeypatch.setitem(METRICS, "low", low)
+    found = compare(results, draws=100)
+    value = float(results[0].confidence[0].min())
+    assert found.metrics["anchor"][results[0].benchmark]["low"] == value
+    write_report(found, tmp_path, facts={})
+    text = (tmp_path / "comparison.md").read_text()
+    assert "least sure: the smallest confidence, in percent" in text
+    assert "| shifts, least sure |" in text
+    quality = json.loads((tmp_path / "quality.json").read_text())
+    assert quality["rows"]["anchor"][results[0].benchmark]["low"] == round(value, 6)
 
 
 def test_accuracy_by_class_by_hand():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from modelstock.comparison.published import MEAN, SHIFTS, beside, matching
+from modelstock.comparison.published import MEAN, SHIFTS, Ours, matching, side_by_side
 from modelstock.comparison.published import _table as table
 
 B32 = {"name": "ViT-B-32-quickgelu", "pretrained": "openai"}
@@ -71,16 +71,19 @@ def test_rows_are_cut_down_to_the_sets_that_were_scored():
 
 
 def test_ours_stands_beside_with_gap_and_interval():
-    lines = {
-        "zero-shot anchor": {"imagenet": (63.0, 62.6, 63.4), MEAN: (49.9, 49.5, 50.3)},
-        "mean single seed": {"imagenet": (78.0, 77.6, 78.4)},
-        "best single seed on held-out (seed-1)": {"imagenet": (80.0, 79.0, 81.0)},
-        "uniform of 2, mean of 8": {"imagenet": (1.0, 1.0, 1.0)},
-        "uniform of 12": {"imagenet": (80.0, 79.9, 80.1)},
-        "model_stock of 2, mean of 8": {"imagenet": (81.0, 80.7, 81.3), MEAN: (48.0, 47.8, 48.2)},
-        "model_stock of 24": {"imagenet": (1.0, 1.0, 1.0)},
-    }
-    found = {(r.row, r.figure): r for r in beside(matching(B32, ALL), lines)}
+    lines = [
+        Ours(key=key, size=size, name=name, figures=figures)
+        for key, size, name, figures in (
+            ("anchor", 0, "zero-shot anchor", {"imagenet": (63.0, 62.6, 63.4), MEAN: (49.9, 49.5, 50.3)}),
+            ("mean-seed", 1, "mean single seed", {"imagenet": (78.0, 77.6, 78.4)}),
+            ("best-seed", 1, "best single seed on held-out (seed-1)", {"imagenet": (80.0, 79.0, 81.0)}),
+            ("uniform", 2, "uniform of 2, mean of 8", {"imagenet": (1.0, 1.0, 1.0)}),
+            ("uniform", 12, "uniform of 12", {"imagenet": (80.0, 79.9, 80.1)}),
+            ("model_stock", 2, "any name", {"imagenet": (81.0, 80.7, 81.3), MEAN: (48.0, 47.8, 48.2)}),
+            ("model_stock", 24, "model_stock of 24", {"imagenet": (1.0, 1.0, 1.0)}),
+        )
+    ]
+    found = {(r.row, r.figure): r for r in side_by_side(matching(B32, ALL), lines)}
     assert [(row, figure) for row, figure in found] == [
         ("zero-shot", "imagenet"),
         ("zero-shot", MEAN),

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from ruamel.yaml import YAML
 
 from modelstock.comparison.compare import compare
+from modelstock.comparison.figures import WITH_SHIFTS, WITHOUT_SHIFTS, draw, title_of
 from modelstock.comparison.report import (
     as_class_csv,
     as_markdown,
     as_validation_csv,
+    headline,
     published_figures,
     summary_lines,
     write_report,
@@ -65,6 +66,7 @@ def test_the_bytes_repeat(comparison, folder, tmp_path):
         "comparison.html",
         "comparison.json",
         "figure.png",
+        "methods.png",
         "metrics.json",
         "accuracy.csv",
         "held_out.csv",
@@ -104,11 +106,60 @@ def test_the_page_needs_no_other_file_and_no_network(folder):
     assert page.count("<table>") == 7
 
 
-def test_the_figure_shows_something(folder):
-    with Image.open(folder / "figure.png") as picture:
-        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    assert picture.size == (1210, 660)
-    assert len(np.unique(pixels, axis=0)) > 100
+def drawn(comparison, drawer):
+    """The axes of a picture, and its points by the name in the legend."""
+    axes = draw(comparison, drawer).axes[0]
+    points = {c.get_label(): np.asarray(c.get_offsets()) for c in axes.collections if hasattr(c, "get_offsets")}
+    return axes, points
+
+
+def test_the_figure_highlights_anchor_seeds_uniform_soup_model_stock_and_ensemble(comparison):
+    axes, points = drawn(comparison, WITH_SHIFTS["figure.png"][1])
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert [name.partition(" of ")[0] for name in legend] == [
+        "zero-shot anchor",
+        "mean single seed",
+        "Model Stock",
+        "uniform soup",
+        "ensemble",
+        "other methods and averages",
+    ]
+    for name, line in (("zero-shot anchor", "zero-shot anchor"), ("mean single seed", "mean single seed")):
+        expected = next(one for one in comparison.lines if one.name == line)
+        place = [100 * expected.accuracy["shapes"].value, 100 * expected.summary["shifts"].value]
+        np.testing.assert_allclose(points[name], [place])
+    stock = [line for line in comparison.lines if line.kind == "model_stock"]
+    np.testing.assert_allclose(
+        points["Model Stock of " + ", ".join(str(line.size) for line in stock)],
+        [[100 * line.accuracy["shapes"].value, 100 * line.summary["shifts"].value] for line in stock],
+    )
+    assert axes.get_xlabel() == "shapes: top-1 accuracy, %"
+    assert axes.get_ylabel() == "mean of 2 shifts: top-1 accuracy, %"
+
+
+def test_the_second_figure_shows_every_kind_of_row_and_the_curve(comparison):
+    axes, _ = drawn(comparison, WITH_SHIFTS["methods.png"][1])
+    legend = {text.get_text() for text in axes.get_legend().get_texts()}
+    kinds = {title_of(row.kind) for row in comparison.rows} - {"WiSE-FT"}
+    assert kinds <= legend
+    most = max(len(row.members) for row in comparison.rows)
+    assert f"WiSE-FT of {most}, by alpha" in legend
+    (curve,) = [line for line in axes.lines if line.get_label().startswith("WiSE-FT")]
+    assert len(curve.get_xdata()) == sum(row.kind == "wise_ft" and len(row.members) == most for row in comparison.rows)
+
+
+def test_without_shifts_the_figure_has_a_height_for_every_line(comparison):
+    alone = compare(without_shifts(results()), draws=100)
+    axes = draw(alone, WITHOUT_SHIFTS["figure.png"][1]).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [line.name for line in alone.lines]
+
+
+def test_the_headline_has_the_champion_last_and_each_line_as_the_main_table_has_it(comparison):
+    rows = table("# Headline\n\n" + headline(comparison), "# Headline")
+    assert [cells[0] for cells in rows[1:4]] == [line.name for line in comparison.lines[:3]]
+    assert rows[-1][0] == f"**{comparison.champion}**, champion by the held-out split"
+    summary = comparison.summary[comparison.champion]["shifts"]
+    assert rows[-1][-1].startswith(f"{100 * summary.value:.1f} ± ")
 
 
 def test_the_terminal_gets_the_same_lines(comparison):
@@ -130,12 +181,12 @@ def test_the_main_table_has_the_benchmarks_in_distribution_first_then_each_shift
 
 
 def test_calibration_is_the_mean_over_a_lines_weight_sets_and_over_the_shifts(comparison, folder):
-    rows = table((folder / "comparison.md").read_text(), "## Calibration and top-5")
-    assert rows[0] == ["weights", "top-5", "NLL", "ECE", "shifts, NLL", "shifts, ECE"]
+    rows = table((folder / "comparison.md").read_text(), "## Other metrics")
+    assert rows[0] == ["weights", "top-5", "NLL", "ECE", "shifts, top-5", "shifts, NLL", "shifts, ECE"]
     assert [cells[0] for cells in rows[1:]] == [line.name for line in comparison.lines]
     # Seeds are rows 1 to 3: NLL 1.1, 1.2, 1.3; sure by 0.89, 0.88, 0.87 and right on 0.70, 0.72, 0.68 in distribution,
     # and on 0.50, 0.52, 0.48 and 0.30, 0.32, 0.28 of the shifts: 0.88 - 0.70 and 0.88 - 0.40 in the mean.
-    assert rows[2] == ["mean single seed", "90.0", "1.200", "18.0", "1.200", "48.0"]
+    assert rows[2] == ["mean single seed", "90.0", "1.200", "18.0", "90.0", "1.200", "48.0"]
     quality = json.loads((folder / "quality.json").read_text())
     assert quality["lines"]["mean single seed"]["shift-a"] == {"top1": 0.5, "top5": 0.9, "nll": 1.2, "ece": 0.38}
     assert quality["rows"]["seed-1"]["shapes"] == {"top1": 0.72, "top5": 0.9, "nll": 1.2, "ece": 0.16}
@@ -143,9 +194,9 @@ def test_calibration_is_the_mean_over_a_lines_weight_sets_and_over_the_shifts(co
 
 def test_top5_is_left_out_where_no_benchmark_has_more_than_five_labels():
     few = [dataclasses.replace(s, labels=LABELS[:5], truth=s.truth % 5) for s in results()]
-    text = as_markdown(compare(few, draws=100), {})
+    text = as_markdown(compare(few, draws=100), {}, {})
     assert "op-5" not in text
-    assert table(text, "## Calibration")[0] == ["weights", "NLL", "ECE", "shifts, NLL", "shifts, ECE"]
+    assert table(text, "## Other metrics")[0] == ["weights", "NLL", "ECE", "shifts, NLL", "shifts, ECE"]
 
 
 def test_classes_that_the_champion_gains_and_loses_most_on_by_hand():
@@ -166,7 +217,7 @@ def test_classes_that_the_champion_gains_and_loses_most_on_by_hand():
     ]
     found = compare(sets, draws=100)
     assert found.champion == "model_stock/0-1"
-    assert table(as_markdown(found, {}), "## Classes") == [
+    assert table(as_markdown(found, {}, {}), "## Classes") == [
         ["class", "images", "mean single seed", "champion", "change"],
         ["fox", "60", "50.0", "100.0", "+50.0"],
         ["bee", "20", "50.0", "60.0", "+10.0"],
@@ -195,8 +246,8 @@ def test_accuracy_by_class_has_every_weight_set_or_beyond_fifty_thousand_lines_t
         "wise_ft/0-1-2@0.6",
     ]
     assert (rows[8]["images"], rows[8]["accuracy"]) == ("0", "")
-    assert "for the first weight set of each line" in as_markdown(wide, {})
-    assert "for every weight set" in as_markdown(comparison, {})
+    assert "for the first weight set of each line" in as_markdown(wide, {}, {})
+    assert "for every weight set" in as_markdown(comparison, {}, {})
 
 
 def test_published_figures_stand_beside_ours(comparison):
@@ -212,8 +263,8 @@ def test_published_figures_stand_beside_ours(comparison):
         "within": True,
         "source": "open_clip's table",
     }
-    text = as_markdown(comparison, {"published": [figure]})
-    assert table(text, "## Beside published figures")[1] == [
+    text = as_markdown(comparison, {"published": [figure]}, {})
+    assert table(text, "## Published figures")[1] == [
         "zero-shot anchor",
         "ViT-B/32",
         "imagenet",
@@ -223,7 +274,7 @@ def test_published_figures_stand_beside_ours(comparison):
         "yes",
         "open_clip's table",
     ]
-    assert "Beside" not in as_markdown(comparison, {"published": []})
+    assert "Beside" not in as_markdown(comparison, {"published": []}, {})
 
 
 def test_the_anchors_backbone_says_which_published_figures_stand_there():
@@ -237,7 +288,7 @@ def test_the_anchors_backbone_says_which_published_figures_stand_there():
     ours = 100 * found.lines[0].accuracy["imagenet"].value
     assert zero["imagenet"]["gap"] == pytest.approx(ours - 63.3)
     assert published_figures(found, {"name": "tiny", "pretrained": "shapes"}) == published_figures(found, None) == []
-    assert "zero-shot" in as_markdown(found, {"published": figures})
+    assert "zero-shot" in as_markdown(found, {"published": figures}, {})
 
 
 def test_the_held_out_curve_is_over_the_seeds_that_have_one_and_only_a_head_line_where_none_has():
@@ -260,8 +311,7 @@ def test_without_shifts_no_file_mentions_them(comparison, tmp_path):
     assert table(text, "## Differences, in points")[0] == ["weights", "over mean seed", "over uniform soup"]
     assert (tmp_path / "comparison.html").read_text().count("<table>") == 7
     assert json.loads((tmp_path / "metrics.json").read_text())["mean single seed"] == {"shapes": 70.0}
-    with Image.open(tmp_path / "figure.png") as picture:
-        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+    assert not (tmp_path / "methods.png").exists()
     shown = summary_lines(alone)
     assert all(line.name in shown for line in alone.lines)
     assert "shifts" not in shown

@@ -18,7 +18,6 @@ LIBRARIES = {
         "statsmodels",
         "timm",
         "torch",
-        "torchmetrics",
         "torchvision",
         "webdataset",
     ),

@@ -92,7 +92,8 @@ def _members(text: str, count: int) -> list[int]:
 
 def _metric_rows(scores: "Scores") -> list[dict[str, Any]]:
     """Every metric of every row, and the interval of its accuracy."""
-    from modelstock.comparison.compare import metrics, wilson
+    from modelstock.comparison.intervals import wilson
+    from modelstock.comparison.metrics import metrics
 
     rows = []
     for number, row in enumerate(scores.rows):
@@ -123,14 +124,15 @@ def _class_rows(scores: "Scores") -> list[dict[str, Any]]:
 
 
 def _for_people(scores: "Scores", checkpoints: int) -> list[dict[str, Any]]:
-    """The metrics in percent; checkpoints with the numbers that --ensemble takes."""
+    """The metrics as tables show them; checkpoints with the numbers that --ensemble takes."""
+    from modelstock.comparison.metrics import METRICS
+
+    others = [metric for name, metric in METRICS.items() if name != "top1"]
     return [
         {
             "weights": f"{number}  {row['weights']}" if number <= checkpoints else row["weights"],
             "top-1 %": f"{100 * row['top1']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]",
-            "top-5 %": f"{100 * row['top5']:.1f}",
-            "NLL": f"{row['nll']:.3f}",
-            "ECE %": f"{100 * row['ece']:.1f}",
+            **{metric.title + " %" * (metric.unit == "percent"): metric.text(row[metric.name]) for metric in others},
         }
         for number, row in enumerate(_metric_rows(scores), 1)
     ]

@@ -1,6 +1,5 @@
-"""Published accuracies of the backbones that people start from, to put beside ours; published.yaml has the numbers."""
+"""Published accuracies of the backbones that people start from, to compare with ours; published.yaml has them."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,21 +12,22 @@ SHIFTS = ("imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectn
 MEAN = "mean of shifts"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Published:
     """One row of somebody's table: top-1 accuracy in percent by benchmark, and the mean of the five shifts if known."""
 
     backbone: str
     row: str
-    line: str  # the line of our comparison that it belongs beside
+    key: str  # of the line of our comparison that it is compared with
+    size: int | None  # seeds in that line; None: the largest there is
     members: int  # models trained for it
     accuracy: Mapping[str, float]
     shift_mean: float | None
     source: str
 
 
-@dataclass(frozen=True)
-class Beside:
+@dataclass(frozen=True, kw_only=True)
+class Figure:
     """A published figure and ours, in percent; `within`: the published one lies in our interval [low, high]."""
 
     row: str
@@ -61,63 +61,70 @@ def matching(backbone: Mapping[str, str] | None, benchmarks: Sequence[str]) -> l
     """The published rows of an anchor's backbone {name, pretrained}, cut down to the benchmarks that were scored.
 
     The mean of the shifts stays only where the shifts among `benchmarks` are the five it is over, no more and no fewer:
-    beside `imagenet` and a held-out set there must be nothing else.
+    besides `imagenet` and a held-out set there must be nothing else.
     """
     five = set(benchmarks) - {"imagenet", "held-out"} == set(SHIFTS)
-    found = []
+    rows: list[Published] = []
     for row in _table()["rows"]:
         if backbone is None or not _is(backbone, _table()["backbones"][row["backbone"]]):
             continue
         accuracy = {name: float(value) for name, value in row["accuracy"].items() if name in benchmarks}
         mean = float(row["mean"]) if five and row.get("mean_over", len(SHIFTS)) == len(SHIFTS) else None
         if accuracy or mean is not None:
-            found.append(
-                Published(row["backbone"], row["row"], row["line"], row["members"], accuracy, mean, row["source"])
+            rows.append(
+                Published(
+                    backbone=row["backbone"],
+                    row=row["row"],
+                    key=row["line"],
+                    size=row.get("size"),
+                    members=row["members"],
+                    accuracy=accuracy,
+                    shift_mean=mean,
+                    source=row["source"],
+                )
             )
-    return found
+    return rows
 
 
-def _line_of(row: Published, names: Sequence[str]) -> str | None:
-    """The name of our line that a row belongs beside; of several sizes the largest."""
-    sizes = [
-        (int(found.group(1) or 0), name)
-        for name in names
-        if (found := re.fullmatch(rf"{re.escape(row.line)}(?: of (\d+))?(?:,.*| on .*)?", name))
-    ]
-    return max(sizes)[1] if sizes else None
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """A line of our comparison: figure (a benchmark, or the mean of the shifts) -> value, low, high in percent."""
+
+    key: str
+    size: int
+    name: str
+    figures: Mapping[str, tuple[float, float, float]]
 
 
-def beside(
-    published: Sequence[Published], lines: Mapping[str, Mapping[str, tuple[float, float, float]]]
-) -> list[Beside]:
+def side_by_side(published: Sequence[Published], lines: Sequence[Ours]) -> list[Figure]:
     """Published figures and ours, row by row.
 
-    `lines`: our lines by name as the comparison calls them ("zero-shot anchor", "mean single seed", "model_stock of 2,
-    mean of 8", ...) -> figure (a benchmark, or "mean of shifts") -> value and both ends of its interval, in percent.
     A row for which we have no line, and a figure that we did not measure, are left out.
     """
-    found = []
+    figures = []
     for row in published:
-        name = _line_of(row, list(lines))
-        if name is None:
+        candidates = [line for line in lines if line.key == row.key and row.size in (None, line.size)]
+        if not candidates:
             continue
-        figures = {**row.accuracy, **({} if row.shift_mean is None else {MEAN: row.shift_mean})}
-        for figure, value in figures.items():
-            if figure in lines[name]:
-                ours, low, high = lines[name][figure]
-                label = row.row if name.startswith(row.line + ",") or name == row.line else f"{row.row} (here {name})"
-                found.append(
-                    Beside(
-                        label,
-                        row.backbone,
-                        figure,
-                        value,
-                        ours,
-                        low,
-                        high,
-                        ours - value,
-                        low <= value <= high,
-                        row.source,
+        ours = max(candidates, key=lambda line: line.size)
+        alike = row.size is not None or ours.key in ("anchor", "mean-seed")
+        label = row.row if alike else f"{row.row} (here {ours.name})"
+        values = {**row.accuracy, **({} if row.shift_mean is None else {MEAN: row.shift_mean})}
+        for figure, value in values.items():
+            if figure in ours.figures:
+                here, low, high = ours.figures[figure]
+                figures.append(
+                    Figure(
+                        row=label,
+                        backbone=row.backbone,
+                        figure=figure,
+                        published=value,
+                        ours=here,
+                        low=low,
+                        high=high,
+                        gap=here - value,
+                        within=low <= value <= high,
+                        source=row.source,
                     )
                 )
-    return found
+    return figures

@@ -6,21 +6,21 @@ import dataclasses
 import html
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import markdown
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
-from modelstock.comparison.compare import Comparison, Estimate, Line, Test
-from modelstock.comparison.published import beside, matching
+from modelstock.comparison.compare import Comparison, Line
+from modelstock.comparison.figures import figures
+from modelstock.comparison.intervals import Estimate
+from modelstock.comparison.metrics import METRICS, Metric
+from modelstock.comparison.paired_tests import Test
+from modelstock.comparison.published import Ours, matching, side_by_side
 from modelstock.files import atomic_path, write_json
-from modelstock.scoring.results import Row
-
-matplotlib.use("Agg")
+from modelstock.merging.methods.table import METHODS
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}
@@ -29,31 +29,6 @@ th,td{padding:.3rem .6rem;border-bottom:1px solid #ccc;text-align:right;white-sp
 th:first-child,td:first-child{text-align:left}img{max-width:100%;background:#fff}
 @media(prefers-color-scheme:dark){body{color:#e6e6e6;background:#16181d}th,td{border-color:#444}}
 """
-MARKS = {
-    "anchor": ("*", "black"),
-    "seed": ("o", "tab:gray"),
-    "uniform": ("s", "tab:blue"),
-    "model_stock": ("D", "tab:red"),
-    "greedy": ("^", "tab:green"),
-    "wise_ft": ("", "tab:orange"),
-    "ensemble": ("P", "tab:purple"),
-    "lines": ("<", "tab:cyan"),
-    "karcher": (">", "tab:cyan"),
-    "ties": ("v", "tab:brown"),
-    "dare_linear": ("<", "tab:brown"),
-    "dare_ties": (">", "tab:brown"),
-    "breadcrumbs": ("d", "tab:brown"),
-    "della": ("h", "tab:brown"),
-    "fisher": ("p", "tab:olive"),
-    "regmean": ("H", "tab:olive"),
-    "oracle_scale": ("x", "black"),
-    "oracle_scales": ("X", "black"),
-    "periodic": ("D", "tab:pink"),
-    "longer": ("^", "tab:pink"),
-    "ema": (".", "tab:green"),
-    "lawa": (".", "tab:cyan"),
-    "snapshot": (".", "silver"),
-}
 MEANS = {"shifts": "mean of shifts"}  # a column of tables that have the in-distribution set's own
 FIELDS = {"shifts": "shift-mean"}  # the same, in files
 BEFORE = {"in-distribution": "", "shifts": "shifts, "}  # a summary, before the name of a column
@@ -85,7 +60,7 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def main_table(comparison: Comparison) -> str:
-    """Accuracies in percent, one line a method and number of seeds."""
+    """Accuracies in percent, one line per method and number of seeds."""
     means = comparison.summaries[1:]
     head = ["weights", comparison.in_distribution, *comparison.shifts, *(MEANS[s] for s in means)]
     body = [
@@ -129,9 +104,9 @@ def _mcnemar(comparison: Comparison, family: str) -> str:
         head += [f"{before[s]}only this right", "only the other", "p (Holm)"]
     body = []
     for name, tests in comparison.tests[family].items():
-        found = [tests[s] for s in comparison.summaries]
-        counts = [cell for test in found for cell in (str(test.wins), str(test.losses), _p(test))]
-        body.append([name, found[0].against, *counts])
+        in_order = [tests[summary] for summary in comparison.summaries]
+        counts = [cell for test in in_order for cell in (str(test.wins), str(test.losses), _p(test))]
+        body.append([name, in_order[0].against, *counts])
     return _table(head, body)
 
 
@@ -140,22 +115,20 @@ def _mean_metric(comparison: Comparison, line: Line, metric: str, benchmarks: Se
     return sum(values) / len(values)
 
 
-def _has_top5(comparison: Comparison) -> bool:
-    return any(len(classes.labels) > 5 for classes in comparison.classes.values())
+def _shown_metrics(comparison: Comparison) -> list[Metric]:
+    """All but the accuracy that everything else is about, where some benchmark has labels enough for them."""
+    most = max(len(classes.labels) for classes in comparison.classes.values())
+    return [metric for name, metric in METRICS.items() if name != "top1" and most > metric.labels]
 
 
-def _calibration(comparison: Comparison) -> str:
+def _quality(comparison: Comparison) -> str:
     sets = {"in-distribution": [comparison.in_distribution], "shifts": list(comparison.shifts)}
-    columns = [("top-5", "top5", "in-distribution")] if _has_top5(comparison) else []
-    for summary in comparison.summaries:
-        columns += [(f"{BEFORE[summary]}{name}", name.lower(), summary) for name in ("NLL", "ECE")]
-
-    def cell(line: Line, metric: str, summary: str) -> str:
-        value = _mean_metric(comparison, line, metric, sets[summary])
-        return f"{value:.3f}" if metric == "nll" else _percent(value)
-
-    body = [[line.name, *(cell(line, metric, s) for _, metric, s in columns)] for line in comparison.lines]
-    return _table(["weights", *(head for head, *_ in columns)], body)
+    columns = [(metric, summary) for summary in comparison.summaries for metric in _shown_metrics(comparison)]
+    body = [
+        [line.name, *(m.text(_mean_metric(comparison, line, m.name, sets[summary])) for m, summary in columns)]
+        for line in comparison.lines
+    ]
+    return _table(["weights", *(f"{BEFORE[summary]}{metric.title}" for metric, summary in columns)], body)
 
 
 def _literal(name: str) -> str:
@@ -175,7 +148,7 @@ def _class_changes(comparison: Comparison) -> str:
         if best is not None:
             mean = sum(single) / len(single)
             changes.append((round(best - mean, 9), label, images, mean, best))  # no change is none, not 1e-17
-    changes.sort(key=lambda change: -change[0])  # stable: of equal ones, in the order of the labels
+    changes.sort(key=lambda change: -change[0])  # stable: ties keep the order of the labels
     shown = [change for change in changes[:CHANGED] if change[0] > 0]
     shown += [change for change in changes[-CHANGED:] if change[0] < 0]
     body = [
@@ -212,37 +185,59 @@ def _published(figures: Sequence[Mapping[str, Any]]) -> str:
 
 
 def published_figures(comparison: Comparison, backbone: Mapping[str, str] | None) -> list[dict[str, Any]]:
-    """Published figures of the anchor's backbone {name, pretrained}, with ours beside; see modelstock.published."""
-    lines = {
-        line.name: {
-            figure: (100 * e.value, 100 * e.low, 100 * e.high)
-            for figure, e in (*line.accuracy.items(), *((MEANS[s], line.summary[s]) for s in comparison.summaries[1:]))
-        }
+    """Published figures of the anchor's backbone {name, pretrained}, with ours; see modelstock.comparison.published."""
+
+    def percent(estimate: Estimate) -> tuple[float, float, float]:
+        return 100 * estimate.value, 100 * estimate.low, 100 * estimate.high
+
+    lines = [
+        Ours(
+            key=line.key,
+            size=line.size,
+            name=line.name,
+            figures={name: percent(estimate) for name, estimate in line.accuracy.items()}
+            | {MEANS[summary]: percent(line.summary[summary]) for summary in comparison.summaries[1:]},
+        )
         for line in comparison.lines
-    }
+    ]
     rows = matching(backbone, [comparison.in_distribution, *comparison.shifts])
-    return [dataclasses.asdict(found) for found in beside(rows, lines)]
+    return [dataclasses.asdict(figure) for figure in side_by_side(rows, lines)]
 
 
-def as_markdown(comparison: Comparison, facts: Mapping[str, Any]) -> str:
-    """The report's text."""
+def headline(comparison: Comparison) -> str:
+    """The six lines that say most: anchor, mean and best seed, the highlighted merges of fewest seeds, the champion."""
+    wanted = [line for line in comparison.lines if line.key in ("anchor", "mean-seed", "best-seed")]
+    for name, method in METHODS.items():
+        lines = [line for line in comparison.lines if line.key == name and method.style.highlight]
+        wanted += sorted(lines, key=lambda line: line.size)[:1]
+    rows = [(line.name, line.summary) for line in comparison.lines if line in wanted]
+    champion = comparison.summary[comparison.champion]
+    rows.append((f"**{comparison.champion}**, champion by the held-out split", champion))
+    body = [[name, *(_with_half(summary[s]) for s in comparison.summaries)] for name, summary in rows]
+    means = (MEANS[summary] for summary in comparison.summaries[1:])
+    return _table(["top-1 accuracy, %", comparison.in_distribution, *means], body)
+
+
+def as_markdown(comparison: Comparison, facts: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+    """The report's text; `pictures`: file -> title."""
     sizes = ", ".join(f"{name} {count:,}" for name, count in comparison.examples.items())
     families = {name: sum(map(len, tests.values())) for name, tests in comparison.tests.items()}
     pooled = ", those of all shifts pooled" if comparison.shifts else ""
-    top5 = "Top-5 and ECE" if _has_top5(comparison) else "ECE"
+    shown = _shown_metrics(comparison)
     complete = len(_class_rows(comparison)) == len(comparison.rows)
     listed = "every weight set" if complete else "the first weight set of each line of the main table"
     parts = [
         "# Comparison of merges",
-        f"Best on the held-out cut: **{comparison.champion}** (registered as `champion`). Top-1 accuracy in percent; "
+        f"Best on the held-out split: **{comparison.champion}** (registered as `champion`). Top-1 accuracy in percent; "
         "± is half a 95 % interval: Wilson's for a single weight set, paired bootstrap "
         f"({comparison.draws:,} draws over examples) for means. "
         "A mean over weight sets is over the sets evaluated; its interval is that of the examples "
         f"alone. Images: {sizes}.",
         main_table(comparison),
-        f"![{FIGURES[comparison.summaries][0]}](figure.png)",
+        *(f"![{title}]({name})" for name, title in pictures.items()),
         "## Differences, in points",
-        "Paired over examples, 95 % bootstrap interval. `wise_ft` takes the alpha that is best on the held-out cut.",
+        "Paired over examples, 95 % bootstrap interval. Of a method with several scales or alphas: the best on the "
+        "held-out split.",
         _differences(comparison),
         "## Spread over seeds and subsets of seeds",
         _spreads(comparison),
@@ -251,15 +246,15 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any]) -> str:
         f"{families['uniform']} tests, Holm's correction over them.",
         _mcnemar(comparison, "uniform"),
         f"## McNemar's exact test against {comparison.median_seed}",
-        "The test needs one model, and the median seed on the held-out cut stands for a single seed. "
+        "The test needs one model, and the median seed on the held-out split represents a single seed. "
         f"{families['seed']} tests, Holm's correction over them.",
         _mcnemar(comparison, "seed"),
-        "## Calibration and top-5" if _has_top5(comparison) else "## Calibration",
-        f"{top5} in percent, NLL in nats; means over the line's weight sets, in distribution"
-        f"{' and over the shifts' if comparison.shifts else ''}. NLL is the mean negative log-likelihood of the truth, "
-        "ECE the expected calibration error of the predicted label over 15 equal bins of its confidence; "
-        "no temperature was fitted.",
-        _calibration(comparison),
+        "## Other metrics",
+        "Means over the line's weight sets, in distribution"
+        f"{' and over the shifts' if comparison.shifts else ''}; no temperature was fitted. "
+        + "; ".join(f"{metric.title}: {metric.about}, in {metric.unit}" for metric in shown)
+        + ".",
+        _quality(comparison),
         "## Classes",
         f"Top-1 accuracy of **{comparison.champion}** against the mean single seed on {comparison.in_distribution}, in "
         f"percent and points: the {CHANGED} classes that gain most and the {CHANGED} that lose most of "
@@ -269,7 +264,7 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any]) -> str:
     ]
     if facts.get("published"):
         parts += [
-            "## Beside published figures",
+            "## Published figures",
             "Top-1 accuracy in percent, with the 95 % interval of the images here; the gap in points is "
             "here minus published.",
             _published(facts["published"]),
@@ -280,102 +275,11 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _by_method(comparison: Comparison, drawing: Figure) -> None:
-    """A dot with its interval for each line of the main table, and a small one for each of its weight sets."""
-    drawing.set_size_inches(11, max(3.0, 1.0 + 0.28 * len(comparison.lines)))
-    axes = drawing.subplots()
-    for place, line in enumerate(comparison.lines):
-        mark, colour = MARKS.get(line.kind, ("v", "tab:brown"))
-        for row in line.rows if len(line.rows) > 1 else ():
-            inside = comparison.accuracy[row][comparison.in_distribution]
-            axes.scatter(100 * inside.value, place, marker=".", color=colour, s=25, alpha=0.4, zorder=1)
-        mean = line.accuracy[comparison.in_distribution]
-        x, low, high = 100 * mean.value, 100 * mean.low, 100 * mean.high
-        axes.errorbar(x, place, fmt="none", xerr=[[x - low], [high - x]], ecolor=colour, alpha=0.6, zorder=1)
-        axes.scatter(x, place, marker=mark or "o", color=colour, s=60, zorder=2)
-    axes.set_yticks(range(len(comparison.lines)), [line.name for line in comparison.lines], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"{comparison.in_distribution}: top-1 accuracy, %")
-    axes.grid(alpha=0.3)
-
-
-def _against_shifts(comparison: Comparison, drawing: Figure) -> None:
-    axes = drawing.subplots()
-
-    def place(row: Row) -> tuple[float, float]:
-        inside = comparison.accuracy[row.name][comparison.in_distribution].value
-        return 100 * inside, 100 * comparison.summary[row.name]["shifts"].value
-
-    most = max(len(row.members) for row in comparison.rows)
-    curves: dict[tuple[int, ...], list[Row]] = {}
-    for row in comparison.rows:
-        if row.kind == "wise_ft" and len(row.members) == most:
-            curves.setdefault(row.members, []).append(row)
-    for number, rows in enumerate(curves.values()):
-        path = [place(r) for r in sorted(rows, key=lambda r: float(r.options["alpha"]))]
-        label = f"WiSE-FT of the soup of {most}, alpha from 0.1 to 0.9" if number == 0 else None
-        axes.plot(*zip(*path, strict=True), ".-", color=MARKS["wise_ft"][1], label=label, zorder=1)
-    named: set[tuple[str, bool]] = set()
-    for row in comparison.rows:
-        mark, colour = MARKS.get(row.kind, ("v", "tab:brown"))
-        if not mark:
-            continue
-        point = row.kind in ("seed", "ema", "lawa", "snapshot")
-        whole = point or row.kind in ("anchor", "greedy", "periodic", "longer")
-        small = not whole and len(row.members) < most
-        if small and row.kind not in ("uniform", "model_stock", "ensemble"):
-            continue  # the table has them
-        key = (row.kind, small)
-        what = f"{row.kind} of fewer" if small else row.kind
-        x, y = place(row)
-        inside = comparison.accuracy[row.name][comparison.in_distribution]
-        outside = comparison.summary[row.name]["shifts"]
-        if not small and not point:
-            axes.errorbar(
-                x,
-                y,
-                fmt="none",
-                ecolor=colour,
-                alpha=0.4,
-                xerr=[[x - 100 * inside.low], [100 * inside.high - x]],
-                yerr=[[y - 100 * outside.low], [100 * outside.high - y]],
-            )
-        axes.scatter(
-            x,
-            y,
-            marker=mark,
-            color=colour,
-            s=25 if small or point else 110,
-            alpha=0.55 if small else 1,
-            label=None if key in named else what,
-            zorder=2,
-        )
-        named.add(key)
-    axes.set_xlabel(f"{comparison.in_distribution}: top-1 accuracy, %")
-    axes.set_ylabel(f"mean of {len(comparison.shifts)} shifts: top-1 accuracy, %")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-
-
-FIGURES: dict[tuple[str, ...], tuple[str, Callable[[Comparison, Figure], None]]] = {  # by the summaries
-    ("in-distribution",): ("in-distribution accuracy by method", _by_method),
-    ("in-distribution", "shifts"): ("in-distribution accuracy against mean shift accuracy", _against_shifts),
-}
-
-
-def figure(comparison: Comparison) -> bytes:
-    """In-distribution accuracy by method, or against mean shift accuracy where there are shifts, as PNG bytes."""
-    drawing = Figure(figsize=(11, 6), dpi=110, layout="constrained")
-    FIGURES[comparison.summaries][1](comparison, drawing)
-    buffer = io.BytesIO()
-    drawing.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def as_html(text: str, picture: bytes) -> str:
-    """One page that needs no other file and no network."""
-    embedded = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-    body = markdown.markdown(text, extensions=["tables"]).replace("figure.png", embedded)
+def as_html(text: str, pictures: Mapping[str, bytes]) -> str:
+    """One page that needs no other file and no network; `pictures`: file -> PNG."""
+    body = markdown.markdown(text, extensions=["tables"])
+    for name, picture in pictures.items():
+        body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"')
     title = html.escape("modelstock: comparison of merges")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -394,8 +298,8 @@ def as_metrics(comparison: Comparison) -> dict[str, dict[str, float]]:
 
 
 def as_quality(comparison: Comparison) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """ "lines" (means over a line's rows) or "rows" -> name -> benchmark -> top1, top5, ece (shares) and nll (nats)."""
-    keys = ("top1", "top5", "nll", "ece")
+    """ "lines" (means over a line's rows) or "rows" -> name -> benchmark -> metric."""
+    keys = list(METRICS)
     return {
         "lines": {
             line.name: {
@@ -404,8 +308,8 @@ def as_quality(comparison: Comparison) -> dict[str, dict[str, dict[str, dict[str
             for line in comparison.lines
         },
         "rows": {
-            row: {b: {k: round(values[k], 6) for k in keys} for b, values in found.items()}
-            for row, found in comparison.metrics.items()
+            row: {b: {k: round(values[k], 6) for k in keys} for b, values in per_benchmark.items()}
+            for row, per_benchmark in comparison.metrics.items()
         },
     }
 
@@ -419,7 +323,7 @@ def _csv(head: Sequence[str], body: Iterable[Sequence[object]]) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """One line a weight set: kind, members and accuracies in percent."""
+    """One line per weight set: kind, members and accuracies in percent."""
     means = comparison.summaries[1:]
     body = []
     for row in comparison.rows:
@@ -432,7 +336,7 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def as_class_csv(comparison: Comparison) -> str:
-    """One line a weight set, benchmark and label: its images and accuracy in percent, empty where it has no image."""
+    """One line per weight set, benchmark and label: its images and accuracy in percent, empty where it has no image."""
     body = (
         [row, benchmark, label, images, "" if share is None else round(100 * share, 4)]
         for row in _class_rows(comparison)
@@ -443,9 +347,9 @@ def as_class_csv(comparison: Comparison) -> str:
 
 
 def as_validation_csv(histories: Iterable[Sequence[Mapping[str, float]]]) -> str:
-    """By step, the seeds' mean, lowest and highest top-1 on the held-out cut while they trained, in percent.
+    """By step, the seeds' mean, lowest and highest top-1 on the held-out split while they trained, in percent.
 
-    Seeds without a history, such as somebody's own checkpoints, add nothing.
+    Seeds without a history, such as adopted checkpoints, add nothing.
     """
     steps: dict[float, list[float]] = {}
     for history in histories:
@@ -463,16 +367,18 @@ def write_report(
     facts: Mapping[str, Any],
     histories: Iterable[Sequence[Mapping[str, float]]] = (),
 ) -> None:
-    """Write comparison.md, .html, .json, figure.png and the tables for DVC and for programs to `folder`.
+    """Write comparison.md, .html, .json, the pictures and the tables for DVC and for programs to `folder`.
 
     `facts`: where known, `cosines`, a mapping of quantiles, and `published`, a list of mappings with row, backbone,
     figure, published, ours, low, high (percent), gap (points), within, source. `histories`: the seeds' training.
     """
-    text, picture = as_markdown(comparison, facts), figure(comparison)
+    drawn = figures(comparison)
+    pictures = {name: picture for name, (_, picture) in drawn.items()}
+    text = as_markdown(comparison, facts, {name: title for name, (title, _) in drawn.items()})
     for name, content in {
         "comparison.md": text.encode(),
-        "comparison.html": as_html(text, picture).encode(),
-        "figure.png": picture,
+        "comparison.html": as_html(text, pictures).encode(),
+        **pictures,
         "accuracy.csv": as_csv(comparison).encode(),
         "per_class.csv": as_class_csv(comparison).encode(),
         "held_out.csv": as_validation_csv(histories).encode(),

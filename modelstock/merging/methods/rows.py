@@ -74,10 +74,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Style:
-    """How a method looks in figures: matplotlib's marker and colour."""
+    """How a kind of row looks in figures: matplotlib's marker and colour; `highlight`: in the short figure too."""
 
     marker: str
     colour: str
+    highlight: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,7 @@ class Method:
     standard: bool = False
     sets: Literal["ring", "pairs", "brief", "all"] = "brief"
     style: Style = Style("v", "tab:brown")
+    title: str = ""  # in figures and headings; the name, where it is empty
     elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     @property

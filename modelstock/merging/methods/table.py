@@ -80,7 +80,8 @@ ROWS = (
         granular=True,
         standard=True,
         sets="ring",
-        style=Style("D", "tab:red"),
+        style=Style("D", "tab:red", highlight=True),
+        title="Model Stock",
         elsewhere={"mergekit": "model_stock", "fusion_bench": "model_stock; adds 1e-8 to the norms' product"},
     ),
     Method(
@@ -91,7 +92,8 @@ ROWS = (
         source=SOUPS,
         standard=True,
         sets="ring",
-        style=Style("s", "tab:blue"),
+        style=Style("s", "tab:blue", highlight=True),
+        title="uniform soup",
         elsewhere={"mergekit": "linear", "fusion_bench": "simple_average"},
     ),
     Method(
@@ -115,6 +117,7 @@ ROWS = (
         standard=True,
         sets="ring",
         style=Style("o", "tab:orange"),
+        title="WiSE-FT",
     ),
     Method(
         name="task_arithmetic",
