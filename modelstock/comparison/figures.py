@@ -67,12 +67,11 @@ def _highlights(comparison: Comparison, drawing: Figure) -> None:
     drawing.set_size_inches(7.4, 4.8)
     axes = _axes(comparison, drawing)
     others = [row for row in comparison.rows if not style_of(row.kind).highlight]
-    axes.scatter(*zip(*(_place(comparison, row) for row in others), strict=True), color="0.85", s=12, zorder=0)
     seeds = [row for row in comparison.rows if row.kind == "seed"]
-    seed_colour = style_of("seed").colour
-    axes.scatter(
-        *zip(*(_place(comparison, row) for row in seeds), strict=True), color=seed_colour, s=14, alpha=0.5, zorder=1
-    )
+    for rows, colour, alpha in ((others, "0.85", 1.0), (seeds, style_of("seed").colour, 0.5)):
+        places = [_place(comparison, row) for row in rows]
+        x, y = [place[0] for place in places], [place[1] for place in places]
+        axes.scatter(x, y, color=colour, s=13, alpha=alpha, zorder=1)
     shown = [line for line in comparison.lines if line.key != "best-seed" and style_of(line.kind).highlight]
     groups: dict[str, list[Line]] = {}
     for line in shown:
