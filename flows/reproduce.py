@@ -1,7 +1,7 @@
 """The whole experiment as a Prefect flow over DVC's graph.
 
 DVC keeps the graph and decides what must run; this flow knows stages by name only. It starts each stage as soon as
-what it needs is done, with at most one stage a device, and shows what happens in Prefect.
+what it needs is done, with at most one stage per device, and shows what happens in Prefect.
 """
 
 import os
@@ -41,7 +41,7 @@ class ReproduceParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     targets: list[str] = Field(default=[], description="Stages to bring up to date with all they need; empty: all.")
-    slots: int = Field(default=0, ge=0, description="Stages on devices at once; 0: one a GPU, or one without GPUs.")
+    slots: int = Field(default=0, ge=0, description="Stages on devices at once; 0: one per GPU, or one without GPUs.")
     force: bool = Field(default=False, description="Run stages again that are up to date.")
 
 
@@ -101,7 +101,7 @@ def plan(root: Path, targets: list[str], *, force: bool = False) -> Plan:
 
 
 def devices(slots: int) -> list[dict[str, str]]:
-    """The environment of each device slot: one a GPU, or one on the CPU, or as many as asked for in turn."""
+    """The environment of each device slot: one per GPU, or one on the CPU, or as many as asked for in turn."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         try:
@@ -188,7 +188,7 @@ def _run(name: str, root: Path, children: Children, slots: "queue.Queue[dict[str
             f"stage {name}",
             got=f"exit code {code}: " + " | ".join(last),
             expected="0",
-            cure=f"mend what it says, and see it alone with: dvc repro --single-item {name}",
+            cure=f"fix what it says, and see it alone with: dvc repro --single-item {name}",
         )
 
 
@@ -242,7 +242,7 @@ def reproduce(params: ReproduceParams = ReproduceParams()) -> str:  # noqa: B008
 
 def main(
     target: Annotated[list[str] | None, typer.Argument(help="Stages; none: all.")] = None,
-    slots: Annotated[int, typer.Option(min=0, help="Stages on devices at once; 0: one a GPU, or one.")] = 0,
+    slots: Annotated[int, typer.Option(min=0, help="Stages on devices at once; 0: one per GPU, or one.")] = 0,
     force: Annotated[bool, typer.Option(help="Run stages again that are up to date.")] = False,
 ) -> None:
     """Run the experiment's stages in parallel, as Prefect tasks."""

@@ -3,11 +3,10 @@
 Unknown keys are refused with the nearest valid one; all problems are reported together.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +21,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from modelstock.errors import ParamsError, few
+from modelstock.errors import ParamsError, closest, few
 from modelstock.merging.methods.rows import Choice, Method, Option
 from modelstock.merging.methods.table import METHODS
 
@@ -434,33 +433,40 @@ class Params(Section):
         return Path(self.checkpoints[self.seeds.index(seed)]) if self.checkpoints else None
 
 
-def _hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
-    return f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})")
+def _hint(name: str, known: Sequence[str]) -> str:
+    near = closest(name, known)
+    return f"{name!r}" + (f" (did you mean {near!r}?)" if near else f" (known: {', '.join(known)})")
 
 
-def _known_keys(place: Sequence[int | str]) -> list[str]:
-    """The keys that belong where the last of `place` is; of a section that comes in kinds, those of its kind."""
-    section: Any = Params
-    for key in place[:-1]:
-        kinds = [s for s in get_args(section) if hasattr(s, "model_fields")]
-        if len(kinds) == 1:  # of a section that may be absent
-            (section,) = kinds
-            kinds = []
-        if kinds:  # pydantic puts the kind's name into the place
-            section = next(kind for kind in kinds if get_args(kind.model_fields["source"].annotation) == (key,))
-        elif hasattr(section, "model_fields"):
-            section = section.model_fields[str(key)].annotation
-        else:
-            section = next(iter(get_args(get_args(section)[1])), None)  # of dict[name, Annotated[section, ...]]
-    return list(getattr(section, "model_fields", {}))
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation allows: one, none, or its kinds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
 
 
-def _place(location: Sequence[int | str]) -> str:
-    """A setting's place as the file has it: without the name of a section's kind."""
-    keys = [str(key) for key in location]
-    kind = {"pretrain": 1}.get(keys[0] if keys else "", 3 if keys[:2] == ["prepare", "splits"] else None)
-    return ".".join(key for number, key in enumerate(keys) if number != kind) or "the file"
+def _walk(location: Sequence[int | str]) -> tuple[str, list[str]]:
+    """A problem's place as the file has it, and the keys that belong beside its last one.
+
+    Pydantic puts the kind of a section (its `source`) and the type of a value into the place; the file has neither.
+    """
+    annotation: Any = Params
+    keys: list[str] = []
+    siblings: list[str] = []
+    for key in location:
+        sections = _sections(annotation)
+        if get_origin(annotation) is dict and sections:
+            annotation = get_args(annotation)[1]
+        elif len(sections) > 1:
+            annotation = next(s for s in sections if get_args(s.model_fields["source"].annotation) == (key,))
+            continue
+        elif sections:
+            siblings = list(sections[0].model_fields)
+            annotation = sections[0].model_fields[str(key)].annotation if key in siblings else None
+        elif annotation is not None and isinstance(key, str):
+            continue
+        keys.append(str(key))
+    return ".".join(keys) or "the file", siblings
 
 
 def _read(path: Path) -> Any:
@@ -480,9 +486,9 @@ def _refusal(path: Path, error: ValidationError, before: tuple[str, ...] = ()) -
     lines = []
     for problem in error.errors():
         location = (*before, *problem["loc"])
-        place = _place(location)
+        place, siblings = _walk(location)
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{place} is not a setting: {_hint(str(location[-1]), _known_keys(location))}")
+            lines.append(f"{place} is not a setting: {_hint(str(location[-1]), siblings)}")
         elif problem["type"] == "missing":
             lines.append(f"{place} is missing")
         else:

@@ -10,7 +10,7 @@ from modelstock.errors import ModelstockError
 
 
 def run(main: Callable[..., Any]) -> None:
-    """Run a stage's `main` as a command; an error a user can mend is one line on stderr and exit code 1."""
+    """Run a stage's `main` as a command; an error a user can fix is one line on stderr and exit code 1."""
     try:
         typer.run(main)
     except ModelstockError as error:

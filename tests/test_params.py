@@ -95,7 +95,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
             "train_head: false\n  head_first_epochs: 1",
             "head_first_epochs needs train_head: true",
         ),
-        ("micro_batch: null", "micro_batch: half", "finetune.micro_batch.literal['auto']: Input should be 'auto'"),
+        ("micro_batch: null", "micro_batch: half", "finetune.micro_batch: Input should be 'auto'"),
         ("mixup: 0.0", "mixup: -1", "finetune.mixup: Input should be greater than or equal to 0"),
         ("ema: [0.99]", "ema: [1.0]", "finetune.ema.0: Input should be less than 1"),
         ("sizes: [2]", "sizes: [9]", "periodic.sizes wants 9 of 8 seeds"),
