@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     create_model,
     field_validator,
     model_validator,
@@ -29,10 +30,21 @@ Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+FILE = "a params file"  # the context of a check: defaults are for Python alone
+
+
 class Section(BaseModel):
     """One section: no unknown keys, no change after reading, no number taken for a string."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="after")
+    def _set_in_full(self, info: ValidationInfo) -> Self:
+        """In a file every setting has its value: DVC compares values in params.yaml, and sees no default change."""
+        absent = [n for n in type(self).model_fields if n not in self.model_fields_set and getattr(self, n) is not None]
+        if info.context == FILE and absent:
+            raise ValueError(f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing")
+        return self
 
 
 class Optimization(Section):
@@ -506,7 +518,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         ParamsError: missing file, bad YAML, or every misspelt, missing and out-of-range value in one message.
     """
     try:
-        return Params.model_validate(_read(path))
+        return Params.model_validate(_read(path), context=FILE)
     except ValidationError as error:
         raise _refusal(path, error) from None
 

@@ -48,7 +48,7 @@ def project(tmp_path_factory):
     photographs(folder / "photos", "test", 6)
     model, clip = clip_of(TINY_CLIP)
     folder_of(folder / "backbone", model.state_dict(), TINY_CLIP, **clip.meta["preprocess"])
-    files = {"source": "files", "path": "photos/train"}
+    files = {"source": "files", "labels": "classes", "part": "all"}
     write_params(
         folder,
         {
@@ -58,9 +58,9 @@ def project(tmp_path_factory):
                 "workers": 1,
                 "shard_size": 10,
                 "splits": {
-                    "train": {**files, "part": "train"},
-                    "held-out": {**files, "part": "held-out"},
-                    "photos": {"source": "files", "path": "photos/test", "role": "in-distribution"},
+                    "train": {**files, "path": "photos/train", "part": "train"},
+                    "held-out": {**files, "path": "photos/train", "part": "held-out"},
+                    "photos": {**files, "path": "photos/test", "role": "in-distribution"},
                 },
             },
             "loading": {"in_memory": False},

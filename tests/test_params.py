@@ -71,8 +71,16 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
             "prepare.splits.shapes.image is not a setting: 'image' (did you mean 'images'?)",
         ),
         ("{source: shapes, images: 4000}", "{source: shape, images: 4000}", "prepare.splits.shapes: Input tag 'shape'"),
-        ("{source: shapes, images: 4000}", "{source: files, path: a}", "classes.names is shapes, but"),
-        ("{source: shapes, images: 1500}", "{source: files, path: a, role: shift}", "prepare.splits.train.role"),
+        (
+            "{source: shapes, images: 4000}",
+            "{source: files, path: a, labels: classes, part: all}",
+            "classes.names is shapes, but",
+        ),
+        (
+            "{source: shapes, images: 1500}",
+            "{source: files, path: a, labels: classes, part: all, role: shift}",
+            "prepare.splits.train.role",
+        ),
         ("names: shapes", "names: [a, b]", "classes.names: shapes, for the drawn splits train, held-out"),
         ("names: shapes", "names: [a, a]", "two names or more, each once"),
         ("templates: shapes", "templates: [a photo]", "each with one {} for the class name"),
@@ -85,11 +93,17 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
             "density: 1.2, scales: [0.4,",
             "merge.ties.density: takes a number from 0 to 1 (got 1.2)",
         ),
+        ("  flip: false\n", "", "finetune: flip is missing"),
+        ("device: auto # a GPU where there is one\n", "", "the file: device is missing"),
         ("crop_scale: [0.9, 1.0]", "crop_scale: [1.0, 0.9]", "two numbers with 0 < low <= high <= 1"),
         ("lr: 1.0e-3", "lr: 2", "finetune.lr: Input should be less than or equal to 1"),
         ("threads: 2", "threads: 0", "threads: Input should be greater than or equal to 1"),
         ("lawa: 5", "lawa: 15", "finetune: lawa averages 15 epochs of 14"),
-        ("compile: false\n  devices: 1", "devices: 3", "batch_size 64 is not a multiple of devices 3"),
+        (
+            "compile: false\n  devices: 1",
+            "compile: false\n  devices: 3",
+            "batch_size 64 is not a multiple of devices 3",
+        ),
         (
             "train_head: true\n  head_first_epochs: 0",
             "train_head: false\n  head_first_epochs: 1",
@@ -99,7 +113,11 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
         ("mixup: 0.0", "mixup: -1", "finetune.mixup: Input should be greater than or equal to 0"),
         ("ema: [0.99]", "ema: [1.0]", "finetune.ema.0: Input should be less than 1"),
         ("sizes: [2]", "sizes: [9]", "periodic.sizes wants 9 of 8 seeds"),
-        ("reset_moments: false\n  devices: 1", "devices: 3", "devices is 1 or one a seed, not 3 for sizes [2]"),
+        (
+            "reset_moments: false\n  devices: 1",
+            "reset_moments: false\n  devices: 3",
+            "devices is 1 or one a seed, not 3 for sizes [2]",
+        ),
     ],
 )
 def test_each_bad_value_is_named(tmp_path, old, new, message):
