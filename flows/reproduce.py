@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -24,8 +24,9 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 import typer
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
-from prefect.states import Completed, State
+from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -45,7 +46,7 @@ class ReproduceParams(BaseModel):
     force: bool = Field(default=False, description="Run stages again that are up to date.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Stages in an order that respects `needs`; those in `dirty` must run, those in `device` occupy a device."""
 
@@ -72,24 +73,12 @@ def plan(root: Path, targets: list[str], *, force: bool = False) -> Plan:
             dirty = {s for s in graph if s.addressing in changed or s.always_changed or force}
             for stage in list(dirty):
                 dirty |= networkx.ancestors(graph, stage)
-            by_name = {s.addressing: s for s in graph}
-            for target in targets:
-                if target not in by_name:
-                    raise FlowError(
-                        "targets",
-                        got=repr(target),
-                        expected=", ".join(sorted(by_name)),
-                        cure="name one of these stages",
-                    )
-            wanted = set(by_name.values())
-            if targets:
-                wanted = {by_name[t] for t in targets}
-                wanted |= {d for t in list(wanted) for d in networkx.descendants(graph, t)}
+            wanted = _wanted(graph, targets)
             order = [s for s in reversed(list(networkx.topological_sort(graph))) if s in wanted]
             return Plan(
-                {s.addressing: frozenset(d.addressing for d in graph.successors(s)) for s in order},
-                frozenset(s.addressing for s in dirty & wanted),
-                frozenset(s.addressing for s in wanted if (s.meta or {}).get("device")),
+                needs={s.addressing: frozenset(d.addressing for d in graph.successors(s)) for s in order},
+                dirty=frozenset(s.addressing for s in dirty & wanted),
+                device=frozenset(s.addressing for s in wanted if (s.meta or {}).get("device")),
             )
     except (DvcException, LockError) as error:
         raise FlowError(
@@ -98,6 +87,25 @@ def plan(root: Path, targets: list[str], *, force: bool = False) -> Plan:
             expected="a DVC project",
             cure="run in the repository's root, after `make setup`",
         ) from error
+
+
+def _wanted(graph: Any, targets: list[str]) -> set[Any]:
+    """The stages of a graph that are targets or needed by one; without targets all.
+
+    Raises:
+        FlowError: a target that is no stage.
+    """
+    import networkx
+
+    by_name = {stage.addressing: stage for stage in graph}
+    for target in targets:
+        if target not in by_name:
+            raise FlowError(
+                "targets", got=repr(target), expected=", ".join(sorted(by_name)), cure="name one of these stages"
+            )
+    chosen = {by_name[target] for target in targets}
+    needed = {stage for one in chosen for stage in networkx.descendants(graph, one)}
+    return chosen | needed if targets else set(by_name.values())
 
 
 def devices(slots: int) -> list[dict[str, str]]:
@@ -163,18 +171,21 @@ class Children:
                         continue
 
 
-def _run(name: str, root: Path, children: Children, slots: "queue.Queue[dict[str, str]] | None", force: bool) -> None:
-    """Run one stage through DVC, its output line by line in the task's log."""
+Slots = queue.Queue[dict[str, str]]  # the environments of the device slots that are free
+
+
+def _run(name: str, *, root: Path, children: Children, slots: Slots | None, force: bool) -> None:
+    """Run one stage through DVC, its output line by line in the task's log; `slots`: of one on a device."""
     log = get_run_logger()
-    held = slots.get() if slots else {}
+    slot = slots.get() if slots else {}
     try:
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-        env = {**os.environ, **held, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        env = {**os.environ, **slot, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         last: deque[str] = deque(maxlen=8)
         with children.start(command + ["--force"] * force, cwd=root, env=env) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                # Progress bars rewrite their line; what they said last is kept.
+                # Progress bars rewrite their line; the last state of it is kept.
                 text = line.rstrip("\n").rsplit("\r", 1)[-1].rstrip()
                 if text:
                     last.append(text)
@@ -182,7 +193,7 @@ def _run(name: str, root: Path, children: Children, slots: "queue.Queue[dict[str
             code = process.wait()
     finally:
         if slots:
-            slots.put(held)
+            slots.put(slot)
     if code:
         raise FlowError(
             f"stage {name}",
@@ -192,30 +203,11 @@ def _run(name: str, root: Path, children: Children, slots: "queue.Queue[dict[str
         )
 
 
-# A task that waits for others holds a thread: there must be more threads than stages.
-@flow(name="reproduce", task_runner=ThreadPoolTaskRunner(max_workers=1000))
-def reproduce(params: ReproduceParams = ReproduceParams()) -> str:  # noqa: B008  (Prefect reads the form from it)
-    """Bring every stage up to date and show the comparison; a failed stage stops only what depends on it."""
-    root, log = Path.cwd(), get_run_logger()
-    planned = plan(root, params.targets, force=params.force)
-    log.info("%d stages, %d to run", len(planned.needs), len(planned.dirty))
-    slots: queue.Queue[dict[str, str]] = queue.Queue()
-    for env in devices(params.slots):
-        slots.put(env)
-    children = Children()
-
-    @task(name="stage")
-    def stage(name: str) -> State | None:
-        if name not in planned.dirty:
-            return Completed(name="Cached", message="up to date")
-        _run(name, root, children, slots if name in planned.device else None, params.force)
-        return None
-
-    futures: dict[str, PrefectFuture[State | None]] = {}
+@contextmanager
+def _ended(children: Children) -> Iterator[None]:
+    """End all stages if anything goes wrong inside, an interrupt or a cancellation too."""
     try:
-        for name, needs in planned.needs.items():
-            futures[name] = stage.with_options(task_run_name=name).submit(name, wait_for=[futures[n] for n in needs])
-        wait(list(futures.values()))
+        yield
     except BaseException as error:
         children.end()
         if not isinstance(error, Exception):  # interrupted or cancelled
@@ -224,6 +216,42 @@ def reproduce(params: ReproduceParams = ReproduceParams()) -> str:  # noqa: B008
             watchdog.daemon = True
             watchdog.start()
         raise
+
+
+def _show(report: Path) -> str:
+    """Show the comparison as an artifact, without its figure, which Prefect cannot reach."""
+    text = report.read_text(encoding="utf-8") if report.exists() else "All stages are up to date."
+    shown = text.replace("![", "<!-- ![").replace("(figure.png)", "(figure.png) -->")
+    create_markdown_artifact(shown, key="comparison")
+    return text
+
+
+# A task that waits for others holds a thread: there must be more threads than stages.
+@flow(name="reproduce", task_runner=ThreadPoolTaskRunner(max_workers=1000))  # type: ignore[arg-type]
+def reproduce(params: ReproduceParams = ReproduceParams()) -> str:  # noqa: B008  (Prefect reads the form from it)
+    """Bring every stage up to date and show the comparison; a failed stage stops only what depends on it."""
+    root, log = Path.cwd(), get_run_logger()
+    planned = plan(root, params.targets, force=params.force)
+    log.info("%d stages, %d to run", len(planned.needs), len(planned.dirty))
+    slots: Slots = queue.Queue()
+    for env in devices(params.slots):
+        slots.put(env)
+    children = Children()
+
+    @task(name="stage")
+    def stage(name: str) -> State[None] | None:
+        if name not in planned.dirty:
+            return Completed(name="Cached", message="up to date")
+        own = slots if name in planned.device else None
+        _run(name, root=root, children=children, slots=own, force=params.force)
+        return None
+
+    futures: dict[str, PrefectFuture[Any]] = {}
+    with _ended(children):
+        for name, needs in planned.needs.items():
+            after: list[Any] = [futures[n] for n in needs]
+            futures[name] = stage.with_options(task_run_name=name).submit(name, return_state=False, wait_for=after)
+        wait(list(futures.values()))
     failed = [name for name, future in futures.items() if not future.state.is_completed()]
     if failed:
         raise FlowError(
@@ -232,12 +260,7 @@ def reproduce(params: ReproduceParams = ReproduceParams()) -> str:  # noqa: B008
             expected="all stages completed",
             cure="see the log of the first of them; what is done is not run again",
         )
-    report = root / "reports" / "comparison.md"
-    text = report.read_text(encoding="utf-8") if report.exists() else "All stages are up to date."
-    create_markdown_artifact(
-        text.replace("![", "<!-- ![").replace("(figure.png)", "(figure.png) -->"), key="comparison"
-    )
-    return text
+    return _show(root / "reports" / "comparison.md")
 
 
 def main(
