@@ -345,7 +345,7 @@ else:
 
 
 class EvaluateParams(Section):
-    """Which sets are scored; the held-out cut is one of them, and the only one that anything is chosen on.
+    """Which sets are scored; the held-out split is one of them, and the only one that anything is chosen on.
 
     `precision`: of the towers; heads and everything after them are float32. `workers`: processes that decode; 0: the
     scoring process itself. `resident`: weight sets that are on the device at a time; auto: as many as fit.
@@ -507,7 +507,7 @@ def _refusal(path: Path, error: ValidationError, before: tuple[str, ...] = ()) -
             text = problem["msg"].removeprefix("Value error, ")
             shown = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
             lines.append(f"{place}: {text}{shown}")
-    got = f"{len(lines)} problems: " + "; ".join(lines)
+    got = f"{len(lines)} problem{'s' * (len(lines) > 1)}: " + "; ".join(lines)
     return ParamsError(path, got=got, expected="valid settings", cure="correct them")
 
 
