@@ -1,6 +1,10 @@
 """Which code counts: what a module imports, however it does, and nothing that cannot change a result."""
 
 import ast
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,6 +115,14 @@ def test_other_facts_and_other_modules_are_other_keys():
 def test_a_library_that_is_not_installed_has_no_version(monkeypatch):
     monkeypatch.setattr(provenance, "LIBRARIES", ("numpy", "no-such-library"))
     assert provenance.provenance("modelstock.data.images")["no-such-library"] == "not installed"
+
+
+def test_an_installed_library_gives_the_keys_of_its_checkout(tmp_path):
+    shutil.copytree(ROOT / "modelstock", tmp_path / "installed/modelstock")
+    program = "from modelstock.provenance import key_of; print(key_of('modelstock.data.images'))"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == key_of("modelstock.data.images")
 
 
 def test_what_does_not_compute_exists():
