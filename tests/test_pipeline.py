@@ -203,7 +203,8 @@ def test_a_weight_set_says_where_it_comes_from(project):
     merged = load_weights(project / "models/merged/model_stock/0-1.safetensors")
     assert merged.meta["parents"][0] == anchor.identity
     assert set(merged.meta["parents"][1:]) == {s.identity for s in seeds}
-    assert merged.meta["made_by"]["options"] == {"pairwise": "cosine", "clip": "unit", "granularity": "tensor"}
+    assert merged.meta["made_by"]["options"] == {"pairwise": "cosine", "clip": "unit"}
+    assert merged.meta["made_by"]["granularity"] == "tensor"
     scores = load_scores(project / "results/shapes.safetensors")
     ensemble = next(row for row in scores.rows if row.name == "ensemble/0-1")
     assert ensemble.identity == ensemble_identity([s.identity for s in seeds])
