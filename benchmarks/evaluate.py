@@ -32,9 +32,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from modelstock.data.dataset import Dataset as ImageSet
+from modelstock.data.dataset import open_dataset
+from modelstock.data.manifest import make_manifest, save_manifest
 from modelstock.data.shapes.render import NAMES, TINY_PREPROCESS, draw
-from modelstock.data.shards import load_manifest, make_manifest, save_manifest, write_shard
+from modelstock.data.shards import write_shard
 from modelstock.models.towers import TINY_CLIP, build_classifier, build_visual, tensors_of
 from modelstock.scoring.one_pass import ScoringOptions, score
 from modelstock.scoring.outcome import Outcome
@@ -153,7 +154,7 @@ def ours(sets: Sequence[WeightSet], folder: Path, options: argparse.Namespace) -
     """One pass over shards that are checked first; outcomes by identity."""
     names = ("batch_size", "workers", "device", "precision")
     scoring = ScoringOptions(**{name: getattr(options, name) for name in names})
-    return score(ImageSet(folder, load_manifest(folder)), sets, options=scoring)
+    return score(open_dataset(folder), sets, options=scoring)
 
 
 @torch.inference_mode()

@@ -27,13 +27,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from modelstock.data.examples import InMemory
 from modelstock.data.images import normalise
 from modelstock.data.shapes.render import NAMES, TINY_PREPROCESS, draw
 from modelstock.models.towers import TINY_CLIP, Classifier, build_clip
 from modelstock.params import load_params
 from modelstock.tracking.mlflow import Mirror, Tracker
 from modelstock.training import callbacks
-from modelstock.training.batches import InMemory, epoch_order
+from modelstock.training.batches import epoch_order
 from modelstock.training.callbacks import Ema, Lawa, Log, ResumePoint
 from modelstock.training.finetune import new_run
 from modelstock.training.loop import Batch, Callback, Run

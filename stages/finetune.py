@@ -9,7 +9,8 @@ from typing import Any
 
 from modelstock import __version__
 from modelstock.data.classes import templates
-from modelstock.data.shards import check_classes, load_manifest
+from modelstock.data.dataset import open_dataset
+from modelstock.data.examples import Examples
 from modelstock.devices import deterministic
 from modelstock.files import atomic_path
 from modelstock.models.adopt import adopt_seed
@@ -18,7 +19,6 @@ from modelstock.params import FinetuneParams, Params, load_params
 from modelstock.provenance import key_of
 from modelstock.tracking.history import write_history
 from modelstock.tracking.mlflow import Mirror, Tracker
-from modelstock.training.batches import Examples, open_examples
 from modelstock.training.distributed import World, processes
 from modelstock.training.finetune import finetune
 from modelstock.weights.weight_set import WeightSet, load_weights
@@ -37,13 +37,10 @@ class Inputs:
 
 def read_inputs(params: Params, anchor: Path, train: Path, held_out: Path) -> Inputs:
     """Read the anchor and both splits, and check that they belong together."""
-    start, manifest, held_manifest = load_weights(anchor), load_manifest(train), load_manifest(held_out)
-    check_classes(start, manifest, train)
-    examples = [
-        open_examples(folder, m, in_memory=params.loading.in_memory)
-        for folder, m in ((train, manifest), (held_out, held_manifest))
-    ]
-    identities = {"anchor": start.identity, "train": manifest.sha256, "held-out": held_manifest.sha256}
+    start, datasets = load_weights(anchor), {"train": open_dataset(train), "held-out": open_dataset(held_out)}
+    datasets["train"].check_classes(start)
+    examples = [dataset.examples(in_memory=params.loading.in_memory) for dataset in datasets.values()]
+    identities = {"anchor": start.identity} | {name: d.manifest.sha256 for name, d in datasets.items()}
     return Inputs(start, *examples, identities)
 
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 import modelstock.scoring.one_pass as one_pass
 from modelstock import provenance
-from modelstock.data.dataset import open_dataset
-from modelstock.data.images import InShards, normalise
-from modelstock.data.shards import read_all
+from modelstock.data.dataset import open_dataset, read_all
+from modelstock.data.examples import InShards
+from modelstock.data.images import normalise
 from modelstock.errors import DataError, WeightsError
 from modelstock.models.towers import TINY_CLIP, build_classifier, build_clip, tensors_of
 from modelstock.scoring.decoding import DecodedBatches
@@ -37,7 +37,8 @@ def score(folder, weights, ensembles=(), **options):
 
 def alone(folder, weights):
     """The plain way: one model, all images at once; logits of the head's classes."""
-    images, labels, manifest = read_all(folder)
+    dataset = open_dataset(folder)
+    (images, labels), manifest = read_all(dataset), dataset.manifest
     with torch.inference_mode():
         logits = build_classifier(weights)(normalise(images, weights.meta["preprocess"]))
     return logits, labels, manifest
@@ -110,7 +111,7 @@ def test_weight_sets_of_different_input_sizes_share_the_pass(tmp_path, variants)
     small = WeightSet(tensors, {**variants[0].meta, "architecture": config, "preprocess": preprocess}, "small")
     found = score(tmp_path, [variants[0], small, variants[1]])
     assert equal({k: found[k] for k in (w.identity for w in variants[:2])}, score(tmp_path, variants[:2]))
-    images, labels, _ = read_all(tmp_path)
+    images, labels = read_all(open_dataset(tmp_path))
     transform = open_clip.image_transform(16, is_train=False, mean=(0.4, 0.5, 0.6), std=(0.25,) * 3)
     pixels = torch.stack([transform(Image.fromarray(image)) for image in images])
     with torch.inference_mode():
@@ -170,7 +171,6 @@ def test_a_pass_that_is_killed_keeps_what_it_had_scored(tmp_path, variants):
     script = f"""
 import os, signal
 from pathlib import Path
-from modelstock.data.dataset import open_dataset
 from modelstock.scoring import one_pass
 from modelstock.scoring.decoding import DecodedBatches
 from modelstock.weights.weight_set import load_weights
@@ -257,7 +257,7 @@ def test_results_read_back_and_their_bytes_repeat(tmp_path, variants):
     np.testing.assert_array_equal(read.correct, scores.correct)
     np.testing.assert_array_equal(read.nll, scores.nll)
     np.testing.assert_array_equal(np.array(read.labels)[read.truth], np.array(manifest.labels)[read.truth])
-    np.testing.assert_array_equal(read.truth, read_all(tmp_path / "data")[1])
+    np.testing.assert_array_equal(read.truth, read_all(open_dataset(tmp_path / "data"))[1])
     with pytest.raises(DataError, match="expected results per example"):
         load_scores(tmp_path / "absent")
     assert Outcome.load(tmp_path / "absent") is None

@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from modelstock.data.images import Framing, InShards, normalise
-from modelstock.data.shards import load_manifest, write_shards
+from modelstock.data.dataset import open_dataset
+from modelstock.data.examples import InShards
+from modelstock.data.images import Framing, normalise
+from modelstock.data.shards import write_shards
 
 OPENAI = {
     "size": 64,
@@ -67,4 +69,4 @@ def test_a_border_is_cut_before_anything_else(tmp_path):
     assert stored.size(0) == (8, 10)
     assert (stored.image(0) == 255).all()
     assert (Framing(8, "bicubic", "shortest")(stored.cut(0)) == 255).all()
-    assert InShards(tmp_path, load_manifest(tmp_path)).size(0) == (12, 14)
+    assert open_dataset(tmp_path).images.size(0) == (12, 14)

@@ -10,13 +10,14 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 
-from modelstock.data.images import InShards, normalise
+from modelstock.data.dataset import open_dataset, read_all
+from modelstock.data.examples import InMemory, InShards
+from modelstock.data.images import normalise
 from modelstock.data.shapes.render import NAMES, TINY_PREPROCESS
-from modelstock.data.shards import load_manifest, read_all, write_shards
+from modelstock.data.shards import write_shards
 from modelstock.errors import DataError
 from modelstock.training.batches import (
     Batches,
-    InMemory,
     Scored,
     batch_rows,
     crop_box,
@@ -88,7 +89,7 @@ def test_mixup_of_neighbours_by_hand():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_batches_are_the_same_at_every_number_of_loader_workers(shards, workers):
-    images, labels, _ = read_all(shards)
+    images, labels = read_all(open_dataset(shards))
     data = batches(InMemory(images, labels), **EVERYTHING)
     ahead = list(data.load(3, 12, workers=workers, pin=False))
     assert len(ahead) == 9
@@ -96,8 +97,8 @@ def test_the_batches_are_the_same_at_every_number_of_loader_workers(shards, work
 
 
 def test_reading_from_the_shards_gives_the_batches_of_memory(shards):
-    images, labels, manifest = read_all(shards)
-    stored = InShards(shards, manifest)
+    dataset = open_dataset(shards)
+    (images, labels), stored = read_all(dataset), dataset.images
     assert np.array_equal(stored.labels, labels)
     assert all(np.array_equal(stored.image(row), images[row]) for row in range(40))
     for changes in ({}, EVERYTHING):
@@ -108,7 +109,7 @@ def test_reading_from_the_shards_gives_the_batches_of_memory(shards):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_the_shares_of_all_devices_are_the_batch_of_one_so_that_none_is_lost_or_doubled(shards, size, changes):
-    images, labels, _ = read_all(shards)
+    images, labels = read_all(open_dataset(shards))
     examples = InMemory(images, labels)
     whole = batches(examples, **changes)
     shares = [batches(examples, rank=rank, size=size, **changes) for rank in range(size)]
@@ -144,7 +145,7 @@ def test_images_of_different_sizes_make_one_batch(tmp_path):
         classes=NAMES,
         shard_size=3,
     )
-    stored = InShards(tmp_path, load_manifest(tmp_path))
+    stored = open_dataset(tmp_path).images
     assert [stored.size(row) for row in range(8)] == sizes
     images, labels = batches(stored, **{**EVERYTHING, "mixup": 0.0})[0]
     assert images.shape == (8, 3, 32, 32)
@@ -156,16 +157,16 @@ def test_images_of_different_sizes_make_one_batch(tmp_path):
 
 
 def test_shards_that_do_not_hold_what_the_manifest_says_are_refused(shards):
-    manifest = load_manifest(shards)
+    manifest = open_dataset(shards).manifest
     fewer = manifest.model_copy(update={"labels": manifest.labels[:3]})
-    with pytest.raises(DataError, match=r"000000\.tar: got 15 images, \d+ without image or valid label; expected 15"):
+    with pytest.raises(DataError, match=r"000000\.tar: got 15 examples, \d+ without image or valid label; expected 15"):
         InShards(shards, fewer)
 
 
 def test_a_jpeg_with_a_long_preface_has_its_size_too(tmp_path):
     (tmp_path / "shards").mkdir()
     make_split(tmp_path / "shards", "train", 1)
-    manifest = load_manifest(tmp_path / "shards")
+    manifest = open_dataset(tmp_path / "shards").manifest
     buffer = io.BytesIO()
     exif = Image.Exif()
     exif[0x010E] = "x" * 40_000  # a description longer than the head that is read

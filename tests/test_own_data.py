@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 
+from modelstock.data.dataset import open_dataset
 from modelstock.data.shapes.render import NAMES, draw
-from modelstock.data.shards import load_manifest
 from modelstock.models.towers import TINY_CLIP
 from modelstock.scoring.results import load_scores
 from modelstock.weights.weight_set import load_weights
@@ -90,7 +90,9 @@ def results(project) -> dict[str, np.ndarray]:
 
 @pytest.mark.timeout(600)
 def test_folders_become_splits_and_the_cut_is_never_trained_on(project):
-    train, held_out, test = (load_manifest(project / f"data/{name}") for name in ("train", "held-out", "photos"))
+    train, held_out, test = (
+        open_dataset(project / f"data/{name}").manifest for name in ("train", "held-out", "photos")
+    )
     assert (train.count, held_out.count, test.count) == (3 * 12, 3 * 4, 3 * 6)
     assert (test.labels, test.role, test.classes) == (list(CHOSEN), "in-distribution", list(CHOSEN))
     assert load_weights(project / "models/anchor.safetensors").meta["classes"] == list(CHOSEN)

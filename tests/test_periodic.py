@@ -11,8 +11,9 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+from modelstock.data.dataset import open_dataset, read_all
+from modelstock.data.examples import InMemory
 from modelstock.data.shapes.render import TINY_PREPROCESS
-from modelstock.data.shards import read_all
 from modelstock.errors import ParamsError, TrainingError
 from modelstock.experiment.rows import row_of
 from modelstock.merging import engine as merging
@@ -20,7 +21,6 @@ from modelstock.models.towers import build_classifier, set_tensors, tensors_of
 from modelstock.params import PeriodicParams, load_params
 from modelstock.tracking.history import read_history
 from modelstock.training import callbacks
-from modelstock.training.batches import InMemory
 from modelstock.training.distributed import World, processes
 from modelstock.training.finetune import new_run
 from modelstock.training.periodic import Periodic, blocks_of, merge_models, shares_of, train_periodic
@@ -384,7 +384,7 @@ def test_the_stage_starts_a_process_a_seed_by_itself_and_gives_the_bytes_of_one_
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("periodic/0-1: 2 merges, held-out accuracy") == 1
     params = load_params(tmp_path / "params.yaml")
-    train, held_out = (InMemory(*read_all(tmp_path / "data" / name)[:2]) for name in ("train", "held-out"))
+    train, held_out = (InMemory(*read_all(open_dataset(tmp_path / "data" / name))) for name in ("train", "held-out"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model, history, reports = train_periodic(

@@ -13,10 +13,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from modelstock.cli.app import app
+from modelstock.data.dataset import open_dataset, read_all
 from modelstock.data.preparation import prepare
 from modelstock.data.shapes.reference import drawn, reference_model
 from modelstock.data.shapes.render import SPLITS
-from modelstock.data.shards import load_manifest, read_all
 from modelstock.errors import DataError, ParamsError
 from modelstock.params import ClassesParams, DrawnSplit, load_params
 from tests.support import layouts
@@ -47,7 +47,8 @@ def test_the_adversarial_split_holds_what_the_reference_model_gets_wrong(tmp_pat
     from modelstock.data.shapes.render import TINY_PREPROCESS
 
     prepare("shapes-adversarial", small, SHAPES, tmp_path)
-    images, labels, manifest = read_all(tmp_path)
+    dataset = open_dataset(tmp_path)
+    (images, labels), manifest = read_all(dataset), dataset.manifest
     reference = reference_model(small)
     with torch.inference_mode():
         logits = reference(normalise(images, TINY_PREPROCESS))
@@ -109,7 +110,7 @@ def test_a_second_run_replaces_the_first_in_whole(tmp_path):
     made(tmp_path, path, shard_size=3)
     manifest = made(tmp_path, path, shard_size=15)
     assert sorted(p.name for p in (tmp_path / "out").glob("*.tar")) == ["000000.tar", "000001.tar"]
-    assert load_manifest(tmp_path / "out") == manifest
+    assert open_dataset(tmp_path / "out").manifest == manifest
 
 
 def test_short_side_makes_larger_images_smaller_and_keeps_the_bytes_of_others(tmp_path):
@@ -154,7 +155,7 @@ def test_the_border_is_cut_before_images_are_made_smaller(tmp_path):
         scratch=tmp_path / "scratch",
     )
     assert found.border == 0
-    images, _, _ = read_all(tmp_path / "out")  # 12x10, less 2 on each side, is 8x6
+    images, _ = read_all(open_dataset(tmp_path / "out"))  # 12x10, less 2 on each side, is 8x6
     assert images.shape[1:] == (6, 8, 3)
     with Image.open(path / "objectnet-1.0/images/alarm_clock/0alarm_clock.png") as image:
         np.testing.assert_array_equal(images[0], np.asarray(image)[2:-2, 2:-2])
@@ -201,7 +202,7 @@ def test_unreadable_images_are_left_out_counted_and_listed(tmp_path):
 def test_a_shard_of_nothing_but_unreadable_images_is_none(tmp_path):
     manifest = made(tmp_path, pets(tmp_path, **BAD), unreadable=0.2, shard_size=5)
     assert [s.name for s in manifest.shards] == ["000000.tar", "000001.tar", "000003.tar", "000004.tar"]
-    assert load_manifest(tmp_path / "out").count == 20
+    assert open_dataset(tmp_path / "out").manifest.count == 20
 
 
 def test_too_many_unreadable_images_are_an_error_that_names_them(tmp_path):
@@ -297,7 +298,7 @@ def test_the_command_does_the_same_without_params(tmp_path):
     result = run(path, "-o", tmp_path / "out", "--classes", tmp_path / "names", "--role", "in-distribution")
     assert result.exit_code == 0, result.output
     assert "20 images, 2 labels, " in result.output
-    manifest = load_manifest(tmp_path / "out")
+    manifest = open_dataset(tmp_path / "out").manifest
     assert (manifest.benchmark, manifest.role) == ("pets", "in-distribution")
     assert manifest.labels == ["a small tiger", "a small wolf"]
     run(
@@ -313,7 +314,8 @@ def test_the_command_does_the_same_without_params(tmp_path):
         "--held-out-per-class",
         3,
     )
-    assert (load_manifest(tmp_path / "cut").count, load_manifest(tmp_path / "cut").role) == (6, "held-out")
+    manifest = open_dataset(tmp_path / "cut").manifest
+    assert (manifest.count, manifest.role) == (6, "held-out")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from flows.compose import text_of
-from modelstock.data.shards import load_manifest
+from modelstock.data.dataset import open_dataset
 from modelstock.params import load_params
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +99,7 @@ def test_an_experiment_writes_the_preset_to_params_yaml_and_repro_goes_on_from_t
     assert f"Running stage '{stage}'" in done
     params = load_params(folder / "params.yaml")
     assert (params.finetune.batch_size, params.finetune.epochs, params.prepare.shard_size) == (32, 9, 4)
-    manifest = load_manifest(folder / "data/digits")
+    manifest = open_dataset(folder / "data/digits").manifest
     assert ([shard.count for shard in manifest.shards], manifest.labels[7]) == ([4, 4, 2], "seven")
     written = (folder / "params.yaml").read_bytes()
     assert "up to date" in call(*dvc, "repro", stage)

@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 
-from modelstock.data.images import InShards
+from modelstock.data.examples import InShards
 from modelstock.data.shapes.render import NAMES, draw
 from modelstock.data.shards import write_shards
 from modelstock.merging import engine as merging

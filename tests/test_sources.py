@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from modelstock.data.classes import wnids
+from modelstock.data.dataset import open_dataset, read_all
 from modelstock.data.preparation import prepare
-from modelstock.data.shards import load_manifest, read_all
 from modelstock.errors import DataError
 from modelstock.params import ClassesParams
 from tests.support import layouts
@@ -45,7 +45,7 @@ def test_every_container_gives_the_same_shards_with_the_files_own_bytes(tmp_path
     manifest = prepared(tmp_path, path, shard_size=5)
     expected = [(f"{n:08d}", n // 4, "jpg", content) for n, content in enumerate(FILES.values())]
     assert examples(tmp_path / "out", manifest) == expected
-    assert manifest == load_manifest(tmp_path / "out")
+    assert manifest == open_dataset(tmp_path / "out").manifest
     assert [s.count for s in manifest.shards] == [5, 5, 2]
     assert (manifest.labels, manifest.classes) == (["cat", "dog", "owl"], ["cat", "dog", "owl"])
     assert manifest.label_groups == [[0], [1], [2]]
@@ -249,7 +249,7 @@ def test_objectnet_maps_folders_to_classes_many_to_one_and_leaves_the_others_out
         for i in range(2)
     ]
     # Files stay as they are, and readers cut the border.
-    images, _, _ = read_all(tmp_path / "out")
+    images, _ = read_all(open_dataset(tmp_path / "out"))
     from PIL import Image
 
     with Image.open(io.BytesIO(found[0][3])) as image:
@@ -350,12 +350,12 @@ def test_webdataset_shards_are_used_where_they_are(tmp_path):
     assert manifest.root == str(path)
     assert [(s.name, s.count) for s in manifest.shards] == [("0.tar", 3), ("1.tar", 3), ("2.tar", 1)]
     assert [s.sha256 for s in manifest.shards] == [hashlib.sha256(before[f"{i}.tar"][0]).hexdigest() for i in range(3)]
-    images, labels, _ = read_all(tmp_path / "out")
+    images, labels = read_all(open_dataset(tmp_path / "out"))
     assert labels.tolist() == [2, 0, 1, 1, 0, 2, 2]
     assert images.shape == (7, 8, 8, 3)
     (path / "1.tar").write_bytes(before["1.tar"][0] + b" ")
     with pytest.raises(DataError, match=r"wds/test/1\.tar: got sha256"):
-        load_manifest(tmp_path / "out")
+        open_dataset(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("labels", "count"), [("imagenet-r", 200), ("imagenet-a", 200), ("imagenet-v2", 1000)])
@@ -372,7 +372,7 @@ def test_objectnets_shards_need_the_mappings_and_have_the_border(tmp_path):
     folder(tmp_path, {n: c for n, c in layouts.objectnet().items() if "mappings" in n})
     manifest = prepared(tmp_path, path, IMAGENET, labels="objectnet", mappings=str(tmp_path / "objectnet-1.0/mappings"))
     assert (manifest.label_groups, manifest.border) == ([[409, 530], [703], [610]], 2)
-    assert read_all(tmp_path / "out")[0].shape == (3, 4, 4, 3)
+    assert read_all(open_dataset(tmp_path / "out"))[0].shape == (3, 4, 4, 3)
 
 
 def test_shards_are_copied_where_only_a_part_of_them_is_wanted(tmp_path):

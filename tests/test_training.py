@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from modelstock.data.examples import InMemory
 from modelstock.data.shapes.render import TINY_PREPROCESS
 from modelstock.errors import TrainingError
 from modelstock.models.towers import Classifier, build_classifier, tensors_of
 from modelstock.params import FinetuneParams, load_params
 from modelstock.training import callbacks
-from modelstock.training.batches import InMemory
 from modelstock.training.callbacks import Clock, Ema, Lawa, read_state
 from modelstock.training.distributed import ALONE
 from modelstock.training.finetune import (

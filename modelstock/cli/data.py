@@ -9,7 +9,7 @@ from modelstock.cli.options import OutFolder, Overwrite, class_section
 from modelstock.errors import ParamsError
 
 if TYPE_CHECKING:
-    from modelstock.data.shards import Manifest
+    from modelstock.data.manifest import Manifest
 
 TRAINING = ("train", "held-out")  # roles that are also the names of their sets
 TESTS = ("in-distribution", "shift")

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstock.data.images import InShards
-from modelstock.data.shards import Manifest, check_classes, load_manifest
-from modelstock.weights.weight_set import WeightSet
+from modelstock.data.examples import Examples, InMemory, InShards
+from modelstock.data.manifest import FILE_NAME, Manifest, read_manifest, verify_shards
+from modelstock.errors import DataError, WeightsError
+from modelstock.weights.weight_set import WeightSet, classes_sha256
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,24 @@ class Dataset:
         """Labels (N,): places in `manifest.labels`."""
         return self.images.labels
 
+    def examples(self, *, in_memory: bool) -> Examples:
+        """The images with their labels, for training: decoded once, or read whenever they are asked for.
+
+        Raises:
+            DataError: images of several sizes, which cannot be kept in memory, or one that does not decode.
+        """
+        return InMemory(*read_all(self)) if in_memory else self.images
+
     def check_classes(self, weights: WeightSet) -> None:
-        """Raise WeightsError unless a weight set's head has this split's classes."""
-        check_classes(weights, self.manifest, self.folder)
+        """Raise WeightsError unless a weight set's head has the classes that this split's label groups point to."""
+        expected, classes = classes_sha256(self.manifest.classes), weights.meta.get("classes_sha256")
+        if classes != expected:
+            raise WeightsError(
+                weights.source,
+                got=f"a head for classes {str(classes)[:12]}",
+                expected=f"the {len(self.manifest.classes)} classes {expected[:12]} of {self.folder}",
+                cure="evaluate it on data of its own classes",
+            )
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -40,12 +56,53 @@ def open_dataset(folder: Path) -> Dataset:
     Raises:
         DataError: no manifest, a bad one, or a shard that is missing or does not have its sha256.
     """
-    manifest = folder / "manifest.json"
-    files = [manifest, *sorted(folder.glob("*.tar"))] if manifest.is_file() else []
-    stamps = tuple((facts.st_ino, facts.st_size, facts.st_mtime_ns) for facts in (file.stat() for file in files))
-    return _opened(Path(folder), stamps)
+    folder = Path(folder)
+    files = [folder / FILE_NAME, *read_manifest(folder).paths(folder)]
+    return _opened(folder, tuple(_stamp(file) for file in files))
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """What tells a file from one that has replaced it; None for none."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 @lru_cache(maxsize=64)
-def _opened(folder: Path, stamps: tuple[tuple[int, int, int], ...]) -> Dataset:
-    return Dataset(folder, load_manifest(folder))
+def _opened(folder: Path, stamps: tuple[tuple[int, int, int] | None, ...]) -> Dataset:
+    manifest = read_manifest(folder)
+    verify_shards(folder, manifest)
+    return Dataset(folder, manifest)
+
+
+def read_all(dataset: Dataset) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Every image (N, H, W, 3) and label (N,) of a small split whose images are of one size, in the shards' order.
+
+    Raises:
+        DataError: images of several sizes, or one that does not decode.
+    """
+    images = dataset.images
+    height, width = images.size(0)
+    pixels = np.empty((len(images.labels), height, width, 3), np.uint8)
+    for row in range(len(pixels)):
+        place = f"{dataset.folder}, example {row}"
+        try:
+            image = images.image(row)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                place,
+                got=f"{type(error).__name__}: {error}",
+                expected="an image that decodes",
+                cure="run the stage prepare again",
+            ) from error
+        if image.shape != pixels.shape[1:]:
+            raise DataError(
+                place,
+                got=f"an image of {image.shape[1]}x{image.shape[0]} pixels after others of {width}x{height}",
+                expected="images of one size, to keep them in memory",
+                cure="set loading.in_memory: false",
+            )
+        pixels[row] = image
+    return pixels, images.labels

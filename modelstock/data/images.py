@@ -1,11 +1,8 @@
-"""Images in shards, read where they are, and framed as a tower takes them."""
+"""Images framed and normalised as a tower takes them."""
 
-import io
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +11,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose
-
-from modelstock.data.shards import Manifest, example_places
 
 
 @dataclass(frozen=True)
@@ -52,42 +47,6 @@ def _transform(framing: Framing) -> Compose:
     # All but the scaling to [0, 1] and the model's mean and deviation, which are left to the device.
     kept = [t for t in whole.transforms if not isinstance(t, Normalize)][:-1]
     return Compose(kept)
-
-
-class InShards:
-    """Images read from their shards at every use, wherever in a shard they are; only their places are held."""
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._paths, self._border = manifest.paths(folder), manifest.border
-        self._places, self.labels = example_places(folder, manifest)
-        self._sizes: dict[int, tuple[int, int]] = {}
-
-    def open(self, row: int, most: int | None = None) -> Image.Image:
-        """An image of any mode, not decoded yet; of `most` bytes of its file, where given."""
-        shard, start, length = self._places[row].tolist()
-        # A file opened anew each time: descriptors do not survive into other processes' offsets.
-        with open(self._paths[shard], "rb") as file:
-            content = os.pread(file.fileno(), min(length, most or length), start)
-        return Image.open(io.BytesIO(content))
-
-    def cut(self, row: int) -> Image.Image:
-        """An image without its border."""
-        image, border = self.open(row), self._border
-        return image.crop((border, border, image.width - border, image.height - border)) if border else image
-
-    def size(self, row: int) -> tuple[int, int]:
-        """Height and width of an image, from the head of its file; a batch's crops need those of other shares too."""
-        if row not in self._sizes:
-            try:
-                width, height = self.open(row, 1 << 14).size
-            except OSError:  # a long preface, such as a thumbnail, is cut off
-                width, height = self.open(row).size
-            self._sizes[row] = (height - 2 * self._border, width - 2 * self._border)
-        return self._sizes[row]
-
-    def image(self, row: int) -> NDArray[np.uint8]:
-        """An image (H, W, 3)."""
-        return np.array(self.cut(row).convert("RGB"))
 
 
 def normalise(images: NDArray[np.uint8] | Tensor, preprocess: Mapping[str, Any]) -> Tensor:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from modelstock.data.classes import class_names, folder_names, wnids
 from modelstock.data.containers import Container, File, Folder, Rows, TarGz, Tars, open_container
-from modelstock.data.shards import IMAGES as SHARD_IMAGES
+from modelstock.data.index import pair
 from modelstock.errors import DataError, few
 from modelstock.params import ClassesParams, FilesSplit, PrepareParams
 
@@ -318,34 +318,24 @@ def _flat(split: FilesSplit, flat: Sequence[tuple[re.Match[str], File]], meaning
 
 
 def _by_key(split: FilesSplit, container: Container, files: Sequence[File], meaning: Meaning) -> list[Item]:
-    """The examples of webdataset shards: images and `.cls` files of one key, the text before the first dot."""
+    """The examples of webdataset shards."""
     folders = list(meaning.folders)
-    images: dict[str, File] = {}
-    labels: dict[str, str] = {}
-    for file in files:
-        folder, _, name = file.path.rpartition("/")
-        key, _, suffix = name.partition(".")
-        key = f"{folder}/{key}"
-        if suffix == "cls":
-            labels[key] = container.read(file).decode(errors="replace").strip()
-        elif suffix.lower() in SHARD_IMAGES:
-            if key in images:
-                raise DataError(
-                    split.path, got=f"two images {key}", expected="one an example", cure="make the shards again"
-                )
-            images[key] = file
-    known = {str(label) for label in range(len(folders))}
-    wrong = [k for k in sorted(images.keys() | labels.keys()) if k not in images or labels.get(k) not in known]
+    examples = pair(container.place, ((file.path, file) for file in files), container.read)
+    labels = {key: example.label_below(len(folders)) for key, example in examples.items()}
+    wrong = sorted(key for key, label in labels.items() if label is None)
     if wrong:
-        key = wrong[0]
+        image, text = examples[wrong[0]]
         raise DataError(
             split.path,
-            got=f"{len(wrong)} examples such as {key}, {'an' if key in images else 'no'} image with label"
-            f" {labels.get(key)}",
+            got=f"{len(wrong)} examples such as {wrong[0]}, {'an' if image else 'no'} image with label {text}",
             expected=f"an image and a label from 0 to {len(folders) - 1}",
             cure=f"correct labels: {split.labels}, or make the shards again",
         )
-    return [Item(int(labels[k]), f"{folders[int(labels[k])]}/{k}", file) for k, file in images.items()]
+    return [
+        Item(label, f"{folders[label]}/{key}", image)
+        for key, (image, _) in examples.items()
+        if image is not None and (label := labels[key]) is not None
+    ]
 
 
 def _by_row(split: FilesSplit, rows: Rows, files: Sequence[File], meaning: Meaning) -> list[Item]:

@@ -27,31 +27,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from PIL import __version__ as pillow_version
 from tqdm import tqdm
 
 from modelstock.data.classes import class_names
 from modelstock.data.containers import Container, File, TarGz, Tars
+from modelstock.data.index import index_shards
 from modelstock.data.layouts import Item, Source, open_source, subset
+from modelstock.data.manifest import SHARD_NAME, Manifest, Shard, make_manifest, save_manifest
 from modelstock.data.shapes.render import NAMES, SPLITS
 from modelstock.data.shards import (
     FORMATS,
-    SHARD_NAME,
-    Manifest,
-    Shard,
     clear,
     contact_sheet,
     decode,
-    example_places,
-    make_manifest,
     png,
-    save_manifest,
     write_shard,
     write_shards,
 )
 from modelstock.errors import DataError, few
 from modelstock.files import atomic_path, sha256_of, write_json
 from modelstock.params import ClassesParams, DrawnSplit, FilesSplit, PrepareParams
+from modelstock.provenance import key_of
 
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _SHOWN = 72  # images of a contact sheet
@@ -385,13 +381,11 @@ def _fingerprint(source: Source, encoding: Encoding, shard_size: int) -> str:
     container = source.container
     files = container.paths if isinstance(container, Tars) else [container.place, container.place / "state.json"]
     changes = [[f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
-    settings = [str(container.place.resolve()), changes, asdict(encoding), shard_size, pillow_version]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for module in ("containers", "files", "preparation", "shards", "sources"):
-        digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    items = hashlib.sha256()
     for item in source.items:
-        digest.update(repr(item).encode())
-    return digest.hexdigest()[:24]
+        items.update(repr(item).encode())
+    facts = {"source": str(container.place.resolve()), "changes": changes, "items": items.hexdigest()}
+    return key_of("modelstock.data.preparation", facts, {**asdict(encoding), "shard_size": shard_size})
 
 
 def _link(source: Path, target: Path) -> None:
@@ -405,7 +399,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _shown(folder: Path, manifest: Manifest) -> NDArray[np.uint8]:
     """Images of an even spread over a folder's examples, as squares (N, 64, 64, 3)."""
-    places, _ = example_places(folder, manifest)
+    places, _ = index_shards(folder, manifest)
     files = manifest.paths(folder)
     squares = []
     for row in np.linspace(0, len(places) - 1, min(_SHOWN, len(places))).astype(int):

@@ -8,8 +8,7 @@ every number of devices. Within an epoch no example comes twice; those that do n
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +19,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2 as transforms
 
-from modelstock.data.images import Framing, InShards, normalise
-from modelstock.data.shards import Manifest, read_all
+from modelstock.data.examples import Examples
+from modelstock.data.images import Framing, normalise
 from modelstock.params import FinetuneParams
 from modelstock.training.distributed import ALONE, World
 from modelstock.training.loop import Batch, seed_step
@@ -29,49 +28,6 @@ from modelstock.training.loop import Batch, seed_step
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 _RATIO = (3 / 4, 4 / 3)  # least and greatest aspect ratio of a crop
 _LOG_RATIO = torch.log(torch.tensor(_RATIO)).tolist()
-
-
-class Examples(Protocol):
-    """Images with labels, by row."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """Labels (N,)."""
-
-    def size(self, row: int) -> tuple[int, int]:
-        """Height and width of an image."""
-
-    def image(self, row: int) -> NDArray[np.uint8]:
-        """An image (H, W, 3)."""
-
-
-class InMemory:
-    """Images (N, H, W, 3) uint8, decoded once; loader workers and seeds share them."""
-
-    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-        self._images, self.labels = images, labels
-
-    def size(self, row: int) -> tuple[int, int]:
-        """Height and width of an image."""
-        height, width = self._images.shape[1:3]
-        return height, width
-
-    def image(self, row: int) -> NDArray[np.uint8]:
-        """An image (H, W, 3)."""
-        image: NDArray[np.uint8] = self._images[row]
-        return image
-
-
-def open_examples(folder: Path, manifest: Manifest, *, in_memory: bool) -> Examples:
-    """A folder's examples, decoded once or at every use.
-
-    Raises:
-        DataError: shards that do not hold what the manifest says.
-    """
-    if in_memory:
-        images, labels, _ = read_all(folder)
-        return InMemory(images, labels)
-    return InShards(folder, manifest)
 
 
 @lru_cache(maxsize=16)  # of a million examples, it takes as long as a step; an epoch's steps ask for one, a seed

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from modelstock.data.examples import Examples
 from modelstock.errors import TrainingError
 from modelstock.models.towers import Classifier
 from modelstock.params import FinetuneParams
-from modelstock.training.batches import Batches, Examples, Scored
+from modelstock.training.batches import Batches, Scored
 from modelstock.training.callbacks import Average, Ema, Lawa, Log, ResumePoint, Snapshots, Validation
 from modelstock.training.distributed import ALONE, World
 from modelstock.training.loop import Batch, Callback, Run, adamw, autocast, learning_rate

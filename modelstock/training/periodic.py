@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from modelstock.data.examples import Examples
 from modelstock.errors import TrainingError
 from modelstock.files import write_json
 from modelstock.merging.kernels import blended, chunks, inner_products, runs
 from modelstock.merging.methods.model_stock import model_stock
 from modelstock.models.towers import Classifier
 from modelstock.params import FinetuneParams, PeriodicParams
-from modelstock.training.batches import Examples
 from modelstock.training.callbacks import Clock, Log, read_state, write_growing_history, write_state
 from modelstock.training.distributed import ALONE, World
 from modelstock.training.finetune import accuracy, new_run, steps_an_epoch
