@@ -171,6 +171,7 @@ def test_a_pass_that_is_killed_keeps_what_it_had_scored(tmp_path, variants):
     script = f"""
 import os, signal
 from pathlib import Path
+from modelstock.data.dataset import open_dataset
 from modelstock.scoring import one_pass
 from modelstock.scoring.decoding import DecodedBatches
 from modelstock.weights.weight_set import load_weights
