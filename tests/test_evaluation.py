@@ -243,7 +243,10 @@ def test_every_image_is_decoded_once_and_what_is_scored_is_not_scored_again(tmp_
 
 def test_results_read_back_and_their_bytes_repeat(tmp_path, variants):
     manifest = make_split(tmp_path / "data", "shapes", 60)
-    rows = [Row(f"seed-{i}", w.identity, "seed", (i,), {"lr": 0.1}) for i, w in enumerate(variants)]
+    rows = [
+        Row(name=f"seed-{i}", identity=w.identity, kind="seed", members=(i,), options={"lr": 0.1})
+        for i, w in enumerate(variants)
+    ]
     scores = collect(open_dataset(tmp_path / "data"), rows, score(tmp_path / "data", variants))
     save_scores(tmp_path / "a", scores)
     save_scores(tmp_path / "b", scores)

@@ -46,11 +46,15 @@ def evaluate(
     for dataset in datasets:
         for one in candidates:  # of all benchmarks, before the first is scored
             dataset.check_classes(one)
-    rows = [Row(str(weights[i]), one.identity, "checkpoint", (i,), {}) for i, one in enumerate(candidates)]
+    rows = [
+        Row(name=str(weights[i]), identity=one.identity, kind="checkpoint", members=(i,), options={})
+        for i, one in enumerate(candidates)
+    ]
     identities = [[candidates[member].identity for member in members] for members in groups]
     for members, group in zip(groups, identities, strict=True):
         title = "ensemble of " + ", ".join(str(member + 1) for member in members)
-        rows.append(Row(title, ensemble_identity(group), "ensemble", tuple(members), {}))
+        identity = ensemble_identity(group)
+        rows.append(Row(name=title, identity=identity, kind="ensemble", members=tuple(members), options={}))
     options = ScoringOptions(
         cache=cache,
         batch_size=batch_size,

@@ -1,4 +1,4 @@
-"""Per-example results: what every scored weight set said of every example, so that any statistic can be redone."""
+"""Results per example: what every scored weight set predicts on every example, so that any statistic can be redone."""
 
 import json
 from collections.abc import Mapping
@@ -61,13 +61,13 @@ def save_scores(path: Path, scores: Scores) -> None:
         "labels": list(scores.labels),
         "rows": [
             {
-                "name": r.name,
-                "identity": r.identity,
-                "kind": r.kind,
-                "members": list(r.members),
-                "options": dict(r.options),
+                "name": row.name,
+                "identity": row.identity,
+                "kind": row.kind,
+                "members": list(row.members),
+                "options": dict(row.options),
             }
-            for r in scores.rows
+            for row in scores.rows
         ],
     }
     arrays = {name: getattr(scores, name) for name in ARRAYS}
@@ -84,7 +84,7 @@ def load_scores(path: Path) -> Scores:
     try:
         with safe_open(path, framework="numpy") as file:
             facts = json.loads(file.metadata()["modelstock"])
-            arrays = [file.get_tensor(name) for name in ARRAYS]
+            arrays = {name: file.get_tensor(name) for name in ARRAYS}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             path,
@@ -93,4 +93,5 @@ def load_scores(path: Path) -> Scores:
             cure="run the stage evaluate",
         ) from error
     rows = tuple(Row(**{**row, "members": tuple(row["members"])}) for row in facts["rows"])
-    return Scores(facts["benchmark"], facts["role"], facts["data"], rows, tuple(facts["labels"]), *arrays)
+    named = {name: facts[name] for name in ("benchmark", "role", "data")}
+    return Scores(**named, rows=rows, labels=tuple(facts["labels"]), **arrays)
