@@ -34,7 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from modelstock.data.dataset import open_dataset
 from modelstock.data.manifest import make_manifest, save_manifest
-from modelstock.data.shapes.render import NAMES, TINY_PREPROCESS, draw
+from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
+from modelstock.data.shapes.render import draw
 from modelstock.data.shards import write_shard
 from modelstock.models.towers import TINY_CLIP, build_classifier, build_visual, tensors_of
 from modelstock.scoring.one_pass import ScoringOptions, score

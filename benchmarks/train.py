@@ -29,7 +29,8 @@ from torch.nn import functional
 
 from modelstock.data.examples import InMemory
 from modelstock.data.images import normalise
-from modelstock.data.shapes.render import NAMES, TINY_PREPROCESS, draw
+from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
+from modelstock.data.shapes.render import draw
 from modelstock.models.towers import TINY_CLIP, Classifier, build_clip
 from modelstock.params import load_params
 from modelstock.tracking.mlflow import Mirror, Tracker

@@ -197,6 +197,19 @@ class LoadingParams(Section):
     in_memory: bool
 
 
+# The splits of the embedded benchmark, and what each stands for.
+SHAPES_ROLES = {
+    "train": "train",
+    "held-out": "held-out",
+    "shapes": "in-distribution",
+    "shapes-v2": "shift",
+    "shapes-rendition": "shift",
+    "shapes-sketch": "shift",
+    "shapes-adversarial": "shift",
+    "shapes-objectnet": "shift",
+}
+
+
 class DrawnSplit(Section):
     """A split of the embedded benchmark, of this many images."""
 
@@ -257,9 +270,7 @@ class PrepareParams(Section):
         source = self.splits[split]
         if isinstance(source, FilesSplit):
             return source.role or "none"
-        from modelstock.data.shapes.render import SPLITS
-
-        return SPLITS[split].role
+        return SHAPES_ROLES[split]
 
 
 class MethodParams(Section):
@@ -403,11 +414,9 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _splits(self) -> "Params":
-        from modelstock.data.shapes.render import SPLITS
-
         splits, wanted = self.prepare.splits, self.evaluate.benchmarks
         drawn = [name for name, split in splits.items() if isinstance(split, DrawnSplit)]
-        problems = [f"prepare.splits names {_hint(n, list(SPLITS))}" for n in drawn if n not in SPLITS]
+        problems = [f"prepare.splits names {_hint(n, list(SHAPES_ROLES))}" for n in drawn if n not in SHAPES_ROLES]
         problems += [f"evaluate.benchmarks names {_hint(n, list(splits))}" for n in wanted if n not in splits]
         problems += [f"prepare.splits lacks {n}" for n in ("train", "held-out") if n not in splits]
         for name, split in splits.items():

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from modelstock import __version__
-from modelstock.data.shapes.render import TINY_PREPROCESS
+from modelstock.data.shapes.names import TINY_PREPROCESS
 from modelstock.devices import deterministic
 from modelstock.models.pretrained import load_clip
 from modelstock.models.towers import TINY_CLIP, tensors_of

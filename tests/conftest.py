@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here 
 import numpy as np
 import pytest
 
-from modelstock.data.shapes.render import NAMES, TINY_PREPROCESS
+from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from torchvision.transforms import v2 as transforms
 from modelstock.data.dataset import open_dataset, read_all
 from modelstock.data.examples import InMemory, InShards
 from modelstock.data.images import normalise
-from modelstock.data.shapes.render import NAMES, TINY_PREPROCESS
+from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
 from modelstock.data.shards import write_shards
 from modelstock.errors import DataError
 from modelstock.training.batches import (

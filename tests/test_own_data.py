@@ -11,7 +11,8 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from modelstock.data.dataset import open_dataset
-from modelstock.data.shapes.render import NAMES, draw
+from modelstock.data.shapes.names import NAMES
+from modelstock.data.shapes.render import draw
 from modelstock.models.towers import TINY_CLIP
 from modelstock.scoring.results import load_scores
 from modelstock.weights.weight_set import load_weights

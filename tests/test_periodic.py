@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from modelstock.data.dataset import open_dataset, read_all
 from modelstock.data.examples import InMemory
-from modelstock.data.shapes.render import TINY_PREPROCESS
+from modelstock.data.shapes.names import TINY_PREPROCESS
 from modelstock.errors import ParamsError, TrainingError
 from modelstock.experiment.rows import row_of
 from modelstock.merging import engine as merging

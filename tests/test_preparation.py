@@ -44,7 +44,7 @@ def test_the_adversarial_split_holds_what_the_reference_model_gets_wrong(tmp_pat
     import torch
 
     from modelstock.data.images import normalise
-    from modelstock.data.shapes.render import TINY_PREPROCESS
+    from modelstock.data.shapes.names import TINY_PREPROCESS
 
     prepare("shapes-adversarial", small, SHAPES, tmp_path)
     dataset = open_dataset(tmp_path)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from modelstock.data.examples import InShards
-from modelstock.data.shapes.render import NAMES, draw
+from modelstock.data.shapes.names import NAMES
+from modelstock.data.shapes.render import draw
 from modelstock.data.shards import write_shards
 from modelstock.merging import engine as merging
 from modelstock.models.towers import build_classifier, build_clip, tensors_of

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from modelstock.data.shapes.render import CLASSES, NAMES, SIZE, SPLITS, draw, web
+from modelstock.data.shapes.names import NAMES
+from modelstock.data.shapes.render import CLASSES, SIZE, SPLITS, draw, web
+from modelstock.params import SHAPES_ROLES
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -43,7 +45,9 @@ def test_the_shifts_have_the_real_sets_label_structure():
     assert [len(s) for s in subsets] == [12, 12]
     assert subsets[0] != subsets[1]
     assert max(len(group) for group in SPLITS["shapes-objectnet"].labels.values()) > 1
-    assert all(p.role == "shift" for n, p in SPLITS.items() if n.startswith("shapes-"))
+    assert list(SHAPES_ROLES) == list(SPLITS)
+    assert all(role == "shift" for name, role in SHAPES_ROLES.items() if name.startswith("shapes-"))
+    assert tuple(CLASSES) == NAMES
 
 
 def test_every_class_has_an_object_of_its_own_within_the_frame():

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from modelstock.data.examples import InMemory
-from modelstock.data.shapes.render import TINY_PREPROCESS
+from modelstock.data.shapes.names import TINY_PREPROCESS
 from modelstock.errors import TrainingError
 from modelstock.models.towers import Classifier, build_classifier, tensors_of
 from modelstock.params import FinetuneParams, load_params
@@ -252,7 +252,7 @@ from tests.test_training import RECIPE, child, dropping, examples
 from modelstock.training import callbacks
 from modelstock.training.finetune import finetune
 from modelstock.models.towers import build_classifier, tensors_of
-from modelstock.data.shapes.render import TINY_PREPROCESS
+from modelstock.data.shapes.names import TINY_PREPROCESS
 from modelstock.weights.weight_set import WeightSet, load_weights
 torch.set_num_threads(1)
 callbacks.SAVE_EVERY_S = -1.0

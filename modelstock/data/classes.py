@@ -6,11 +6,9 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from modelstock.data.shapes.render import NAMES
+from modelstock.data.shapes.names import NAMES, TEMPLATES
 from modelstock.params import ClassesParams
 
-# The embedded benchmark's prompts.
-SHAPES_TEMPLATES = ("a photo of a {}.", "a sketch of a {}.", "a cartoon of a {}.", "{}")
 _SYNSETS = {"imagenet": "imagenet", "imagenet-a": "imagenet_a", "imagenet-r": "imagenet_r"}
 
 
@@ -48,7 +46,7 @@ def templates(params: ClassesParams) -> Sequence[Callable[[str], str]]:
 
         found: Sequence[Callable[[str], str]] = open_clip.OPENAI_IMAGENET_TEMPLATES
         return found
-    texts = SHAPES_TEMPLATES if params.templates == "shapes" else params.templates
+    texts = TEMPLATES if params.templates == "shapes" else params.templates
     return [partial(str.format, text) for text in texts]
 
 

@@ -34,7 +34,8 @@ from modelstock.data.containers import Container, File, TarGz, Tars
 from modelstock.data.index import index_shards
 from modelstock.data.layouts import Item, Source, open_source, subset
 from modelstock.data.manifest import SHARD_NAME, Manifest, Shard, make_manifest, save_manifest
-from modelstock.data.shapes.render import NAMES, SPLITS
+from modelstock.data.shapes.names import NAMES
+from modelstock.data.shapes.render import SPLITS
 from modelstock.data.shards import (
     FORMATS,
     clear,
@@ -93,7 +94,7 @@ def _draw(split: str, count: int, params: PrepareParams, folder: Path) -> Manife
         folder,
         watched(),
         benchmark=split,
-        role=plan.role,
+        role=params.role(split),
         labels=list(plan.labels),
         label_groups=[[NAMES.index(c) for c in group] for group in plan.labels.values()],
         classes=NAMES,

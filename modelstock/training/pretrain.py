@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from modelstock.data.images import normalise
 from modelstock.data.shapes import render as shapes
-from modelstock.data.shapes.render import TINY_PREPROCESS
+from modelstock.data.shapes.names import TINY_PREPROCESS
 from modelstock.models.heads import tokenizer
 from modelstock.models.towers import TINY_CLIP, build_clip
 from modelstock.params import TinyPretraining

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from modelstock.data.shapes.render import NAMES, SPLITS, draw
+from modelstock.data.shapes.names import NAMES
+from modelstock.data.shapes.render import SPLITS, draw
 from modelstock.data.shards import write_shards
+from modelstock.params import SHAPES_ROLES
 
 
 def make_split(folder: Path, split: str, count: int, shard_size: int = 50):
@@ -14,7 +16,7 @@ def make_split(folder: Path, split: str, count: int, shard_size: int = 50):
         folder,
         zip(images, labels, strict=True),
         benchmark=split,
-        role=plan.role,
+        role=SHAPES_ROLES[split],
         labels=list(plan.labels),
         label_groups=[[NAMES.index(c) for c in group] for group in plan.labels.values()],
         classes=NAMES,

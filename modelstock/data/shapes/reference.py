@@ -10,7 +10,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from modelstock.data.images import normalise
-from modelstock.data.shapes.render import NAMES, SPLITS, TINY_PREPROCESS, draw
+from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
+from modelstock.data.shapes.render import SPLITS, draw
 from modelstock.errors import DataError
 from modelstock.params import PrepareParams
 

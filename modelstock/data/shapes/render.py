@@ -13,15 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelstock.data.shapes.names import NAMES
+
 Float = NDArray[Any]  # float32, but numpy's types widen at every product with a Python float
 SIZE = 32
-# How the tiny CLIP and the reference model take these images.
-TINY_PREPROCESS: dict[str, Any] = {
-    "size": 32,
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.25, 0.25, 0.25],
-    "interpolation": "bicubic",
-}
 
 
 def _polygon(sides: int) -> Callable[[Float, Float], Float]:
@@ -89,7 +84,6 @@ CLASSES: dict[str, Callable[[Float, Float], Float]] = {
     "tee": lambda x, y: _any(_box(x, y, 0.9, 0.27, (0, 0.65)), _box(x, y, 0.27, 0.9)),
     "triangle": lambda x, y: _polygon(3)(x, y + 0.25),
 }
-NAMES = tuple(CLASSES)
 COLOURS = {
     "red": (0.85, 0.15, 0.15),
     "green": (0.15, 0.7, 0.2),
@@ -131,13 +125,12 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Split:
-    """One set of images: its style, its role, and how its labels relate to the 24 classes.
+    """One set of images: its style, and how its labels relate to the 24 classes.
 
     `labels`: label name -> the class names it stands for; a subset of classes is a table without the others, a
     many-to-one mapping a table with longer lists.
     """
 
-    role: str
     style: str
     labels: Mapping[str, tuple[str, ...]]
     adversarial: bool = False
@@ -180,14 +173,14 @@ _OBJECTS = {
     **{n: (n,) for n in ("arrow", "bow tie", "crescent", "diamond", "flower", "heart", "hourglass", "house", "star")},
 }
 SPLITS = {
-    "train": Split("train", "photo", _EACH),
-    "held-out": Split("held-out", "photo", _EACH),
-    "shapes": Split("in-distribution", "photo", _EACH),
-    "shapes-v2": Split("shift", "hard photo", _EACH),
-    "shapes-rendition": Split("shift", "cartoon", {n: (n,) for n in _R}),
-    "shapes-sketch": Split("shift", "sketch", _EACH),
-    "shapes-adversarial": Split("shift", "photo", {n: (n,) for n in _A}, adversarial=True),
-    "shapes-objectnet": Split("shift", "odd view", _OBJECTS),
+    "train": Split("photo", _EACH),
+    "held-out": Split("photo", _EACH),
+    "shapes": Split("photo", _EACH),
+    "shapes-v2": Split("hard photo", _EACH),
+    "shapes-rendition": Split("cartoon", {n: (n,) for n in _R}),
+    "shapes-sketch": Split("sketch", _EACH),
+    "shapes-adversarial": Split("photo", {n: (n,) for n in _A}, adversarial=True),
+    "shapes-objectnet": Split("odd view", _OBJECTS),
 }
 _WEB = (("photo", 0.2), ("hard photo", 0.1), ("cartoon", 0.2), ("sketch", 0.2), ("odd view", 0.3))
 _DRAWS = 32  # uniform numbers a picture uses; a style that needs more must raise it, which redraws everything
