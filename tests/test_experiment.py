@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-import modelstock.data.shards as manifest_module
+import modelstock.data.manifest as manifest_module
 from modelstock.cli.app import app
 from modelstock.data.dataset import open_dataset
 from modelstock.errors import MergeError, WeightsError
