@@ -222,18 +222,17 @@ class FilesSplit(Section):
 
     `path`: a folder, a .tar, .tar.gz or .zip archive, a folder of webdataset shards (used where they are) or a folder
     of the library `datasets`. `labels`: what folders and labels mean; `classes`: the names in params, else one of the
-    published layouts (modelstock.sources). `role`: what a test set stands for; `train` and `held-out` have theirs by
-    their names. `part`: all images, or those that are (`held-out`) or are not (`train`) in the cut of
-    `held_out_per_class` images a class. `devkit`: ImageNet's development kit, for labels of the flat validation set.
+    published layouts (modelstock.data.layouts). `role`: what a test set stands for; `train` and `held-out` have
+    theirs by their names. `part`: all images, or those that are (`held-out`) or are not (`train`) in the
+    held-out split of `held_out_per_class` images per class.
+    `devkit`: ImageNet's development kit, for labels of the flat validation set.
     `mappings`: ObjectNet's folder of that name, where it is not beside the images. `password`: of a zip archive, which
     Python decrypts slowly: unpacking it first is faster.
     """
 
     source: Literal["files"]
     path: str = Field(min_length=1)
-    labels: Literal[
-        "classes", "imagenet", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet"
-    ] = "classes"
+    labels: str = "classes"
     role: Literal["in-distribution", "shift"] | None = None
     part: Literal["all", "train", "held-out"] = "all"
     devkit: str | None = None

@@ -325,7 +325,7 @@ def test_the_command_does_the_same_without_params(tmp_path):
         (["--role", "train", "--name", "x", "--classes", "cat,dog"], "--name: got 'x'; expected 'train'"),
         (["--role", "shift"], "--classes: got none"),
         (["--role", "shift", "--classes", "cat,cat"], "got 'cat,cat'; expected two names or more, each once"),
-        (["--role", "shift", "--labels", "imagenet-x"], "labels: Input should be"),
+        (["--role", "shift", "--labels", "imagenet-x"], "labels: got 'imagenet-x'; expected classes, imagenet, "),
     ],
 )
 def test_its_mistakes_are_named(tmp_path, options, message):

@@ -13,8 +13,9 @@ import pytest
 
 from modelstock.data.classes import wnids
 from modelstock.data.dataset import open_dataset, read_all
+from modelstock.data.layouts import LAYOUTS, Layout, Meaning
 from modelstock.data.preparation import prepare
-from modelstock.errors import DataError
+from modelstock.errors import DataError, ParamsError
 from modelstock.params import ClassesParams
 from tests.support import layouts
 from tests.support.layouts import IMAGENET, examples, folder, imagenet_train, packed, picture, settings, tar
@@ -512,3 +513,26 @@ def test_a_third_level_of_archives_is_refused(tmp_path):
     deep = tar(tmp_path / "deep.tar", {"a.jpg": picture(0)}).read_bytes()
     middle = tar(tmp_path / "middle.tar", {"deep.tar": deep}).read_bytes()
     refused(tmp_path, r"c0\.tar/deep\.tar: got a third level", tar(tmp_path / "a/outer.tar", {"c0.tar": middle}))
+
+
+def test_a_layout_is_one_entry(tmp_path, monkeypatch):
+    """A set whose folders are numbered backwards, with an eraser's border."""
+
+    def backwards(head, place, mappings):
+        labels = range(len(head.names))
+        return Meaning({str(-label % 3): label for label in labels}, head.names, [[i] for i in labels], border=1)
+
+    monkeypatch.setitem(LAYOUTS, "backwards", Layout(title="Backwards", meaning=backwards, imagenet=False))
+    numbered = {"c0": "0", "d0": "2", "o0": "1"}
+    path = packed("tar", {f"{numbered[n[:2]]}/{n[3:]}": content for n, content in FILES.items()}, tmp_path)
+    manifest = prepared(tmp_path, path, labels="backwards")
+    assert (manifest.labels, manifest.border) == (["cat", "dog", "owl"], 1)
+    assert [(label, content) for _, label, _, content in examples(tmp_path / "out", manifest)] == [
+        (n // 4, content) for n, content in enumerate(FILES.values())
+    ]
+
+
+def test_an_unknown_layout_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ParamsError, match=r"labels: got 'imagenet-v3'; expected classes, imagenet, .*imagenet-v2\?"):
+        prepared(tmp_path, tmp_path / "nothing here", labels="imagenet-v3")
+    assert list(tmp_path.iterdir()) == []

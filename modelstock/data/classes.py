@@ -9,8 +9,6 @@ from pathlib import Path
 from modelstock.data.shapes.names import NAMES, TEMPLATES
 from modelstock.params import ClassesParams
 
-_SYNSETS = {"imagenet": "imagenet", "imagenet-a": "imagenet_a", "imagenet-r": "imagenet_r"}
-
 
 def wnids(name: str = "imagenet") -> list[str]:
     """The WordNet ids of ImageNet's 1000 classes, class i being the i-th in order, or of the 200 of -A or -R.
@@ -18,7 +16,11 @@ def wnids(name: str = "imagenet") -> list[str]:
     Source: timm's tables of them.
     """
     timm = find_spec("timm")  # its files only: importing it costs seconds
-    return (Path(str(timm and timm.origin)).parent / f"data/_info/{_SYNSETS[name]}_synsets.txt").read_text().split()
+    return (
+        (Path(str(timm and timm.origin)).parent / f"data/_info/{name.replace('-', '_')}_synsets.txt")
+        .read_text()
+        .split()
+    )
 
 
 def class_names(params: ClassesParams) -> list[str]:

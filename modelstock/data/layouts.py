@@ -17,8 +17,9 @@ import json
 import re
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from os.path import splitext
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from modelstock.data.classes import class_names, folder_names, wnids
 from modelstock.data.containers import Container, File, Folder, Rows, TarGz, Tars, open_container
 from modelstock.data.index import pair
-from modelstock.errors import DataError, few
+from modelstock.errors import DataError, ParamsError, few, nearest
 from modelstock.params import ClassesParams, FilesSplit, PrepareParams
 
 IMAGES = frozenset(
@@ -94,39 +95,79 @@ def _different(names: Sequence[str], folders: Iterable[str]) -> list[str]:
     return [n if times[n] == 1 else f"{n} ({f})" for n, f in zip(names, folders, strict=True)]
 
 
+class Head(NamedTuple):
+    """The head's classes: the folder of each, and its name."""
+
+    folders: Sequence[str]
+    names: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the folders or integers of a published data set mean.
+
+    `meaning`: from the head, the split's place and the contents of `mappings`. `imagenet`: it is for heads with
+    ImageNet's classes. `mappings`: files that it needs from a folder of that name, in the source or beside it.
+    """
+
+    title: str
+    meaning: Callable[[Head, Path, Mapping[str, bytes]], Meaning]
+    imagenet: bool = True
+    mappings: Sequence[str] = ()
+
+
+def layout_of(split: FilesSplit) -> Layout:
+    """The layout that a split names.
+
+    Raises:
+        ParamsError: there is none of that name.
+    """
+    if split.labels not in LAYOUTS:
+        cure = nearest(split.labels, list(LAYOUTS))
+        raise ParamsError("labels", got=repr(split.labels), expected=", ".join(LAYOUTS), cure=cure)
+    return LAYOUTS[split.labels]
+
+
 def meaning(split: FilesSplit, classes: ClassesParams, mappings: Mapping[str, bytes], *, whole: bool) -> Meaning:
     """What the folders or integers of a layout mean to the head.
 
-    `mappings`: the contents of ObjectNet's files of that folder. `whole`: whether a set with the head's own classes
+    `mappings`: the contents of the files that the layout needs. `whole`: whether a set with the head's own classes
     must have all of them.
 
     Raises:
         DataError: a layout of ImageNet for other classes, or mappings that do not fit together.
     """
-    folders = folder_names(classes)
-    if split.labels == "classes":
-        names = _different(class_names(classes), folders)
-        return Meaning({f: i for i, f in enumerate(folders)}, names, [[i] for i in range(len(folders))], whole)
-    if classes.names != "imagenet":
+    layout, folders = layout_of(split), folder_names(classes)
+    if layout.imagenet and classes.names != "imagenet":
         raise DataError(
             f"labels: {split.labels}",
             got=f"{len(folders)} classes of another kind",
             expected="classes.names: imagenet",
-            cure="set it, or say labels: classes for folders named by your own classes",
+            cure="set it, or use labels: classes for folders named by your own classes",
         )
-    names = _different(class_names(classes), folders)
-    if split.labels in ("imagenet", "imagenet-sketch"):
-        return Meaning({f: i for i, f in enumerate(folders)}, names, [[i] for i in range(1000)])
-    if split.labels == "imagenet-v2":  # folders are the labels themselves: 10 comes after 9
-        return Meaning({str(i): i for i in range(1000)}, names, [[i] for i in range(1000)])
-    if split.labels == "objectnet":
-        return _objectnet(Path(split.mappings or split.path), mappings)
-    chosen = wnids(split.labels)
-    places = [folders.index(wnid) for wnid in chosen]
-    return Meaning({w: i for i, w in enumerate(chosen)}, [names[p] for p in places], [[p] for p in places])
+    head = Head(folders, _different(class_names(classes), folders))
+    meant = layout.meaning(head, Path(split.mappings or split.path), mappings)
+    return meant if layout.imagenet else replace(meant, whole=whole)
 
 
-def _objectnet(place: Path, mappings: Mapping[str, bytes]) -> Meaning:
+def _by_class(head: Head, place: Path, mappings: Mapping[str, bytes]) -> Meaning:
+    """A folder per class of the head."""
+    return Meaning({f: i for i, f in enumerate(head.folders)}, head.names, [[i] for i in range(len(head.folders))])
+
+
+def _by_number(head: Head, place: Path, mappings: Mapping[str, bytes]) -> Meaning:
+    """Folders are the labels themselves: 10 comes after 9."""
+    return Meaning({str(i): i for i in range(len(head.names))}, head.names, [[i] for i in range(len(head.names))])
+
+
+def _by_wnid(name: str, head: Head, place: Path, mappings: Mapping[str, bytes]) -> Meaning:
+    """A folder per class of the subset `name` of ImageNet's."""
+    chosen = wnids(name)
+    places = [head.folders.index(wnid) for wnid in chosen]
+    return Meaning({w: i for i, w in enumerate(chosen)}, [head.names[p] for p in places], [[p] for p in places])
+
+
+def _objectnet(head: Head, place: Path, mappings: Mapping[str, bytes]) -> Meaning:
     """ObjectNet's labels that are in ImageNet, each with the classes that stand for it.
 
     A label's ImageNet names are separated by "; ". A name's line in `imagenet_to_label_2012_v2`, counted from 0, is
@@ -168,17 +209,30 @@ def _objectnet(place: Path, mappings: Mapping[str, bytes]) -> Meaning:
     )
 
 
+# A data layout is one entry: the name that `labels` of a split gives it, and what it means.
+LAYOUTS: dict[str, Layout] = {
+    "classes": Layout(title="a folder per class of params", meaning=_by_class, imagenet=False),
+    "imagenet": Layout(title="ImageNet's training or validation set", meaning=_by_class),
+    "imagenet-v2": Layout(title="ImageNetV2", meaning=_by_number),
+    "imagenet-r": Layout(title="ImageNet-R", meaning=partial(_by_wnid, "imagenet-r")),
+    "imagenet-a": Layout(title="ImageNet-A", meaning=partial(_by_wnid, "imagenet-a")),
+    "imagenet-sketch": Layout(title="ImageNet-Sketch", meaning=_by_class),
+    "objectnet": Layout(title="ObjectNet", meaning=_objectnet, mappings=_MAPPINGS),
+}
+
+
 def _mappings(split: FilesSplit, container: Container, files: Sequence[File]) -> dict[str, bytes]:
-    """ObjectNet's mappings: in the folder that params name, in the source, or beside it."""
-    if split.labels != "objectnet":
+    """The files that a layout needs: in the folder that params name, in the source, or beside it."""
+    wanted = layout_of(split).mappings
+    if not wanted:
         return {}
     path = Path(split.path)
     for folder in [Path(split.mappings)] if split.mappings else [path / "mappings", path.parent / "mappings"]:
-        found = {name: folder / name for name in _MAPPINGS if (folder / name).is_file()}
-        if found or split.mappings:
-            return {name: file.read_bytes() for name, file in found.items()}
+        present = {name: folder / name for name in wanted if (folder / name).is_file()}
+        if present or split.mappings:
+            return {name: file.read_bytes() for name, file in present.items()}
     within = [(file, PurePosixPath(file.path)) for file in files]
-    return {p.name: container.read(f) for f, p in within if p.name in _MAPPINGS and p.parent.name == "mappings"}
+    return {p.name: container.read(f) for f, p in within if p.name in wanted and p.parent.name == "mappings"}
 
 
 def read_devkit(path: Path) -> list[str]:
@@ -397,10 +451,12 @@ def open_source(name: str, params: PrepareParams, classes: ClassesParams) -> Sou
     """List the images of a split on disk, by label and then by name.
 
     Raises:
-        DataError: a path, layout, label or member that is not as it should be.
+        DataError: a path, label or member that is not as it should be.
+        ParamsError: a layout that is not known.
     """
     split = params.splits[name]
     assert isinstance(split, FilesSplit)
+    layout_of(split)  # before anything is read
     container = open_container(Path(split.path), split.password)
     listed = tqdm(container.files(), desc=f"{name}: listing", unit="file", delay=2, leave=False)
     files = list(listed)
