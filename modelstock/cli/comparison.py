@@ -1,45 +1,32 @@
 """`modelstock compare`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from modelstock.cli.options import BatchSize, Device, Precision, Workers, check_choice
 from modelstock.errors import MergeError
 
-
-def _sections(params: Path | None, methods: Sequence[str]) -> dict[str, Any]:
-    """Method -> its section: of a params file, or the four methods that need no search of their own."""
-    from modelstock.merging.methods.table import METHODS
-    from modelstock.params import load_merge, standard_section
-
-    known: dict[str, Any] = {
-        name: standard_section(row) for name, row in METHODS.items() if row.standard or name in methods
-    }
-    if params is not None:
-        section = load_merge(params)
-        known = {name: section.section(name) for name in section.methods}
-    unknown = [method for method in methods if method not in known]
-    if unknown:
-        raise MergeError(
-            "--method",
-            got=", ".join(unknown),
-            expected=", ".join(known),
-            cure="name some of these, or with --params a file whose merge.methods has it",
-        )
-    return {method: known[method] for method in methods or known}
+if TYPE_CHECKING:
+    from modelstock.data.dataset import Dataset
+    from modelstock.params import MethodParams
+    from modelstock.weights.weight_set import WeightSet
 
 
 def compare(
     weights: Annotated[list[Path], typer.Argument(help="Fine-tuned checkpoints, two or more.")],
     anchor: Annotated[Path, typer.Option(help="The weight set they started from; see `modelstock anchor`.")],
-    benchmark: Annotated[list[Path], typer.Option(help="Folders of shards: held-out, a test set, shifts.")],
+    benchmark: Annotated[list[Path], typer.Option(help="A folder of shards: held-out, a test set, shifts.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder for merges, results and report.")],
-    method: Annotated[list[str] | None, typer.Option(help="Merge methods; all that are known without it.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="A merge method; without it, those of --params or the standard ones.")
+    ] = None,
     params: Annotated[Path | None, typer.Option(help="A params file whose section merge is used.")] = None,
-    train: Annotated[Path | None, typer.Option(help="Training shards, for fisher and regmean.")] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Training shards, for methods that weigh by statistics of the data.")
+    ] = None,
     device: Device = "auto",
     precision: Precision = "float32",
     batch_size: BatchSize = 256,
@@ -55,34 +42,18 @@ def compare(
     from modelstock.experiment.evaluate import Candidates, score_benchmark
     from modelstock.experiment.merge import SubsetMerges, merge_method
     from modelstock.experiment.paths import results_file
-    from modelstock.merging.methods.table import METHODS
-    from modelstock.models.adopt import adopt
     from modelstock.scoring.one_pass import ScoringOptions
     from modelstock.scoring.results import save_scores
-    from modelstock.weights.weight_set import WeightSet, load_weights
+    from modelstock.weights.weight_set import load_weights
 
     sections = _sections(params, method or [])
-    needy = [name for name in sections if METHODS[name].reads_statistics]
     datasets = {folder: open_dataset(folder) for folder in [*benchmark, *([train] if train else [])]}
-    held_out = [folder for folder in benchmark if datasets[folder].manifest.role == "held-out"]
-    roles = [datasets[folder].manifest.role for folder in benchmark]
-    if len(weights) < 2 or len(held_out) != 1 or roles.count("in-distribution") != 1 or (needy and train is None):
-        raise MergeError(
-            "compare",
-            got=f"{len(weights)} checkpoints, benchmarks {', '.join(roles)}, {'no ' * (not train)}--train",
-            expected="two checkpoints or more, one benchmark held-out, one in-distribution, shifts if there are any"
-            + (f", and --train for {', '.join(needy)}" if needy else ""),
-            cure="name what is missing",
-        )
+    benchmarks = [datasets[folder] for folder in benchmark]
+    _check_enough(len(weights), benchmarks, sections, has_train=train is not None)
     origin = load_weights(anchor)
     for dataset in datasets.values():
         dataset.check_classes(origin)
-    seeds: dict[int, WeightSet] = {}
-    for number, path in enumerate(weights):
-        found = adopt(path, origin)
-        made = {**found.meta["made_by"], "stage": "finetune", "seed": number, "source": path.name}
-        seeds[number] = WeightSet(found.tensors, {**found.meta, "made_by": made}, str(path))
-        print(f"seed-{number}: {path}")
+    seeds = _numbered(weights, origin)
     scoring = ScoringOptions(
         cache=out / "scratch",
         device=device_kind(device),
@@ -97,19 +68,73 @@ def compare(
             section=section,
             anchor=origin,
             seeds=seeds,
-            held_out=datasets[held_out[0]],
+            held_out=next(one for one in benchmarks if one.manifest.role == "held-out"),
             train=datasets[train] if train else None,
             scoring=scoring,
         )
         files += merge_method(merges, out / "merged" / name)
         print(f"{name}: merged")
     candidates = Candidates(anchor=origin, seeds=seeds, others=[load_weights(file, lazy=True) for file in files])
-    results = [score_benchmark(datasets[folder], candidates, scoring) for folder in benchmark]
+    results = [score_benchmark(dataset, candidates, scoring) for dataset in benchmarks]
     for scores in results:
         save_scores(results_file(out / "results", scores.benchmark), scores)
     comparison = compare_results(results, out / "report", anchor=origin, seeds=list(seeds.values()), draws=draws)
-    print(summary_lines(comparison))
     champion = next(row for row in results[0].rows if row.name == comparison.champion)
-    sources = {weights.identity: weights.source for weights in candidates.weights}
+    source = next(one.source for one in candidates.weights if one.identity == champion.identity)
+    print(summary_lines(comparison))
     print(f"report: {out / 'report/comparison.html'}")
-    print(f"champion by the held-out split: {champion.name}, {sources[champion.identity]}")
+    print(f"champion by the held-out split: {champion.name}, {source}")
+
+
+def _sections(params: Path | None, methods: Sequence[str]) -> dict[str, "MethodParams"]:
+    """Method -> its section: of a params file, or the standard methods and those that are named."""
+    from modelstock.merging.methods.table import METHODS
+    from modelstock.params import load_merge, standard_section
+
+    if params is None:
+        sections = {name: standard_section(row) for name, row in METHODS.items() if row.standard or name in methods}
+    else:
+        merge = load_merge(params)
+        sections = {name: merge.section(name) for name in merge.methods}
+    unknown = [method for method in methods if method not in sections]
+    if unknown:
+        raise MergeError(
+            "--method",
+            got=", ".join(unknown),
+            expected=", ".join(sections),
+            cure="name some of these, or with --params a file whose merge.methods has it",
+        )
+    return {method: sections[method] for method in methods or sections}
+
+
+def _check_enough(
+    checkpoints: int, benchmarks: Sequence["Dataset"], methods: Iterable[str], *, has_train: bool
+) -> None:
+    """Refuse what cannot be compared: too few checkpoints, benchmarks or training data."""
+    from modelstock.merging.methods.table import METHODS
+
+    roles = [dataset.manifest.role for dataset in benchmarks]
+    weighing = [name for name in methods if METHODS[name].reads_statistics]
+    has_roles = roles.count("held-out") == 1 and roles.count("in-distribution") == 1
+    if checkpoints < 2 or not has_roles or (weighing and not has_train):
+        expected = "two checkpoints or more, one benchmark held-out, one in-distribution, shifts if there are any"
+        raise MergeError(
+            "compare",
+            got=f"{checkpoints} checkpoints, benchmarks {', '.join(roles)}, {'' if has_train else 'no '}--train",
+            expected=expected + (f", and --train for {', '.join(weighing)}" if weighing else ""),
+            cure="name what is missing",
+        )
+
+
+def _numbered(paths: Sequence[Path], anchor: "WeightSet") -> dict[int, "WeightSet"]:
+    """The checkpoints as seeds 0, 1, ... of an experiment, with the anchor's head where they have none."""
+    from modelstock.models.adopt import adopt
+    from modelstock.weights.weight_set import WeightSet
+
+    seeds = {}
+    for number, path in enumerate(paths):
+        weights = adopt(path, anchor)
+        made_by = {**weights.meta["made_by"], "stage": "finetune", "seed": number, "source": path.name}
+        seeds[number] = WeightSet(weights.tensors, {**weights.meta, "made_by": made_by}, str(path))
+        print(f"seed-{number}: {path}")
+    return seeds

@@ -21,7 +21,7 @@ LIBRARIES = {
         "torchvision",
         "webdataset",
     ),
-    "pipeline": ("dvc", "mlflow", "prefect"),
+    "pipeline": ("dvc", "mlflow", "networkx", "prefect"),
     "datasets": ("datasets",),
 }
 

@@ -103,14 +103,14 @@ def _search_inputs(method: str, anchor: Path, shards: Path | None) -> dict[str, 
 
 
 def statistics(
-    what: Annotated[str, typer.Argument(help="fisher (for fisher) or inner (for regmean).")],
+    what: Annotated[str, typer.Argument(help="fisher or inner: what a method needs, see `modelstock methods`.")],
     weights: Annotated[Path, typer.Argument(help="A weight set made by modelstock.")],
     data: Annotated[Path, typer.Option(help="Shards of the training set.")],
     out: OutFile,
     examples: Annotated[int, typer.Option(min=1, help="How many images, drawn at random.")] = 1000,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure what fisher and regmean weigh by, for one weight set."""
+    """Measure what some methods weigh by, statistics of the training data, for one weight set."""
     check_choice("statistics", what, ("fisher", "inner"))
     from modelstock.merging.files import check_paths
 
