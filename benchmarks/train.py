@@ -9,17 +9,17 @@
   the pipeline: every epoch). Tracking is the live mirror into a SQLite store, sending every 5 seconds.
 
 Variants take turns, `rounds` times; a figure is the median over rounds of the ratio to the bare loop of its round.
-Resume points are timed by themselves: seconds a save, and its share of the time at the pipeline's pace.
+Resume points are timed by themselves: seconds per save, and its share of the time at the pipeline's pace.
 """
 
 import argparse
-import contextlib
 import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +32,17 @@ from modelstock.data.images import normalise
 from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
 from modelstock.data.shapes.render import draw
 from modelstock.models.towers import TINY_CLIP, Classifier, build_clip
-from modelstock.params import load_params
-from modelstock.tracking.mlflow import Mirror, Tracker
-from modelstock.training import callbacks
+from modelstock.params import FinetuneParams, load_params
+from modelstock.tracking.history import write_rows
+from modelstock.tracking.mirror import Mirror
+from modelstock.tracking.mlflow import MlflowTracker
+from modelstock.tracking.tracker import NullTracker
+from modelstock.training import resume
 from modelstock.training.batches import epoch_order
-from modelstock.training.callbacks import Ema, Lawa, Log, ResumePoint
-from modelstock.training.finetune import new_run
+from modelstock.training.callbacks import Ema, Lawa, Log
 from modelstock.training.loop import Batch, Callback, Run
+from modelstock.training.recipe import new_run
+from modelstock.training.resume import ResumePoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,6 +93,64 @@ class Waited:
         return watched
 
 
+class Growing(Callback):
+    """Lets a mirror see new rows, as resume points do in the pipeline."""
+
+    def __init__(self, history: Path) -> None:
+        self.history = history
+
+    def after_step(self, run: Run) -> None:
+        if run.step % 20 == 0:
+            write_rows(self.history, run.history)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """The stage's loop on examples in memory, by a recipe, for `steps`; `folder` is for what it writes."""
+
+    examples: InMemory
+    recipe: FinetuneParams
+    steps: int
+    folder: Path
+
+    def __call__(
+        self,
+        *,
+        workers: int = 0,
+        extras: Callable[[Classifier], Sequence[Callback]] = lambda model: (),
+        track: bool = False,
+    ) -> tuple[float, float, Run]:
+        """Seconds for the steps, seconds of them waiting for data, and the run."""
+        model, waited, history = tower(), Waited(), self.folder / "history.jsonl"
+        callbacks = [Log(self.recipe.log_every, 10**9), *extras(model), *([Growing(history)] if track else [])]
+        run = new_run(
+            model,
+            self.examples,
+            self.recipe,
+            preprocess=TINY_PREPROCESS,
+            seed=0,
+            workers=workers,
+            callbacks=callbacks,
+        )
+        run.batches = waited.around(run.batches)
+        history.write_text("")
+        tracker = MlflowTracker(self.folder) if track else NullTracker()  # before the clock starts: once per run
+        with Mirror(lambda: tracker, history, key="benchmark", name="benchmark", params={}):
+            begun = time.perf_counter()
+            run.train(until=self.steps)
+            seconds = time.perf_counter() - begun
+        return seconds, waited.seconds, run
+
+
+def seconds_of_a_save(run: Run, folder: Path) -> float:
+    """Seconds that a resume point of this run takes."""
+    point = ResumePoint(folder)
+    point.resume(run)
+    begun = time.perf_counter()
+    point.save(run)
+    return time.perf_counter() - begun
+
+
 def main() -> None:
     """Let the variants take turns and print the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,37 +168,7 @@ def main() -> None:
         update={"batch_size": options.batch_size, "epochs": epochs, "warmup_steps": 1}
     )
     folder = Path(tempfile.mkdtemp())
-
-    def ours(
-        workers: int = 0, extras: Callable[[Classifier], Sequence[Callback]] = lambda model: [], track: bool = False
-    ) -> tuple[float, float, Run]:
-        """Seconds for the steps, seconds of them waiting for data, and the run."""
-        model, waited = tower(), Waited()
-        log = Log(recipe.log_every, 10**9)
-        run = new_run(
-            model, examples, recipe, TINY_PREPROCESS, seed=0, workers=workers, callbacks=[log, *extras(model)]
-        )
-        run.batches = waited.around(run.batches)
-        mirror: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if track:
-            (folder / "history.jsonl").write_text("")
-            tracker = Tracker(folder)  # made before the clock starts, as it is once a run
-            mirror = Mirror(lambda: tracker, folder / "history.jsonl", key="benchmark", name="benchmark", params={})
-
-        class Growing(Callback):
-            """Lets the mirror see new rows, as resume points do in the pipeline."""
-
-            def after_step(self, run: Run) -> None:
-                if track and run.step % 20 == 0:
-                    callbacks.write_growing_history(folder, run.history)
-
-        run.callbacks = [*run.callbacks, Growing()]
-        with mirror:
-            begun = time.perf_counter()
-            run.train(until=options.steps)
-            seconds = time.perf_counter() - begun
-        return seconds, waited.seconds, run
-
+    ours = Ours(examples=examples, recipe=recipe, steps=options.steps, folder=folder)
     variants: dict[str, Callable[[], tuple[float, float, Run]]] = {
         "ours, workers 0": ours,
         "ours, workers 1": lambda: ours(workers=1),
@@ -156,21 +188,17 @@ def main() -> None:
             seconds, waited, run = variant()
             speed[name].append(base / seconds)
             waiting[name].append(waited / seconds)
-        point = ResumePoint(folder / "point")
-        point.resume(run)
-        begun = time.perf_counter()
-        point._save(run)
-        saves.append(time.perf_counter() - begun)
+        saves.append(seconds_of_a_save(run, folder / "point"))
     print(
         f"\n{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, Python "
         f"{platform.python_version()}, torch {torch.__version__}, batch {options.batch_size}, {options.steps} steps, "
-        f"medians of {options.rounds}; bare: {statistics.median(floor):,.0f} images a second\n"
+        f"medians of {options.rounds}; bare: {statistics.median(floor):,.0f} images per second\n"
     )
     print("| | of the bare loop's speed | of the time waiting for data |\n|---|---:|---:|\n| bare | 1.00 | |")
     for name in variants:
         print(f"| {name} | {statistics.median(speed[name]):.3f} | {100 * statistics.median(waiting[name]):.1f} % |")
     save = statistics.median(saves)
-    pace = max(callbacks.SAVE_EVERY_S, save / callbacks.SAVE_SHARE)
+    pace = max(resume.SAVE_EVERY_S, save / resume.SAVE_SHARE)
     print(f"\nA resume point takes {1000 * save:.0f} ms, one every {pace:.0f} s: {100 * save / (pace + save):.2f} %.")
 
 

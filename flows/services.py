@@ -122,9 +122,9 @@ def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None
     env = environment(prefect_port, mlflow_port)
     if alive("mlflow") is None:
         # The store is made before the server's process and a stage could both try to.
-        from modelstock.tracking.mlflow import Tracker
+        from modelstock.tracking.mlflow import MlflowTracker
 
-        Tracker(Path.cwd())
+        MlflowTracker(Path.cwd())
         command = ["mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
         command += ["--backend-store-uri", env["MLFLOW_TRACKING_URI"]]
         start("mlflow", [*command, "--artifacts-destination", str(Path.cwd() / "mlruns")], env)

@@ -1,12 +1,16 @@
-"""Files that are whole or absent, and whose bytes repeat."""
+"""Files that are whole or absent, and whose bytes repeat; and where files lie that only save time."""
 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+# Resume points and caches, each named for all that it depends on: removing it costs time and nothing else.
+SCRATCH = Path("scratch")
 
 
 @contextmanager
@@ -26,6 +30,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or, on another file system, copy it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def dump_json(value: Any) -> str:

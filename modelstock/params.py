@@ -25,6 +25,7 @@ from ruamel.yaml.error import YAMLError
 from modelstock.errors import ParamsError, closest, few
 from modelstock.merging.methods.rows import Choice, Method, Option
 from modelstock.merging.methods.table import METHODS
+from modelstock.tracking.tracker import TRACKERS
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -116,7 +117,7 @@ class FinetuneParams(Optimization):
     `micro_batch`: examples a device takes at a time; null: its whole share of the batch; auto: halved until it fits.
     `layer_decay`: learning rate of a block over that of the next. `decay`: weight decay for all parameters, as in
     WiSE-FT, or for those of two dimensions and more. `mixup`: alpha of Beta(alpha, alpha); 0: none. `rand_augment_*`:
-    operations an image (0: none) and magnitude (of 30), before the crop. `train_head`: false keeps the anchor's head.
+    operations per image (0: none) and magnitude (of 30), before the crop. `train_head`: false keeps the anchor's head.
     `head_first_epochs`: epochs, before `epochs`, in which only the head learns, at `head_lr`. `devices`: processes that
     share a batch. `ema`: decays; `lawa`: last epochs averaged (0: none); `snapshots`: every epoch's weights kept. Each
     of these averages and snapshots is scored like any weight set.
@@ -168,8 +169,8 @@ class PeriodicParams(Section):
     """Seeds that train side by side and are merged by Model Stock on the way; beside each, one seed as long as all.
 
     `sizes`: how many seeds, the first of `seeds`, with the recipe of `finetune`. `every_steps`: steps between
-    two merges; null: an epoch. `reset_moments`: AdamW's moments start at zero after each merge. `devices`: 1, or one a
-    seed. `pairwise`, `clip`: see modelstock.merging.model_stock.
+    two merges; null: an epoch. `reset_moments`: AdamW's moments start at zero after each merge. `devices`: 1, or one
+    per seed. `pairwise`, `clip`: see modelstock.merging.methods.model_stock.
     """
 
     sizes: list[Annotated[int, Field(ge=2)]]
@@ -182,14 +183,14 @@ class PeriodicParams(Section):
     @model_validator(mode="after")
     def _together(self) -> "PeriodicParams":
         if self.devices != 1 and any(size != self.devices for size in self.sizes):
-            raise ValueError(f"devices is 1 or one a seed, not {self.devices} for sizes {self.sizes}")
+            raise ValueError(f"devices is 1 or one per seed, not {self.devices} for sizes {self.sizes}")
         return self
 
 
 class LoadingParams(Section):
     """How training images are read; the same bytes come out either way.
 
-    `workers`: processes that make batches ahead, a seed; 0: the training process itself. `in_memory`: decoded once and
+    `workers`: processes that make batches ahead per seed; 0: the training process itself. `in_memory`: decoded once and
     kept, or read from the shards at every use.
     """
 
@@ -376,10 +377,21 @@ class CompareParams(Section):
 
 
 class TrackingParams(Section):
-    """Names in MLflow; where it is comes from MLFLOW_TRACKING_URI."""
+    """Where runs are shown, and names there. Where MLflow is comes from MLFLOW_TRACKING_URI.
 
+    `tracker`: mlflow, none, or another row of modelstock.tracking.tracker.TRACKERS.
+    """
+
+    tracker: str
     experiment: str = Field(min_length=1)
     model: str = Field(min_length=1)
+
+    @field_validator("tracker")
+    @classmethod
+    def _known(cls, tracker: str) -> str:
+        if tracker not in TRACKERS:
+            raise ValueError(f"takes {' or '.join(TRACKERS)}")
+        return tracker
 
 
 class Params(Section):

@@ -17,16 +17,16 @@ from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
 from modelstock.data.shards import write_shards
 from modelstock.errors import DataError
 from modelstock.training.batches import (
-    Batches,
-    Scored,
+    Augmentation,
+    TrainingBatches,
     batch_rows,
     crop_box,
     mixed_pairs,
     resized_crops,
 )
 from modelstock.training.distributed import World
+from modelstock.training.validation import validation_batches
 from tests.support.splits import make_split
-from tests.test_training import RECIPE
 
 EVERYTHING = {"mixup": 0.4, "rand_augment_operations": 2, "flip": True, "crop_scale": (0.3, 1.0)}
 
@@ -39,8 +39,9 @@ def shards(tmp_path_factory):
 
 
 def batches(examples, *, rank=0, size=1, seed=0, **changes):
-    recipe = RECIPE.model_copy(update=changes)
-    return Batches(examples, recipe, TINY_PREPROCESS, seed=seed, name="seed-0", world=World(rank, size))
+    augmentation = Augmentation(**{"crop_scale": (0.9, 1.0), **changes})
+    world = World(rank, size)
+    return TrainingBatches(examples, augmentation, TINY_PREPROCESS, batch_size=8, seed=seed, name="seed-0", world=world)
 
 
 def same(first, second) -> bool:
@@ -150,7 +151,7 @@ def test_images_of_different_sizes_make_one_batch(tmp_path):
     images, labels = batches(stored, **{**EVERYTHING, "mixup": 0.0})[0]
     assert images.shape == (8, 3, 32, 32)
     assert sorted(labels.tolist()) == list(range(8))
-    (scored, in_order), *rest = Scored(stored, TINY_PREPROCESS, batch_size=6).load()
+    (scored, in_order), *rest = validation_batches(stored, TINY_PREPROCESS, batch_size=6)
     assert scored.shape == (6, 3, 32, 32)
     assert in_order.tolist() == list(range(6))
     assert [len(labels) for _, labels in rest] == [2]

@@ -11,43 +11,26 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from modelstock.data.dataset import open_dataset, read_all
-from modelstock.data.examples import InMemory
+from modelstock.data.dataset import open_dataset
 from modelstock.data.shapes.names import TINY_PREPROCESS
 from modelstock.errors import ParamsError, TrainingError
 from modelstock.experiment.rows import row_of
-from modelstock.merging import engine as merging
+from modelstock.merging import engine, kernels
 from modelstock.models.towers import build_classifier, set_tensors, tensors_of
 from modelstock.params import PeriodicParams, load_params
 from modelstock.tracking.history import read_history
-from modelstock.training import callbacks
+from modelstock.training import resume
 from modelstock.training.distributed import World, processes
-from modelstock.training.finetune import new_run
-from modelstock.training.periodic import Periodic, blocks_of, merge_models, shares_of, train_periodic
+from modelstock.training.inputs import read_inputs
+from modelstock.training.parallel_merge import merge_models, shares_of, spans_of
+from modelstock.training.periodic import Periodic, train_periodic
+from modelstock.training.recipe import new_run
+from modelstock.training.resume import Clock
 from modelstock.weights.weight_set import WeightSet, load_weights
 from tests.support.splits import make_split
-from tests.test_training import RECIPE, equal, examples, train
+from tests.support.training import RECIPE, equal, examples, keep, train, train_side_by_side
 
 ROOT = Path(__file__).parent.parent
-EVERY_EPOCH = PeriodicParams(sizes=[2])
-
-
-def run(anchor, folder, *, seeds=(0, 1), params=EVERY_EPOCH, world=None, workers=0, **changes):
-    """Periodic training on noise; returns tensors, history and reports."""
-    model, history, reports = train_periodic(
-        anchor,
-        lambda: build_classifier(anchor),
-        examples(),
-        examples(),
-        RECIPE.model_copy(update=changes),
-        params,
-        seeds=seeds,
-        folder=folder,
-        workers=workers,
-        world=world or World(),
-    )
-    return tensors_of(model), history, reports
-
 
 # ---------------------------------------------------------------- one merge
 
@@ -56,10 +39,10 @@ def run(anchor, folder, *, seeds=(0, 1), params=EVERY_EPOCH, world=None, workers
 @pytest.mark.parametrize("options", [{}, {"pairwise": "angle", "clip": "none"}])
 def test_a_merge_of_models_is_the_merge_of_their_weight_sets_bit_for_bit_in_any_order(anchor, variants, count, options):
     chosen = variants[:count]
-    expected, facts = merging.merge("model_stock", anchor, chosen, **options)
+    expected, facts = engine.merge("model_stock", anchor, chosen, options=options)
     for order in (chosen, chosen[::-1]):
         models = [build_classifier(w) for w in order]
-        report = merge_models(anchor, models, PeriodicParams(sizes=[2], **options))
+        report = merge_models(anchor, models, **options)
         assert all(equal(tensors_of(model), expected.tensors) for model in models)
         assert report.keys() == facts.keys()
         for name, known in facts.items():
@@ -69,29 +52,29 @@ def test_a_merge_of_models_is_the_merge_of_their_weight_sets_bit_for_bit_in_any_
 def test_a_tensor_that_no_seed_changed_keeps_the_anchors_values(anchor, variants):
     frozen = [WeightSet({**w.tensors, "head.bias": anchor.tensors["head.bias"]}, anchor.meta) for w in variants[:2]]
     models = [build_classifier(w) for w in frozen]
-    report = merge_models(anchor, models, EVERY_EPOCH)
+    report = merge_models(anchor, models)
     assert report["head.bias"]["flag"] == "zero"
     assert np.array_equal(tensors_of(models[0])["head.bias"], anchor.tensors["head.bias"])
 
 
-def test_blocks_are_those_of_the_merge_engine_and_processes_share_them_out_in_order(monkeypatch):
-    monkeypatch.setattr(merging, "CHUNK", 10)
-    monkeypatch.setattr(merging, "BLOCK", 20)
-    blocks = blocks_of([3, 41, 1])
+def test_spans_are_the_runs_of_the_merge_kernels_and_processes_share_them_out_in_order(monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", 10)
+    monkeypatch.setattr(kernels, "RUN", 20)
+    spans = spans_of([3, 41, 1])
     expected = [(0, 0, 3), (1, 3, 23), (1, 23, 43), (1, 43, 44), (2, 44, 45)]
-    assert [(b.tensor, b.start, b.stop) for b in blocks] == expected
+    assert [(span.tensor, span.start, span.stop) for span in spans] == expected
     for processes_ in (1, 2, 5):
-        assert [b for share in shares_of(blocks, processes_) for b in share] == blocks
-    values = [sum(b.stop - b.start for b in share) for share in shares_of(blocks_of([10**4]), 2)]
+        assert [span for share in shares_of(spans, processes_) for span in share] == spans
+    values = [sum(span.stop - span.start for span in share) for share in shares_of(spans_of([10**4]), 2)]
     assert abs(values[0] - values[1]) <= 2 * 20
 
 
-def test_a_merge_cut_into_many_blocks_is_still_that_of_the_engine(anchor, variants, monkeypatch):
-    monkeypatch.setattr(merging, "CHUNK", 1000)
-    monkeypatch.setattr(merging, "BLOCK", 3000)
-    expected, _ = merging.merge("model_stock", anchor, variants)
+def test_a_merge_in_many_spans_is_still_that_of_the_engine(anchor, variants, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", 1000)
+    monkeypatch.setattr(kernels, "RUN", 3000)
+    expected, _ = engine.merge("model_stock", anchor, variants)
     models = [build_classifier(w) for w in variants]
-    merge_models(anchor, models, PeriodicParams(sizes=[3]))
+    merge_models(anchor, models)
     assert equal(tensors_of(models[0]), expected.tensors)
 
 
@@ -100,13 +83,13 @@ def test_a_merge_cut_into_many_blocks_is_still_that_of_the_engine(anchor, varian
 
 def by_hand(anchor, *, seeds=(0, 1), every=3, reset=False):
     """Seeds trained one after the other to each merge, merged as files are, and sent on from there."""
-    runs = [new_run(build_classifier(anchor), examples(), RECIPE, TINY_PREPROCESS, seed=s) for s in seeds]
+    runs = [new_run(build_classifier(anchor), examples(), RECIPE, preprocess=TINY_PREPROCESS, seed=s) for s in seeds]
     merged = anchor
     for target in [*range(every, 9, every), 9]:
         for one in runs:
             one.train(until=target)
         tuned = [WeightSet(tensors_of(one.model), anchor.meta, str(s)) for one, s in zip(runs, seeds, strict=True)]
-        merged, _ = merging.merge("model_stock", anchor, tuned)
+        merged, _ = engine.merge("model_stock", anchor, tuned)
         for one in runs:
             set_tensors(one.model, merged)
             if reset:
@@ -123,7 +106,7 @@ def by_hand(anchor, *, seeds=(0, 1), every=3, reset=False):
     ],
 )
 def test_a_periodic_run_is_seeds_trained_and_merged_by_hand(tmp_path, anchor, params, how):
-    found, history, reports = run(anchor, tmp_path, params=PeriodicParams(sizes=[2], **params))
+    found, history, reports = train_side_by_side(anchor, tmp_path, merging=PeriodicParams(sizes=[2], **params))
     assert equal(found, by_hand(anchor, **how))
     merges = [row["step"] for row in history]
     every = how.get("every", 3)
@@ -136,22 +119,22 @@ def test_a_periodic_run_is_seeds_trained_and_merged_by_hand(tmp_path, anchor, pa
 
 
 def test_moments_reset_and_moments_kept_end_elsewhere_and_so_do_no_merges(tmp_path, anchor):
-    kept, _, _ = run(anchor, tmp_path / "kept")
-    reset, _, _ = run(anchor, tmp_path / "reset", params=PeriodicParams(sizes=[2], reset_moments=True))
+    kept, _, _ = train_side_by_side(anchor, tmp_path / "kept")
+    reset, _, _ = train_side_by_side(anchor, tmp_path / "reset", merging=PeriodicParams(sizes=[2], reset_moments=True))
     single, _, _ = train(anchor, tmp_path / "single")
     assert not equal(kept, reset)
     assert not equal(kept, single)
 
 
 def test_three_seeds_and_loader_workers_change_nothing_in_the_rule(tmp_path, anchor):
-    found, history, _ = run(anchor, tmp_path, seeds=(4, 0, 7), workers=1)
+    found, history, _ = train_side_by_side(anchor, tmp_path, seeds=(4, 0, 7), workers=1)
     assert equal(found, by_hand(anchor, seeds=(4, 0, 7)))
     assert {"loss/0", "loss/1", "loss/2"} <= history[-1].keys()
 
 
 def test_stopped_after_any_save_and_started_again_it_ends_with_the_same_bytes(tmp_path, anchor, monkeypatch):
-    expected = run(anchor, tmp_path / "whole")
-    monkeypatch.setattr(callbacks, "SAVE_EVERY_S", -1.0)  # after every step of every seed, and after every merge
+    expected = train_side_by_side(anchor, tmp_path / "whole")
+    monkeypatch.setattr(resume, "SAVE_EVERY_S", -1.0)  # after every step of every seed, and after every merge
     save = Periodic.save
     for stop in (1, 4, 7, 8, 14):
         left = [stop]
@@ -165,8 +148,8 @@ def test_stopped_after_any_save_and_started_again_it_ends_with_the_same_bytes(tm
         with monkeypatch.context() as patch:
             patch.setattr(Periodic, "save", until)
             with pytest.raises(InterruptedError):
-                run(anchor, tmp_path / f"stop-{stop}")
-        found = run(anchor, tmp_path / f"stop-{stop}")
+                train_side_by_side(anchor, tmp_path / f"stop-{stop}")
+        found = train_side_by_side(anchor, tmp_path / f"stop-{stop}")
         assert equal(found[0], expected[0])
         assert found[1:] == expected[1:]
         assert len(list((tmp_path / f"stop-{stop}").glob("*.pt"))) == 2  # older points are removed
@@ -174,7 +157,7 @@ def test_stopped_after_any_save_and_started_again_it_ends_with_the_same_bytes(tm
 
 def test_a_number_of_processes_that_fits_no_seeds_is_refused(tmp_path, anchor):
     with pytest.raises(TrainingError, match="got 3 processes for 2 seeds; expected 1, or one a seed"):
-        run(anchor, tmp_path, world=World(0, 3))
+        train_side_by_side(anchor, tmp_path, world=World(0, 3))
 
 
 def test_a_torchrun_of_another_size_and_a_device_that_is_not_there_are_refused(monkeypatch):
@@ -197,36 +180,27 @@ KILLED = """
 import random, signal, sys
 from pathlib import Path
 import torch
-sys.path.insert(0, {tests!r})
-from tests.test_periodic import keep, run
-from tests.test_training import child
-from modelstock.training import callbacks
+from tests.support.training import child, keep, train_side_by_side
+from modelstock.training import resume
 from modelstock.weights.weight_set import load_weights
 torch.set_num_threads(1)
-callbacks.SAVE_EVERY_S = -1.0
+resume.SAVE_EVERY_S = -1.0
 anchor, out = load_weights(Path(sys.argv[1])), Path(sys.argv[2])
 
 def train(folder):
-    keep(folder, run(anchor, folder, epochs=6))
+    keep(folder, *train_side_by_side(anchor, folder, epochs=6))
 
 assert child(lambda: train(out / "whole")) == 0
 moments, kills, runs = random.Random(0), 0, 0
 while kills < 15:
     end = None
     while end != 0:
-        end = child(lambda: train(out / f"killed-{{runs}}"), moments.uniform(0.02, 0.6) if kills < 15 else None)
+        end = child(lambda: train(out / f"killed-{runs}"), moments.uniform(0.02, 0.6) if kills < 15 else None)
         assert end in (0, signal.SIGKILL), end
         kills += end == signal.SIGKILL
     runs += 1
 print(runs)
 """
-
-
-def keep(folder: Path, results) -> None:
-    """Write a run's results for another process to compare."""
-    tensors, history, reports = results
-    WeightSet(tensors, {}).save(folder / "weights.safetensors")
-    (folder / "results.json").write_text(json.dumps([history, reports], sort_keys=True))
 
 
 def files(folder: Path) -> list[bytes]:
@@ -235,7 +209,7 @@ def files(folder: Path) -> list[bytes]:
 
 def started(script: Path, text: str, *arguments: object, code: int = 0) -> str:
     """Run a script in a process of its own; returns what it printed."""
-    script.write_text(text.format(tests=str(Path(__file__).parent)))
+    script.write_text(text)
     done = subprocess.run(
         [sys.executable, str(script), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -258,33 +232,30 @@ def test_kill_9_at_random_moments_changes_no_byte(tmp_path, anchor):
 TWO = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-sys.path.insert(0, str(Path(__file__).parent))
 import torch
-from tests.test_periodic import keep, run
-from tests.test_training import train
-from modelstock.training import callbacks
+from tests.support.training import keep, train, train_side_by_side
+from modelstock.training import resume
 from modelstock.training.distributed import processes
 from modelstock.weights.weight_set import load_weights
 
 def main():
     with processes(2, "cpu", "two") as world:
         torch.set_num_threads(1)
-        callbacks.SAVE_EVERY_S = -1.0
+        resume.SAVE_EVERY_S = -1.0
         anchor, out, what = load_weights(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
         if what == "killed" and world.rank == 0:  # dies between two steps, its fourth resume point just written
-            save = callbacks.ResumePoint._save
+            save = resume.ResumePoint.save
             def die(self, run):
                 save(self, run)
                 if run.step == 4:
                     os.kill(os.getpid(), signal.SIGKILL)
-            callbacks.ResumePoint._save = die
+            resume.ResumePoint.save = die
         found = train(anchor, out / ("shared-whole" if what == "whole" else "shared-killed"), world=world, devices=2,
                       mixup=0.3, micro_batch=2)
         if world.rank == 0:
-            keep(out / ("shared-whole" if what == "whole" else "shared-killed"), (*found[:2], {{}}))
-        found = run(anchor, out / ("two" if what == "whole" else "resumed"), world=world)
-        keep(out / (("two" if what == "whole" else "resumed") + "-" + str(world.rank)), found)
+            keep(out / ("shared-whole" if what == "whole" else "shared-killed"), *found[:2])
+        found = train_side_by_side(anchor, out / ("two" if what == "whole" else "resumed"), world=world)
+        keep(out / (("two" if what == "whole" else "resumed") + "-" + str(world.rank)), *found)
 
 if __name__ == "__main__":
     main()
@@ -300,15 +271,15 @@ def two(tmp_path_factory, anchor):
         (folder / name).mkdir()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    keep(folder_of(folder, "one"), run(anchor, folder / "one"))
-    keep(folder_of(folder, "shared-one"), (*train(anchor, folder / "shared-one", mixup=0.3)[:2], {}))
+    keep(folder_of(folder, "one"), *train_side_by_side(anchor, folder / "one"))
+    keep(folder_of(folder, "shared-one"), *train(anchor, folder / "shared-one", mixup=0.3)[:2])
     # A run of one process that stopped on its way, with saves at merges alone, for two processes to go on with.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callbacks, "SAVE_EVERY_S", 1e9)
-        patch.setattr(Periodic, "_note", stop_at(6))
-        patch.setattr(callbacks.Clock, "due", lambda self: False)
+        patch.setattr(resume, "SAVE_EVERY_S", 1e9)
+        patch.setattr(Periodic, "_merge", stop_at(6))
+        patch.setattr(Clock, "due", lambda self: False)
         with pytest.raises(InterruptedError):
-            run(anchor, folder / "resumed")
+            train_side_by_side(anchor, folder / "resumed")
     torch.set_num_threads(threads)
     started(folder / "two.py", TWO, folder / "anchor.safetensors", folder, "whole")
     started(folder / "two.py", TWO, folder / "anchor.safetensors", folder, "killed", code=1)
@@ -322,14 +293,13 @@ def folder_of(folder: Path, name: str) -> Path:
 
 
 def stop_at(step: int):
-    """Periodic._note that saves after the merge before `step`, and stops at it."""
-    note = Periodic._note
+    """Periodic._merge that saves after each merge before `step`, and stops at it."""
+    merge = Periodic._merge
 
-    def stopping(self, target, report):
+    def stopping(self, target):
         if target == step:
             raise InterruptedError
-        note(self, target, report)
-        self.merged = target
+        merge(self, target)
         self.save()
 
     return stopping
@@ -382,16 +352,14 @@ def test_the_stage_starts_a_process_a_seed_by_itself_and_gives_the_bytes_of_one_
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("periodic/0-1: 2 merges, held-out accuracy") == 1
+    assert done.stdout.count("periodic/0-1: held-out accuracy") == 1
     params = load_params(tmp_path / "params.yaml")
-    train, held_out = (InMemory(*read_all(open_dataset(tmp_path / "data" / name))) for name in ("train", "held-out"))
+    splits = (open_dataset(tmp_path / "data" / name) for name in ("train", "held-out"))
+    inputs = read_inputs(anchor, *splits, in_memory=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model, history, reports = train_periodic(
-        anchor,
-        lambda: build_classifier(anchor),
-        train,
-        held_out,
+        inputs,
         params.finetune,
         params.periodic,
         seeds=[0, 1],

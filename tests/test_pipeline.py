@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from modelstock.params import Params
 from modelstock.scoring.results import load_scores
 from modelstock.scoring.score_cache import ensemble_identity
-from modelstock.tracking.mlflow import IDENTITY, Tracker
+from modelstock.tracking.mlflow import IDENTITY, MlflowTracker
 from modelstock.weights.weight_set import load_weights
 
 ROOT = Path(__file__).parent.parent
@@ -167,7 +167,7 @@ def test_a_stage_run_again_gives_the_same_bytes(project):
 
 def test_mlflow_holds_one_run_a_weight_set_and_a_second_comparison_adds_none(project):
     def content():
-        tracker = Tracker(project, uri=f"sqlite:///{project / 'mlflow.db'}")
+        tracker = MlflowTracker(project, uri=f"sqlite:///{project / 'mlflow.db'}")
         client = tracker.client
         runs = client.search_runs([tracker.experiment])
         models = client.search_logged_models([tracker.experiment])

@@ -14,13 +14,14 @@ from modelstock.data.shapes.render import draw
 from modelstock.data.shards import write_shards
 from modelstock.merging import engine as merging
 from modelstock.models.towers import build_classifier, build_clip, tensors_of
-from modelstock.params import PeriodicParams, load_params
-from modelstock.training import callbacks
+from modelstock.params import load_params
+from modelstock.training import resume
 from modelstock.training.finetune import finetune
-from modelstock.training.periodic import merge_models
+from modelstock.training.parallel_merge import merge_models
+from modelstock.training.resume import ResumePoint
 from modelstock.weights.weight_set import WeightSet
+from tests.support.training import equal
 from tests.test_presets import composed
-from tests.test_training import equal
 
 PREPROCESS = {"size": 224, "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
 
@@ -66,7 +67,7 @@ def test_a_vit_b_32_trains_by_its_preset_resumes_bit_for_bit_and_merges(tmp_path
     def run(name: str, seed: int = 0):
         model = build_classifier(anchor)
         history, averages = finetune(
-            model, train, held_out, recipe, PREPROCESS, seed=seed, folder=tmp_path / name, workers=1
+            model, train, held_out, recipe=recipe, preprocess=PREPROCESS, seed=seed, folder=tmp_path / name, workers=1
         )
         return model, history, averages
 
@@ -77,15 +78,15 @@ def test_a_vit_b_32_trains_by_its_preset_resumes_bit_for_bit_and_merges(tmp_path
     assert equal({k: v.numpy() for k, v in averages[1].tensors().items()}, expected)  # LAWA over one epoch
 
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "SAVE_EVERY_S", -1.0)
-        save = callbacks.ResumePoint._save
+        patch.setattr(resume, "SAVE_EVERY_S", -1.0)
+        save = ResumePoint.save
 
         def stop(self, run):
             save(self, run)
             if run.step == 2:
                 raise InterruptedError
 
-        patch.setattr(callbacks.ResumePoint, "_save", stop)
+        patch.setattr(ResumePoint, "save", stop)
         with pytest.raises(InterruptedError):
             run("stopped")
     shutil.rmtree(tmp_path / "whole")
@@ -97,6 +98,6 @@ def test_a_vit_b_32_trains_by_its_preset_resumes_bit_for_bit_and_merges(tmp_path
     other, _, _ = run("other", seed=1)
     tuned = [WeightSet(expected, anchor.meta, "0"), WeightSet(tensors_of(other), anchor.meta, "1")]
     merged, facts = merging.merge("model_stock", anchor, tuned)
-    report = merge_models(anchor, [whole, other], PeriodicParams(sizes=[2]))
+    report = merge_models(anchor, [whole, other])
     assert equal(tensors_of(other), merged.tensors)
     assert report["visual.proj"]["ratio"] == facts["visual.proj"]["ratio"]

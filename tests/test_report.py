@@ -24,7 +24,7 @@ from modelstock.comparison.report import (
 )
 from modelstock.errors import WeightsError
 from modelstock.scoring.results import Row, save_scores
-from modelstock.tracking.mlflow import IDENTITY, Tracker
+from modelstock.tracking.mlflow import IDENTITY, MlflowTracker
 from modelstock.weights.weight_set import WeightSet
 from stages.compare import main as compare_stage
 from tests.test_comparison import ACCURACY, LABELS, ROWS, made, without_shifts
@@ -358,7 +358,7 @@ def test_the_stage_compares_somebodys_own_checkpoints_on_one_test_set(own, capsy
     facts = json.loads((own / "reports/comparison.json").read_text())["facts"]
     # The first updates, from ones to 0..3 and to their squares: (-1, 0, 1, 2) and (-1, 0, 3, 8).
     assert facts["cosines"]["median"] == pytest.approx(20 / np.sqrt(6 * 74))
-    tracker = Tracker(own)
+    tracker = MlflowTracker(own)
     runs = {run.info.run_name: run for run in tracker.client.search_runs([tracker.experiment])}
     assert set(runs) == {"anchor", "seed-0", "seed-1", "uniform/0-1"}
     values = {b: [0.7, 0.9, 1.2, 0.18] for b in ("held-out", "shapes")}

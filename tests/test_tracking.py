@@ -14,12 +14,16 @@ import numpy as np
 import pytest
 
 from modelstock.errors import TrackingError
-from modelstock.tracking.mlflow import IDENTITY, Mirror, Tracker
+from modelstock.tracking.mirror import Mirror
+from modelstock.tracking.mlflow import IDENTITY, MlflowTracker
+from modelstock.tracking.tracker import Measurements
 from modelstock.weights.weight_set import WeightSet
 
 ROOT = Path(__file__).parent.parent
-METRICS = {"held-out": {"top1": 0.5}, "shapes": {"top1": 0.25, "nll": 1.5}}
-DATASETS = {"held-out": "a" * 64, "shapes": "b" * 64}
+MEASURED = Measurements(
+    metrics={"held-out": {"top1": 0.5}, "shapes": {"top1": 0.25, "nll": 1.5}},
+    datasets={"held-out": "a" * 64, "shapes": "b" * 64},
+)
 
 
 @pytest.fixture
@@ -43,8 +47,7 @@ def record(tracker, path):
         key="k3",
         history=path.with_name("history.jsonl"),
         tags={"git.commit": "c0ffee"},
-        metrics=METRICS,
-        datasets=DATASETS,
+        measurements=MEASURED,
     )
     identity = tracker.client.get_run(run).data.tags[IDENTITY]
     return run, tracker.register(identity, model_name="small", alias="champion")
@@ -91,13 +94,13 @@ def check(tracker, path):
 
 
 def test_a_weight_set_is_one_run_one_model_one_version_and_a_second_call_adds_nothing(tmp_path, weights):
-    model = check(Tracker(tmp_path, "e"), weights)
+    model = check(MlflowTracker(tmp_path, "e"), weights)
     stored = Path(model.artifact_location.removeprefix("file://")) / "weights.safetensors"
     assert os.path.samefile(stored, weights)
 
 
 def test_live_rows_and_the_finished_record_meet_in_one_run(tmp_path, weights):
-    tracker, history = Tracker(tmp_path, "e"), weights.with_name("history.jsonl")
+    tracker, history = MlflowTracker(tmp_path, "e"), weights.with_name("history.jsonl")
     lines = history.read_text().splitlines(keepends=True)
     growing = tmp_path / "growing.jsonl"
     for count in (0, 2, 5):
@@ -111,38 +114,42 @@ def test_live_rows_and_the_finished_record_meet_in_one_run(tmp_path, weights):
 
 
 def test_a_param_that_differs_the_second_time_stops_nothing(tmp_path, weights):
-    tracker = Tracker(tmp_path, "e")
+    tracker = MlflowTracker(tmp_path, "e")
     run = tracker.live(key="k3", name="seed-3", params={"seed": 3, "options.lr": 0.2}, history=tmp_path / "none")
     assert record(tracker, weights)[0] == run
     assert tracker.client.get_run(run).data.params["options.lr"] == "0.2"
 
 
 def test_an_ensemble_has_a_run_and_no_model(tmp_path):
-    tracker = Tracker(tmp_path, "e")
+    tracker = MlflowTracker(tmp_path, "e")
     for _ in range(2):
-        run = tracker.record_scores("e" * 64, name="ensemble", metrics=METRICS, datasets=DATASETS, params={"n": 2})
+        run = tracker.record_scores("e" * 64, name="ensemble", measurements=MEASURED, tags={}, params={"n": 2})
     assert len(tracker.client.search_runs([tracker.experiment])) == 1
     assert tracker.client.get_run(run).data.metrics["shapes/top1"] == 0.25
     assert tracker.client.search_logged_models([tracker.experiment]) == []
 
 
 def test_data_of_the_held_out_benchmark_are_for_validation_whatever_its_name(tmp_path):
-    tracker = Tracker(tmp_path, "e")
-    metrics, data = {"val": {"ece": 0.1}, "shapes": {"ece": 0.2}}, {"val": "a" * 64, "shapes": "b" * 64}
-    run = tracker.record_scores("e" * 64, name="r", metrics=metrics, datasets=data, params={}, held_out="val")
+    tracker = MlflowTracker(tmp_path, "e")
+    measured = Measurements(
+        metrics={"val": {"ece": 0.1}, "shapes": {"ece": 0.2}},
+        datasets={"val": "a" * 64, "shapes": "b" * 64},
+        held_out="val",
+    )
+    run = tracker.record_scores("e" * 64, name="r", measurements=measured, tags={}, params={})
     inputs = tracker.client.get_run(run).inputs.dataset_inputs
     contexts = {d.dataset.name: [t.value for t in d.tags if t.key == "mlflow.data.context"] for d in inputs}
     assert contexts == {"val": ["validation"], "shapes": ["test"]}
 
 
 def test_the_alias_moves_to_the_new_champion(tmp_path, weights):
-    tracker = Tracker(tmp_path, "e")
+    tracker = MlflowTracker(tmp_path, "e")
     record(tracker, weights)
     other = tmp_path / "other.safetensors"
     WeightSet(
         {"a": np.ones(4)}, {"made_by": {"stage": "merge", "method": "uniform", "members": [0, 1], "options": {}}}
     ).save(other)
-    run = tracker.record(other, name="uniform/0-1", metrics=METRICS, datasets=DATASETS)
+    run = tracker.record(other, name="uniform/0-1", measurements=MEASURED, tags={})
     version = tracker.register(tracker.client.get_run(run).data.tags[IDENTITY], model_name="small", alias="champion")
     assert str(tracker.client.get_model_version_by_alias("small", "champion").version) == version == "2"
     assert tracker.client.get_run(run).data.params["members"] == "0-1"
@@ -184,7 +191,7 @@ def test_a_real_server_says_the_same(tmp_path, weights, monkeypatch):
             except OSError:
                 time.sleep(0.2)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-        check(Tracker(tmp_path, "e"), weights)
+        check(MlflowTracker(tmp_path, "e"), weights)
         assert [p.name for p in (tmp_path / "artifacts").rglob("*.safetensors")] == ["weights.safetensors"]
     finally:
         os.killpg(server.pid, 15)
@@ -194,12 +201,12 @@ def test_a_real_server_says_the_same(tmp_path, weights, monkeypatch):
 def test_a_dead_server_costs_seconds_and_never_the_training(tmp_path, weights):
     begun = time.monotonic()
     with pytest.raises(TrackingError, match=r"MLflow at http://127\.0\.0\.1:9: got .*; expected a tracking server"):
-        Tracker(tmp_path, "e", "http://127.0.0.1:9")
+        MlflowTracker(tmp_path, "e", "http://127.0.0.1:9")
     trained = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with Mirror(
-            lambda: Tracker(tmp_path, "e", "http://127.0.0.1:9"),
+            lambda: MlflowTracker(tmp_path, "e", "http://127.0.0.1:9"),
             weights.with_name("history.jsonl"),
             key="k",
             name="n",
@@ -213,17 +220,17 @@ def test_a_dead_server_costs_seconds_and_never_the_training(tmp_path, weights):
 
 def test_the_mirror_sends_the_last_rows_when_the_block_ends(tmp_path, weights):
     history = weights.with_name("history.jsonl")
-    with Mirror(lambda: Tracker(tmp_path, "e"), history, key="k3", name="seed-3", params={}, every_s=60):
+    with Mirror(lambda: MlflowTracker(tmp_path, "e"), history, key="k3", name="seed-3", params={}, every_s=60):
         pass
-    tracker = Tracker(tmp_path, "e")
+    tracker = MlflowTracker(tmp_path, "e")
     run = tracker.client.search_runs([tracker.experiment])[0]
     assert len(tracker.client.get_metric_history(run.info.run_id, "loss")) == 6
 
 
 def test_processes_that_start_at_once_on_a_new_store_all_succeed(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from modelstock.tracking.mlflow import Tracker;"
-        "Tracker(Path(sys.argv[1]), 'e')"
+        "import sys; from pathlib import Path; from modelstock.tracking.mlflow import MlflowTracker;"
+        "MlflowTracker(Path(sys.argv[1]), 'e')"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE)
@@ -232,4 +239,4 @@ def test_processes_that_start_at_once_on_a_new_store_all_succeed(tmp_path):
     assert [process.wait() for process in started] == [0, 0, 0], [p.stderr.read() for p in started]
     for process in started:
         process.stderr.close()
-    assert len(Tracker(tmp_path, "e").client.search_experiments(filter_string="name = 'e'")) == 1
+    assert len(MlflowTracker(tmp_path, "e").client.search_experiments(filter_string="name = 'e'")) == 1

@@ -2,11 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,65 +12,22 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from modelstock.data.examples import InMemory
 from modelstock.data.shapes.names import TINY_PREPROCESS
 from modelstock.errors import TrainingError
 from modelstock.models.towers import Classifier, build_classifier, tensors_of
-from modelstock.params import FinetuneParams, load_params
-from modelstock.training import callbacks
-from modelstock.training.callbacks import Clock, Ema, Lawa, read_state
-from modelstock.training.distributed import ALONE
-from modelstock.training.finetune import (
-    finetune,
-    loss_of,
-    new_run,
-    parameter_groups,
-    schedule_of,
-    top1,
-)
+from modelstock.params import FinetuneParams
+from modelstock.training import resume
+from modelstock.training.callbacks import Ema, Lawa
+from modelstock.training.finetune import finetune
 from modelstock.training.loop import Callback, Run, learning_rate
 from modelstock.training.pretrain import shared_positives_loss
+from modelstock.training.recipe import CrossEntropy, new_run, parameter_groups, schedule_of
+from modelstock.training.resume import Clock, ResumePoint, read_state
+from modelstock.training.validation import top1
 from modelstock.weights.weight_set import WeightSet
+from tests.support.training import RECIPE, dropping, equal, examples, train
 
 ROOT = Path(__file__).parent.parent
-RECIPE = load_params(ROOT / "params.yaml").finetune.model_copy(
-    update={"batch_size": 8, "epochs": 3, "warmup_steps": 2, "log_every": 1, "lawa": 2, "ema": [0.5, 0.9]}
-)
-
-
-def examples(count: int = 24) -> InMemory:
-    """Noise images whose labels go round."""
-    pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
-    return InMemory(pixels, np.arange(count) % 24)
-
-
-def train(anchor, folder, *, seed=0, data=None, workers=0, world=ALONE, **changes):
-    """Fine-tune on noise; returns tensors, history and averages."""
-    model = build_classifier(anchor)
-    recipe = RECIPE.model_copy(update=changes)
-    history, averages = finetune(
-        model,
-        data or examples(),
-        examples(),
-        recipe,
-        TINY_PREPROCESS,
-        seed=seed,
-        folder=folder,
-        workers=workers,
-        world=world,
-    )
-    return tensors_of(model), history, {a.name: {k: v.numpy() for k, v in a.tensors().items()} for a in averages}
-
-
-def equal(first, second) -> bool:
-    return first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
-
-
-def dropping(anchor) -> WeightSet:
-    """The anchor with an architecture that drops patches at random while it trains; its tensors fit as they are."""
-    config = anchor.meta["architecture"]
-    vision = {**config["vision_cfg"], "patch_dropout": 0.25}
-    return WeightSet(anchor.tensors, {**anchor.meta, "architecture": {**config, "vision_cfg": vision}}, "anchor")
 
 
 def test_the_schedule_by_hand():
@@ -131,7 +85,7 @@ class Watch(Callback):
 def test_ema_and_lawa_are_their_formulas_over_the_weights_of_every_step(anchor):
     model, watch = build_classifier(anchor), Watch()
     ema, lawa = Ema(0.75, model), Lawa(2, 3, 9)
-    new_run(model, examples(), RECIPE, TINY_PREPROCESS, seed=0, callbacks=[watch, ema, lawa]).train()
+    new_run(model, examples(), RECIPE, preprocess=TINY_PREPROCESS, seed=0, callbacks=[watch, ema, lawa]).train()
     assert len(watch.seen) == 1 + 9
     for name, found in ema.tensors().items():
         # e_9 = 0.75^9 w_0 + sum_s 0.25 * 0.75^(9-s) w_s
@@ -151,14 +105,14 @@ def test_snapshots_are_the_weights_at_the_ends_of_all_epochs_but_the_last(tmp_pa
         model,
         examples(),
         examples(),
-        RECIPE,
-        TINY_PREPROCESS,
+        recipe=RECIPE,
+        preprocess=TINY_PREPROCESS,
         seed=0,
         folder=tmp_path,
         snapshot=lambda epoch: kept.__setitem__(epoch, tensors_of(model)),
     )
     short, watch = build_classifier(anchor), Watch()
-    new_run(short, examples(), RECIPE, TINY_PREPROCESS, seed=0, callbacks=[watch]).train(until=6)
+    new_run(short, examples(), RECIPE, preprocess=TINY_PREPROCESS, seed=0, callbacks=[watch]).train(until=6)
     assert kept.keys() == {1, 2}
     for epoch, step in ((1, 3), (2, 6)):
         assert all(np.array_equal(kept[epoch][k], v.float().numpy()) for k, v in watch.seen[step].items())
@@ -176,17 +130,17 @@ def test_snapshots_are_the_weights_at_the_ends_of_all_epochs_but_the_last(tmp_pa
 def test_a_run_stopped_after_any_step_and_started_again_gives_the_same_bytes(tmp_path, anchor, monkeypatch, changes):
     start = dropping(anchor)
     expected, history, averages = train(start, tmp_path / "whole", **changes)
-    monkeypatch.setattr(callbacks, "SAVE_EVERY_S", -1.0)  # after every step
+    monkeypatch.setattr(resume, "SAVE_EVERY_S", -1.0)  # after every step
     for stop in (1, 4, 8):
         with monkeypatch.context() as patch:
-            save = callbacks.ResumePoint._save
+            save = ResumePoint.save
 
             def until(self, run, save=save, stop=stop):
                 save(self, run)
                 if run.step == stop:
                     raise InterruptedError
 
-            patch.setattr(callbacks.ResumePoint, "_save", until)
+            patch.setattr(ResumePoint, "save", until)
             with pytest.raises(InterruptedError):
                 train(start, tmp_path / f"stop-{stop}", **changes)
         found, again, averages_again = train(start, tmp_path / f"stop-{stop}", **changes)
@@ -217,7 +171,7 @@ def test_a_damaged_resume_point_is_one_line_that_says_what_to_do(tmp_path, ancho
 
 def test_resume_points_take_two_percent_of_the_time_at_most(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
     clock = Clock()
     for cost, wait in ((0.1, 20), (1.0, 50), (30.0, 1500)):
         clock.time(lambda cost=cost: now.__setitem__(0, now[0] + cost))
@@ -227,37 +181,20 @@ def test_resume_points_take_two_percent_of_the_time_at_most(monkeypatch):
         assert clock.due()
 
 
-def child(work: Callable[[], object], delay: float | None = None) -> int:
-    """Run `work` in a forked process, killed after `delay` seconds where that is given; returns its wait status."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)
-    return os.waitpid(pid, 0)[1]
-
-
 SCRIPT = """
 import json, os, random, signal, sys
 from pathlib import Path
 import torch
-sys.path.insert(0, {tests!r})
-from tests.test_training import RECIPE, child, dropping, examples
-from modelstock.training import callbacks
+from tests.support.training import RECIPE, child, dropping, examples
+from modelstock.training import resume
 from modelstock.training.finetune import finetune
 from modelstock.models.towers import build_classifier, tensors_of
 from modelstock.data.shapes.names import TINY_PREPROCESS
 from modelstock.weights.weight_set import WeightSet, load_weights
 torch.set_num_threads(1)
-callbacks.SAVE_EVERY_S = -1.0
+resume.SAVE_EVERY_S = -1.0
 anchor, out, workers = dropping(load_weights(Path(sys.argv[1]))), Path(sys.argv[2]), int(sys.argv[3])
-recipe = RECIPE.model_copy(update={{"epochs": 14, "mixup": 0.2}})
+recipe = RECIPE.model_copy(update={"epochs": 14, "mixup": 0.2})
 
 def train(folder, dies_in_save=None):
     if dies_in_save is not None:  # half a resume point is on the disk when the process dies
@@ -271,16 +208,17 @@ def train(folder, dies_in_save=None):
         torch.save = save
     model = build_classifier(anchor)
     history, averages = finetune(
-        model, examples(), examples(), recipe, TINY_PREPROCESS, seed=0, folder=folder, workers=workers)
-    sets = {{a.name: {{k: v.numpy() for k, v in a.tensors().items()}} for a in averages}}
+        model, examples(), examples(), recipe=recipe, preprocess=TINY_PREPROCESS, seed=0, folder=folder,
+        workers=workers)
+    sets = {a.name: {k: v.numpy() for k, v in a.tensors().items()} for a in averages}
     for name, tensors in [*sets.items(), ("weights", tensors_of(model))]:
-        WeightSet(tensors, {{"history": history}}).save(folder / f"{{name}}.safetensors")
+        WeightSet(tensors, {"history": history}).save(folder / f"{name}.safetensors")
 
 assert child(lambda: train(out / "whole")) == 0
 moments, wanted = random.Random(workers), int(sys.argv[4])
 kills, runs = 0, 0
 while kills < wanted:
-    folder, end = out / f"killed-{{runs}}", None
+    folder, end = out / f"killed-{runs}", None
     while end != 0:  # killed and started again, until it is through
         if moments.random() < 0.2:
             saves = moments.randrange(3)
@@ -298,7 +236,7 @@ print(json.dumps([kills, runs]))
 def test_kill_9_at_random_moments_also_during_a_save_changes_no_byte(tmp_path, anchor, workers, wanted):
     anchor.save(tmp_path / "anchor.safetensors")
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script.write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "anchor.safetensors"), str(tmp_path), str(workers), str(wanted)],
         cwd=ROOT,
@@ -333,7 +271,7 @@ def test_a_batch_in_micro_batches_has_the_gradients_of_the_whole(anchor):
     def gradients(micro_batch):
         model = build_classifier(anchor)
         recipe = RECIPE.model_copy(update={"micro_batch": micro_batch})
-        new_run(model, examples(), recipe, TINY_PREPROCESS, seed=0).train(until=1)
+        new_run(model, examples(), recipe, preprocess=TINY_PREPROCESS, seed=0).train(until=1)
         return {k: p.grad for k, p in model.named_parameters()}
 
     whole = gradients(None)
@@ -398,7 +336,7 @@ def test_lower_precision_trains_like_float32_and_keeps_float32_weights(tmp_path,
 def test_a_gradient_that_overflows_float16_lowers_the_scale_and_is_no_step(tmp_path, anchor):
     model = build_classifier(anchor)
     recipe = RECIPE.model_copy(update={"precision": "float16"})
-    run = new_run(model, examples(), recipe, TINY_PREPROCESS, seed=0)
+    run = new_run(model, examples(), recipe, preprocess=TINY_PREPROCESS, seed=0)
     run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 2.0**40})
     run.train(until=1)
     assert equal(tensors_of(model), anchor.tensors)
@@ -409,7 +347,7 @@ def test_a_gradient_that_overflows_float16_lowers_the_scale_and_is_no_step(tmp_p
 def test_the_head_learns_first_and_the_tower_only_after_it_at_its_own_schedule(anchor):
     recipe = RECIPE.model_copy(update={"head_first_epochs": 2, "head_lr": 0.01})
     model, watch = build_classifier(anchor), Watch()
-    run = new_run(model, examples(), recipe, TINY_PREPROCESS, seed=0, callbacks=[watch])
+    run = new_run(model, examples(), recipe, preprocess=TINY_PREPROCESS, seed=0, callbacks=[watch])
     assert run.steps == 5 * 3
     run.train(until=8)
     for name, start in watch.seen[0].items():
@@ -427,24 +365,23 @@ def test_a_frozen_head_stays_the_anchors(tmp_path, anchor):
 
 def test_layer_decay_by_hand(anchor):
     model = build_classifier(anchor)
-    groups = parameter_groups(model, RECIPE.model_copy(update={"layer_decay": 0.5, "decay": "matrices"}))
+    groups = parameter_groups(model, layer_decay=0.5, weight_decay=0.1, decay="matrices")
     found = {id(p): (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(found) == len(anchor.tensors)
-    assert found[id(model.head.weight)] == (1.0, RECIPE.weight_decay)
+    assert found[id(model.head.weight)] == (1.0, 0.1)
     assert found[id(model.head.bias)] == (1.0, 0.0)
-    assert found[id(model.visual.conv1.weight)] == (0.5**5, RECIPE.weight_decay)
+    assert found[id(model.visual.conv1.weight)] == (0.5**5, 0.1)
     assert found[id(model.visual.transformer.resblocks[3].mlp.c_fc.bias)] == (0.5, 0.0)
-    assert len(parameter_groups(model, RECIPE)) == 1
+    assert len(parameter_groups(model, layer_decay=1.0, weight_decay=0.1, decay="all")) == 1
     with pytest.raises(TrainingError, match=r"layer_decay: got 0\.5 for a tower without numbered blocks"):
-        parameter_groups(Classifier(nn.Linear(2, 2), 2, 2), RECIPE.model_copy(update={"layer_decay": 0.5}))
+        parameter_groups(Classifier(nn.Linear(2, 2), 2, 2), layer_decay=0.5, weight_decay=0.1, decay="all")
 
 
 def test_the_loss_after_mixup_is_cross_entropy_with_mixed_targets():
     logits, labels, others = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([1, 0, 3, 2, 0, 4])
-    recipe = RECIPE.model_copy(update={"label_smoothing": 0.1})
     one_hot = functional.one_hot(labels, 5) * 0.7 + functional.one_hot(others, 5) * 0.3
     target = one_hot * 0.9 + 0.1 / 5
-    found = loss_of(recipe, "cpu")(nn.Identity(), (logits, labels, others, torch.full((6,), 0.7)))
+    found = CrossEntropy(label_smoothing=0.1)(nn.Identity(), (logits, labels, others, torch.full((6,), 0.7)))
     torch.testing.assert_close(found, functional.cross_entropy(logits, target))
 
 
@@ -463,7 +400,7 @@ def test_a_compiled_run_takes_the_same_steps_up_to_rounding():
     def trained(**changes):
         torch.manual_seed(0)
         model = Classifier(Tower(), 24, 16)
-        new_run(model, examples(), RECIPE.model_copy(update=changes), TINY_PREPROCESS, seed=0).train()
+        new_run(model, examples(), RECIPE.model_copy(update=changes), preprocess=TINY_PREPROCESS, seed=0).train()
         return model.state_dict()
 
     plain, compiled = trained(), trained(compile=True)
@@ -472,7 +409,7 @@ def test_a_compiled_run_takes_the_same_steps_up_to_rounding():
         torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_recipes_of_the_literature_can_be_said():
+def test_recipes_of_the_literature_can_be_written_as_params():
     common = {"crop_scale": (0.9, 1.0), "clip_norm": 1.0, "weight_decay": 0.1}
     FinetuneParams(**common, epochs=10, batch_size=512, lr=3e-5, warmup_steps=500, label_smoothing=0.0)  # WiSE-FT
     soups = {"mixup": 0.2, "rand_augment_operations": 2, "rand_augment_magnitude": 10, "head_first_epochs": 1}
@@ -484,17 +421,16 @@ def test_a_run_needs_nothing_but_a_model_batches_and_a_loss():
     nn.init.zeros_(model.weight)
     optimizer = torch.optim.SGD([{"params": list(model.parameters()), "scale": 1.0}], lr=1.0)
     data = (torch.ones(2, 1), torch.ones(2, 1))
-    options = RECIPE.model_copy(update={"clip_norm": 100.0})
     run = Run(
-        "linear",
-        model,
-        optimizer,
-        options,
-        0,
-        4,
-        lambda m, batch: (m(batch[0]) - batch[1]).square().mean(),
-        lambda step: 0.25,
-        lambda start, stop: iter([data] * (stop - start)),
+        name="linear",
+        model=model,
+        optimizer=optimizer,
+        objective=lambda m, batch: (m(batch[0]) - batch[1]).square().mean(),
+        schedule=lambda step: 0.25,
+        batches=lambda start, stop: iter([data] * (stop - start)),
+        seed=0,
+        steps=4,
+        clip_norm=100.0,
     )
     run.train()
     # w <- w - 0.25 * 2 (w - 1) halves the distance to 1 at every step.

@@ -9,15 +9,22 @@ from typing import Any
 
 from modelstock.files import atomic_path
 
-
-def write_history(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Write a run's history twice: JSON lines for programs, CSV for DVC's plots."""
-    with atomic_path(folder / "history.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in history))
-    write_table(folder / "history.csv", history)
+Rows = Sequence[Mapping[str, Any]]
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_history(folder: Path, rows: Rows) -> None:
+    """Write a finished run's history twice: `history.jsonl` and `history.csv`."""
+    write_rows(folder / "history.jsonl", rows)
+    write_table(folder / "history.csv", rows)
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    """Write rows as JSON lines, whole or not at all: others may read the file while a run trains."""
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+
+
+def write_table(path: Path, rows: Rows) -> None:
     """Write rows as CSV, `step` first, a cell left empty where a row does not have that column."""
     columns = sorted({key for row in rows for key in row} - {"step"})
     text = io.StringIO()

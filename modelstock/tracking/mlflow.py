@@ -6,21 +6,20 @@ The files carry no times: a row's time is the moment it was sent.
 """
 
 import contextlib
-import fcntl
 import logging
 import os
-import shutil
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
+from filelock import FileLock
+
 from modelstock.errors import TrackingError
+from modelstock.files import link_or_copy
 from modelstock.tracking.history import read_history
+from modelstock.tracking.tracker import Measurements, params_of
 from modelstock.weights.weight_set import load_weights
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def quiet_and_quick() -> None:
         os.environ.setdefault(name, value)
 
 
-class Tracker:
+class MlflowTracker:
     """A connection to one MLflow experiment.
 
     `uri`: else MLFLOW_TRACKING_URI, else `sqlite:///<root>/mlflow.db` with artifacts in `<root>/mlruns`.
@@ -54,18 +53,18 @@ class Tracker:
         quiet_and_quick()
         self.root = Path(root).absolute()
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
-        with self._told():
+        with self._one_line():
             from mlflow.tracking import MlflowClient
 
-            for chatter in ("alembic", "mlflow", "mlflow.store.db.utils"):  # importing MLflow sets their levels
-                logging.getLogger(chatter).setLevel(logging.ERROR)
+            for logger in ("alembic", "mlflow", "mlflow.store.db.utils"):  # importing MLflow sets their levels
+                logging.getLogger(logger).setLevel(logging.ERROR)
             with self._first_use():
                 self.client: MlflowClient = MlflowClient(self.uri)
-                found = self.client.get_experiment_by_name(experiment)
-                self.experiment = found.experiment_id if found else self._create(experiment)
+                existing = self.client.get_experiment_by_name(experiment)
+                self.experiment = existing.experiment_id if existing else self._create(experiment)
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _one_line(self) -> Iterator[None]:
         """Turn whatever MLflow raises into one line."""
         try:
             yield
@@ -86,8 +85,7 @@ class Tracker:
         if not self.uri.startswith("sqlite:"):
             yield
             return
-        with open(self.root / ".mlflow.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(self.root / ".mlflow.lock"):
             yield
 
     def _create(self, experiment: str) -> str:
@@ -98,9 +96,9 @@ class Tracker:
     def _find(self, *tags: tuple[str, str | None]) -> "Run | None":
         for tag, value in tags:
             if value is not None:
-                found = self.client.search_runs([self.experiment], f"tags.`{tag}` = '{value}'", max_results=1)
-                if found:
-                    return found[0]
+                runs = self.client.search_runs([self.experiment], f"tags.`{tag}` = '{value}'", max_results=1)
+                if runs:
+                    return runs[0]
         return None
 
     def _write(self, run: "Run", params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
@@ -122,9 +120,9 @@ class Tracker:
         rows, now, run_id = read_history(history), int(time.time() * 1000), run.info.run_id
         missing: list[Metric] = []
         for key in sorted({key for row in rows for key in row} - {"step"}):
-            known = {m.step for m in self.client.get_metric_history(run_id, key)} if key in run.data.metrics else set()
+            sent = {m.step for m in self.client.get_metric_history(run_id, key)} if key in run.data.metrics else set()
             missing += [
-                Metric(key, row[key], now, row["step"]) for row in rows if key in row and row["step"] not in known
+                Metric(key, row[key], now, row["step"]) for row in rows if key in row and row["step"] not in sent
             ]
         for start in range(0, len(missing), 1000):
             self.client.log_batch(run_id, metrics=missing[start : start + 1000])
@@ -137,8 +135,8 @@ class Tracker:
         return run
 
     def live(self, *, key: str, name: str, params: Mapping[str, Any], history: Path) -> str:
-        """While a seed trains: send the rows of its growing `history.jsonl` that its run lacks. Returns the run id."""
-        with self._told():
+        """While a run trains: send the rows of its growing `history.jsonl` that its run lacks. Returns the run id."""
+        with self._one_line():
             run = self._open(name, None, key)
             self._write(run, params, {})
             if history.exists():
@@ -150,33 +148,26 @@ class Tracker:
         weights: Path,
         *,
         name: str,
+        measurements: Measurements,
+        tags: Mapping[str, str],
         key: str | None = None,
         history: Path | None = None,
-        tags: Mapping[str, str] | None = None,
-        metrics: Mapping[str, Mapping[str, float]] | None = None,
-        datasets: Mapping[str, str] | None = None,
-        held_out: str = "held-out",
     ) -> str:
         """A finished weight set: its run, params, history, LoggedModel, and metrics by benchmark. Returns the run id.
 
-        `metrics`: benchmark -> {metric: value}; `datasets`: benchmark -> sha256 of its data; `held_out`: the benchmark
-        of that role, whose data are for validation, all others for tests. A second call with the same arguments
-        changes nothing.
+        A second call with the same arguments changes nothing.
         """
-        found = load_weights(weights, lazy=True)
-        made = found.meta.get("made_by", {})
-        params = {k: v for k, v in made.items() if k not in ("options", "key", "members")}
-        params |= {f"options.{k}": v for k, v in made.get("options", {}).items()}
-        params["parents"] = ", ".join(p[:12] for p in found.meta.get("parents", []))
-        if "members" in made:
-            params["members"] = "-".join(map(str, made["members"]))
-        with self._told():
-            run = self._open(name, found.identity, key)
-            self._write(run, params, {IDENTITY: found.identity, **(tags or {})})
+        saved = load_weights(weights, lazy=True)
+        identity = saved.identity
+        params = params_of(saved.meta.get("made_by", {}))
+        params["parents"] = ", ".join(parent[:12] for parent in saved.meta.get("parents", []))
+        with self._one_line():
+            run = self._open(name, identity, key)
+            self._write(run, params, {IDENTITY: identity, **tags})
             if history is not None:
                 self._send_history(run, history)
-            model = self._model(found.identity) or self._add_model(run, weights, name, found.identity)
-            self._send_scores(run, metrics or {}, datasets or {}, model.model_id, held_out)
+            model = self._model(identity) or self._add_model(run, weights, name=name, identity=identity)
+            self._send_measurements(run, measurements, model.model_id)
             return self._finish(run)
 
     def record_scores(
@@ -184,17 +175,15 @@ class Tracker:
         identity: str,
         *,
         name: str,
-        metrics: Mapping[str, Mapping[str, float]],
-        datasets: Mapping[str, str],
+        measurements: Measurements,
+        tags: Mapping[str, str],
         params: Mapping[str, Any],
-        tags: Mapping[str, str] | None = None,
-        held_out: str = "held-out",
     ) -> str:
         """What has scores but no weights of its own, such as a logit ensemble. Returns the run id."""
-        with self._told():
+        with self._one_line():
             run = self._open(name, identity, None)
-            self._write(run, params, tags or {})
-            self._send_scores(run, metrics, datasets, None, held_out)
+            self._write(run, params, tags)
+            self._send_measurements(run, measurements, None)
             return self._finish(run)
 
     def _finish(self, run: "Run") -> str:
@@ -204,10 +193,10 @@ class Tracker:
 
     def _model(self, identity: str) -> "LoggedModel | None":
         # A search by status finds nothing on SQLite: it is filtered here.
-        found = self.client.search_logged_models([self.experiment], f"tags.`{IDENTITY}` = '{identity}'")
-        return next((m for m in found if str(m.status) == "READY"), None)
+        models = self.client.search_logged_models([self.experiment], f"tags.`{IDENTITY}` = '{identity}'")
+        return next((m for m in models if str(m.status) == "READY"), None)
 
-    def _add_model(self, run: "Run", weights: Path, name: str, identity: str) -> "LoggedModel":
+    def _add_model(self, run: "Run", weights: Path, *, name: str, identity: str) -> "LoggedModel":
         model = self.client.create_logged_model(
             self.experiment,
             name=name.replace("/", "-").replace("@", "-").replace(".", "_"),
@@ -215,43 +204,34 @@ class Tracker:
             tags={IDENTITY: identity},
             model_type="image classifier",
         )
-        place = urlparse(model.artifact_location)
-        if place.scheme in ("", "file"):
-            folder = Path(unquote(place.path))
+        location = urlparse(model.artifact_location)
+        if location.scheme in ("", "file"):
+            folder = Path(unquote(location.path))
             folder.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(weights.resolve(), folder / weights.name)
-            except OSError:  # another file system
-                shutil.copyfile(weights, folder / weights.name)
+            link_or_copy(weights.resolve(), folder / weights.name)
         else:
             self.client.log_model_artifact(model.model_id, str(weights))
         return self.client.finalize_logged_model(model.model_id, "READY")
 
-    def _send_scores(
-        self,
-        run: "Run",
-        metrics: Mapping[str, Mapping[str, float]],
-        datasets: Mapping[str, str],
-        model_id: str | None,
-        held_out: str,
-    ) -> None:
+    def _send_measurements(self, run: "Run", measurements: Measurements, model_id: str | None) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric
 
-        known = {(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs} if run.inputs else set()
-        wanted = {name: datasets[name][:36] for name in metrics}
-        inputs = [
+        digests = {benchmark: measurements.datasets[benchmark][:36] for benchmark in measurements.metrics}
+        inputs = run.inputs.dataset_inputs if run.inputs else []
+        present = {(entry.dataset.name, entry.dataset.digest) for entry in inputs}
+        missing = [
             DatasetInput(
                 Dataset(name, digest, "local", f"data/{name}"),
-                [InputTag("mlflow.data.context", "validation" if name == held_out else "test")],
+                [InputTag("mlflow.data.context", "validation" if name == measurements.held_out else "test")],
             )
-            for name, digest in wanted.items()
-            if (name, digest) not in known
+            for name, digest in digests.items()
+            if (name, digest) not in present
         ]
-        if inputs:
+        if missing:
             models = [LoggedModelInput(model_id)] if model_id else None
-            self.client.log_inputs(run.info.run_id, inputs, models)
+            self.client.log_inputs(run.info.run_id, missing, models)
         now = int(time.time() * 1000)
-        # The same key may stand only once a batch and step, so the benchmark is part of the key.
+        # MLflow takes a key once per batch and step, so the benchmark is part of the key.
         rows = [
             Metric(
                 f"{benchmark}/{metric}",
@@ -260,21 +240,21 @@ class Tracker:
                 0,
                 model_id=model_id,
                 dataset_name=benchmark,
-                dataset_digest=wanted[benchmark],
+                dataset_digest=digests[benchmark],
                 run_id=run.info.run_id,
             )
-            for benchmark, values in metrics.items()
+            for benchmark, values in measurements.metrics.items()
             for metric, value in values.items()
             if run.data.metrics.get(f"{benchmark}/{metric}") != value
         ]
         if rows:
             self.client.log_batch(run.info.run_id, metrics=rows)
 
-    def register(self, identity: str, *, model_name: str = "modelstock", alias: str | None = None) -> str:
+    def register(self, identity: str, *, model_name: str, alias: str | None = None) -> str:
         """The registry version of a recorded weight set, made once; `alias` then points to it. Returns the version."""
         from mlflow.exceptions import MlflowException
 
-        with self._told():
+        with self._one_line():
             model = self._model(identity)
             if model is None:
                 raise TrackingError(
@@ -300,44 +280,3 @@ class Tracker:
             if alias:
                 self.client.set_registered_model_alias(model_name, alias, version.version)
             return str(version.version)
-
-
-class Mirror:
-    """Sends a growing history to MLflow every few seconds while the block trains; never lets an error reach it.
-
-    The first failure is one warning, later ones are silent: what was missed is sent by the stage `compare`.
-    """
-
-    def __init__(
-        self,
-        tracker: Callable[[], Tracker],
-        history: Path,
-        *,
-        key: str,
-        name: str,
-        params: Mapping[str, Any],
-        every_s: float = 5.0,
-    ) -> None:
-        self._tracker, self._history, self._every_s = tracker, history, every_s
-        self._key, self._name, self._params = key, name, dict(params)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="mlflow mirror", daemon=True)
-
-    def __enter__(self) -> "Mirror":
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join(timeout=10)
-
-    def _follow(self) -> None:
-        try:
-            tracker, last = self._tracker(), False
-            while not last:
-                last = self._stop.wait(self._every_s)
-                tracker.live(key=self._key, name=self._name, params=self._params, history=self._history)
-        except Exception as error:
-            warnings.warn(f"{error} (training goes on)", stacklevel=2)

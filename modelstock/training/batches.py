@@ -1,4 +1,4 @@
-"""Training examples in the order of (seed, epoch), augmented by the randomness of (seed, step) alone.
+"""Training batches: examples in the order of (seed, epoch), augmented by the randomness of (seed, step) alone.
 
 A step's whole batch, its crops and its mixing weight are settled before any image is read, so that any process can
 make any share of it: the batches are the same at every number of loader workers, and the global batch the same at
@@ -7,21 +7,20 @@ every number of devices. Within an epoch no example comes twice; those that do n
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2 as transforms
 
 from modelstock.data.examples import Examples
-from modelstock.data.images import Framing, normalise
-from modelstock.params import FinetuneParams
+from modelstock.data.images import normalise
 from modelstock.training.distributed import ALONE, World
 from modelstock.training.loop import Batch, seed_step
 
@@ -30,7 +29,7 @@ _RATIO = (3 / 4, 4 / 3)  # least and greatest aspect ratio of a crop
 _LOG_RATIO = torch.log(torch.tensor(_RATIO)).tolist()
 
 
-@lru_cache(maxsize=16)  # of a million examples, it takes as long as a step; an epoch's steps ask for one, a seed
+@lru_cache(maxsize=16)  # of a million examples, it takes as long as a step; an epoch's steps ask for one per seed
 def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order in which an epoch visits `count` examples."""
     order = np.random.default_rng([seed, epoch]).permutation(count)
@@ -93,45 +92,88 @@ def mixed_pairs(images: Tensor, labels: Tensor, weight: float) -> Batch:
     return images.lerp(images[partner], 1 - weight), labels, labels[partner], torch.full((len(images),), weight)
 
 
-class Batches(Dataset[Batch]):
-    """One item a step: this process's share of the step's batch, augmented: (images (b, 3, S, S), labels (b,), ...)."""
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What is done to training images. `crop_scale`: least and greatest share of the area that a crop keeps.
+
+    `rand_augment_operations`: per image, before the crop (0: none), of `rand_augment_magnitude` (of 30). `mixup`: alpha
+    of Beta(alpha, alpha) (0: none).
+    """
+
+    crop_scale: tuple[float, float]
+    flip: bool = False
+    rand_augment_operations: int = 0
+    rand_augment_magnitude: int = 9
+    mixup: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What was drawn for one image: its example, crop, whether it is flipped, and RandAugment's seed."""
+
+    row: int
+    box: Box
+    flipped: bool
+    seed: int
+
+
+class TrainingBatches(Dataset[Batch]):
+    """One item per step: this process's share of the step's batch, augmented: (images (b, 3, S, S), labels (b,), ...).
+
+    After mixup: (images, labels, the partners' labels, each label's weight); see `mixed_pairs`.
+    """
 
     def __init__(
         self,
         examples: Examples,
-        params: FinetuneParams,
+        augmentation: Augmentation,
         preprocess: Mapping[str, Any],
         *,
+        batch_size: int,
         seed: int,
         name: str,
         world: World = ALONE,
     ) -> None:
-        self._examples, self._params, self._preprocess = examples, params, dict(preprocess)
-        self._seed, self._name, self._rank, self._world_size = seed, name, world.rank, world.size
-        self._count = len(examples.labels)
-        self._augment = transforms.RandAugment(params.rand_augment_operations, params.rand_augment_magnitude)
+        self._examples, self._augmentation, self._preprocess = examples, augmentation, dict(preprocess)
+        self._batch_size, self._seed, self._name = batch_size, seed, name
+        self._rank, self._world_size = world.rank, world.size
+        self._rand_augment = transforms.RandAugment(
+            augmentation.rand_augment_operations, augmentation.rand_augment_magnitude
+        )
 
     def __getitem__(self, step: int) -> Batch:
-        params = self._params
-        rows = batch_rows(step, count=self._count, batch_size=params.batch_size, seed=self._seed)
+        draws, weight = self._draws(step)
+        share = len(draws) // self._world_size
+        draws = draws[self._rank * share : (self._rank + 1) * share]
+        pictures = [self._picture(draw) for draw in draws]
+        images = resized_crops(pictures, [draw.box for draw in draws], self._preprocess)
+        flipped = torch.tensor([draw.flipped for draw in draws])
+        if flipped.any():
+            images[flipped] = images[flipped].flip(-1)
+        labels = torch.from_numpy(self._examples.labels[[draw.row for draw in draws]])
+        return mixed_pairs(images, labels, weight) if self._augmentation.mixup else (images, labels)
+
+    def _draws(self, step: int) -> tuple[list[Draw], float]:
+        """What is drawn for every image of the step's whole batch, and mixup's weight."""
+        options = self._augmentation
+        rows = batch_rows(step, count=len(self._examples.labels), batch_size=self._batch_size, seed=self._seed).tolist()
         seed_step(self._seed, self._name, step)
-        boxes = [crop_box(*self._examples.size(row), params.crop_scale) for row in rows.tolist()]
-        flips = (torch.rand(len(rows)) < 0.5).tolist() if params.flip else [False] * len(rows)
-        weight = float(torch.distributions.Beta(params.mixup, params.mixup).sample()) if params.mixup else 1.0
-        seeds = torch.randint(2**62, (len(rows),)).tolist() if params.rand_augment_operations else []
-        share = len(rows) // self._world_size
-        own = range(self._rank * share, (self._rank + 1) * share)
-        pictures = [self._examples.image(int(rows[i])) for i in own]
-        for place, i in enumerate(own if seeds else ()):
-            torch.manual_seed(seeds[i])
-            changed: Tensor = self._augment(torch.from_numpy(pictures[place]).permute(2, 0, 1))
-            pictures[place] = changed.permute(1, 2, 0).contiguous().numpy()
-        images = resized_crops(pictures, boxes[own.start : own.stop], self._preprocess)
-        turned = torch.tensor([flips[i] for i in own])
-        if turned.any():
-            images[turned] = images[turned].flip(-1)
-        labels = torch.from_numpy(self._examples.labels[rows[own.start : own.stop]])
-        return mixed_pairs(images, labels, weight) if params.mixup else (images, labels)
+        boxes = [crop_box(*self._examples.size(row), options.crop_scale) for row in rows]
+        flips = (torch.rand(len(rows)) < 0.5).tolist() if options.flip else [False] * len(rows)
+        weight = float(torch.distributions.Beta(options.mixup, options.mixup).sample()) if options.mixup else 1.0
+        seeds = torch.randint(2**62, (len(rows),)).tolist() if options.rand_augment_operations else [0] * len(rows)
+        drawn = zip(rows, boxes, flips, seeds, strict=True)
+        return [Draw(row=row, box=box, flipped=flip, seed=seed) for row, box, flip, seed in drawn], weight
+
+    def _picture(self, draw: Draw) -> NDArray[np.uint8]:
+        """An example's image (H, W, 3), after RandAugment where that is wanted."""
+        picture = self._examples.image(draw.row)
+        if not self._augmentation.rand_augment_operations:
+            return picture
+        torch.manual_seed(draw.seed)
+        augmented: Tensor = self._rand_augment(torch.from_numpy(picture).permute(2, 0, 1))
+        changed: NDArray[np.uint8] = augmented.permute(1, 2, 0).contiguous().numpy()
+        return changed
 
     def load(self, start: int, stop: int, *, workers: int, pin: bool) -> Iterator[Batch]:
         """The batches of steps `start` to `stop`, made ahead by `workers` processes, or one at a time by this one."""
@@ -139,21 +181,3 @@ class Batches(Dataset[Batch]):
             self, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin
         )
         return iter(loader)
-
-
-class Scored(Dataset[Batch]):
-    """One item a batch of at most `batch_size` examples in their order, framed as they are scored."""
-
-    def __init__(self, examples: Examples, preprocess: Mapping[str, Any], batch_size: int = 500) -> None:
-        self._examples, self._preprocess, self._batch_size = examples, dict(preprocess), batch_size
-        self._labels = torch.from_numpy(examples.labels)
-
-    def __getitem__(self, number: int) -> Batch:
-        rows = range(len(self._labels))[number * self._batch_size : (number + 1) * self._batch_size]
-        framing = Framing.of(self._preprocess)
-        images = np.stack([framing(Image.fromarray(self._examples.image(row))) for row in rows])
-        return normalise(images, self._preprocess), self._labels[rows.start : rows.stop]
-
-    def load(self) -> Iterator[Batch]:
-        """All batches."""
-        return (self[number] for number in range(-(-len(self._labels) // self._batch_size)))

@@ -1,21 +1,13 @@
-"""Callbacks of the training loop: the log, validation, averages along the run, snapshots and resume points."""
+"""Callbacks of the training loop: the log, averages of the weights along the run, and snapshots."""
 
-import json
-import re
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from modelstock.errors import TrainingError
-from modelstock.files import atomic_path
 from modelstock.training.loop import Callback, Run
-
-SAVE_EVERY_S = 20.0  # a resume point of the tiny tower takes 0.03 s
-SAVE_SHARE = 0.02  # at most this share of the time goes into resume points, however large the model
 
 
 def floating(run: Run) -> dict[str, Tensor]:
@@ -38,19 +30,6 @@ class Log(Callback):
             run.log(run.last)
 
 
-class Validation(Callback):
-    """A row of what `measure` finds, the model in evaluation mode, every `epoch` steps."""
-
-    def __init__(self, epoch: int, measure: Callable[[], Mapping[str, float]]) -> None:
-        self.epoch, self.measure = epoch, measure
-
-    def after_step(self, run: Run) -> None:
-        """Measure, where it is time."""
-        if run.step % self.epoch == 0 and run.world.rank == 0:
-            run.model.eval()
-            run.log(self.measure())
-
-
 class Average(Callback):
     """A mean of the weights along the run, which is a weight set of its own."""
 
@@ -68,15 +47,16 @@ class Ema(Average):
     Source: Polyak, Juditsky, SIAM J. Control Optim. 30 (1992), with Ruppert's exponential weights.
     """
 
-    def __init__(self, decay: float, run_model: torch.nn.Module) -> None:
+    def __init__(self, decay: float, model: torch.nn.Module) -> None:
         self.decay, self.name, self.options = decay, f"ema-{decay}", {"ema_decay": decay}
-        start = run_model.state_dict()
+        start = model.state_dict()
         self._mean = {name: t.detach().clone() for name, t in start.items() if t.is_floating_point()}
+        self._update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
     def after_step(self, run: Run) -> None:
         """Move toward the weights."""
-        now = floating(run)
-        torch._foreach_lerp_(list(self._mean.values()), [now[name] for name in self._mean], 1 - self.decay)
+        weights = floating(run)
+        self._update(list(self._mean.values()), [weights[name] for name in self._mean], 0)
 
     def tensors(self) -> dict[str, Tensor]:
         """The mean so far."""
@@ -139,80 +119,3 @@ class Snapshots(Callback):
         """Write, where an epoch ends."""
         if run.step % self.epoch == 0 and run.step < run.steps and run.world.rank == 0:
             self.write(run.step // self.epoch)
-
-
-def write_growing_history(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Write `history.jsonl`, which others follow while a run trains."""
-    with atomic_path(folder / "history.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
-
-
-def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a resume point, whole or not at all."""
-    # What a killed process left half-written is of no use, and may be large.
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        left.unlink(missing_ok=True)
-    with atomic_path(path) as temporary:
-        torch.save(dict(state), temporary)
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Read a resume point; nothing in it is executed.
-
-    Raises:
-        TrainingError: a damaged file.
-    """
-    try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise TrainingError(
-            path,
-            got=f"{path.stat().st_size} bytes that are no resume point ({re.split(r'[.:]', str(error))[0]})",
-            expected="a whole file",
-            cure="remove it: the run then starts at its first step and ends with the same bytes",
-        ) from error
-    return state
-
-
-class Clock:
-    """Says when the next resume point is due: `every` seconds after the last, and `SAVE_SHARE` of the time at most."""
-
-    def __init__(self) -> None:
-        self._done, self._cost = time.monotonic(), 0.0
-
-    def due(self) -> bool:
-        """Whether it is time."""
-        return time.monotonic() - self._done > max(SAVE_EVERY_S, self._cost / SAVE_SHARE if SAVE_EVERY_S > 0 else 0)
-
-    def time(self, save: Callable[[], None]) -> None:
-        """Save, and remember what it cost."""
-        begun = time.monotonic()
-        save()
-        self._done = time.monotonic()
-        self._cost = self._done - begun
-
-
-class ResumePoint(Callback):
-    """Writes `state.pt` and `history.jsonl` to a folder now and then and at the end. It must be the last callback."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._clock = folder, Clock()
-
-    def resume(self, run: Run) -> None:
-        """Go on from the folder's resume point, where there is one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        point = self.folder / "state.pt"
-        if point.exists():
-            run.load_state(read_state(point))
-        if run.world.rank == 0:
-            write_growing_history(self.folder, run.history)
-
-    def after_step(self, run: Run) -> None:
-        """Save, where it is time; under several processes, the first saves what all of them hold."""
-        if run.world.rank == 0 and (run.step == run.steps or self._clock.due()):
-            self._clock.time(lambda: self._save(run))
-
-    def _save(self, run: Run) -> None:
-        write_state(self.folder / "state.pt", run.state())
-        write_growing_history(self.folder, run.history)
-        run.saved_step = run.step

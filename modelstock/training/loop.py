@@ -2,7 +2,7 @@
 
 The randomness of step s is drawn from (seed, s) alone: data order, augmentation and dropout. A resume point therefore
 is the model, the optimizer, the loss scaler, the step and the history, and a run killed at any moment ends with the
-bytes of an uninterrupted one. Whatever happens beside the steps is a callback (modelstock/callbacks.py).
+bytes of an uninterrupted one. Whatever happens beside the steps is a callback (callbacks.py, validation.py, resume.py).
 """
 
 import contextlib
@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from modelstock.errors import TrainingError
-from modelstock.params import Optimization
 from modelstock.training.distributed import ALONE, World
 
 HistoryRow = dict[str, Any]
@@ -47,16 +46,18 @@ def autocast(precision: str, device: str = "cpu") -> torch.autocast:
     return torch.autocast(device, dtype=lower, enabled=precision != "float32")
 
 
-def adamw(groups: Sequence[Mapping[str, Any]], options: Optimization, device: torch.device) -> torch.optim.AdamW:
+def adamw(
+    groups: Sequence[Mapping[str, Any]], *, lr: float, weight_decay: float, beta2: float, device: torch.device
+) -> torch.optim.AdamW:
     """AdamW over `groups`, each with `params` and, where wanted, `scale` (of the learning rate) and `weight_decay`.
 
     Source: Loshchilov, Hutter, arXiv 1711.05101.
     """
     return torch.optim.AdamW(
         [{"scale": 1.0, **group} for group in groups],
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        betas=(0.9, options.beta2),
+        lr=lr,
+        weight_decay=weight_decay,
+        betas=(0.9, beta2),
         fused=device.type == "cuda",  # on two CPU cores it saved 1 % of a step
     )
 
@@ -83,27 +84,29 @@ class Callback:
         """Take back what `state` gave."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """A training run: what changes is the model, the optimizer, the scaler, `step`, `history` and the callbacks.
 
     `objective`: (the model as it is called, one batch) -> mean loss over its examples. `schedule`: step -> learning
     rate. `batches`: (first step, last step + 1) -> the batches of these steps, this process's share of each.
+    `clip_norm`: the greatest norm of a step's gradient. `precision`: that of the objective; float16 scales the loss.
     `micro_batch`: examples at a time, gradients summed; None: the whole share; "auto": halved until it fits.
     """
 
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    options: Optimization
-    seed: int
-    steps: int
     objective: Callable[[nn.Module, Batch], Tensor]
     schedule: Callable[[int], float]
     batches: Callable[[int, int], Iterator[Batch]]
-    callbacks: Sequence["Callback"] = ()
+    seed: int
+    steps: int
+    clip_norm: float
+    precision: str = "float32"
     micro_batch: MicroBatch = None
     compile: bool = False
+    callbacks: Sequence["Callback"] = ()
     world: World = ALONE
     step: int = 0
     history: list[HistoryRow] = field(default_factory=list)
@@ -111,8 +114,8 @@ class Run:
     last: dict[str, float] = field(default_factory=dict)  # loss, lr, grad_norm of the last step
 
     def __post_init__(self) -> None:
-        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.options.precision == "float16")
-        self._found: int | None = None  # what "auto" has found
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.precision == "float16")
+        self._fitting: int | None = None  # the micro-batch that "auto" came down to
         self.rewrap()
 
     def rewrap(self) -> None:
@@ -133,7 +136,7 @@ class Run:
             "step": self.step,
             "history": self.history,
             "last": self.last,
-            "micro_batch": self._found,
+            "micro_batch": self._fitting,
             "callbacks": [callback.state() for callback in self.callbacks],
         }
 
@@ -142,10 +145,10 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.history, self._found = state["step"], list(state["history"]), state["micro_batch"]
+        self.step, self.history, self._fitting = state["step"], list(state["history"]), state["micro_batch"]
         self.last, self.saved_step = dict(state["last"]), self.step
-        for callback, own in zip(self.callbacks, state["callbacks"], strict=True):
-            callback.load_state(own)
+        for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
+            callback.load_state(saved)
 
     def log(self, row: Mapping[str, float]) -> None:
         """Add what is known at the present step to the history."""
@@ -155,7 +158,12 @@ class Run:
             self.history.append({"step": self.step, **row})
 
     def train(self, until: int | None = None) -> None:
-        """Step until `until`, or to the end.
+        """Step until `until`, or to the end; see `stepping`."""
+        for _ in self.stepping(until):
+            pass
+
+    def stepping(self, until: int | None = None) -> Iterator[int]:
+        """Step until `until`, or to the end; gives the count of steps after each, its callbacks done.
 
         Raises:
             TrainingError: a loss or gradient that is not finite, with step, learning rate and the last resume point;
@@ -163,14 +171,13 @@ class Run:
         """
         stop = self.steps if until is None else until
         batches = self.batches(self.step, stop)
-        shown = self.world.rank == 0
         with tqdm(
             total=self.steps,
             initial=self.step,
             desc=self.name,
             mininterval=2,
             unit="step",
-            disable=not shown,
+            disable=self.world.rank > 0,
             leave=stop == self.steps,
         ) as bar:
             while self.step < stop:
@@ -180,6 +187,7 @@ class Run:
                 for callback in self.callbacks:
                     callback.after_step(self)
                 bar.update()
+                yield self.step
 
     def _step(self, batch: Batch) -> None:
         rate = self.schedule(self.step)
@@ -188,7 +196,7 @@ class Run:
         self.model.train()
         loss = self._gradients(batch)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         # A scaler that is still finding its scale skips the step of an overflowing gradient by itself.
         skipped = self.scaler.is_enabled() and self.scaler.get_scale() > 1 and not bool(torch.isfinite(norm))
         if not bool(torch.isfinite(loss)) or not (skipped or bool(torch.isfinite(norm))):
@@ -209,7 +217,7 @@ class Run:
         """Gradients of the batch's mean loss, and that loss; smaller micro-batches where memory says so."""
         while True:
             seed_step(self.seed, f"{self.name}/forward/{self.world.rank}", self.step)
-            size = self._found or (self.micro_batch if isinstance(self.micro_batch, int) else len(batch[0]))
+            size = self._fitting or (self.micro_batch if isinstance(self.micro_batch, int) else len(batch[0]))
             self.optimizer.zero_grad(set_to_none=True)
             try:
                 return self._accumulate(batch, min(size, len(batch[0])))
@@ -225,7 +233,7 @@ class Run:
                         "gradient_checkpointing to true, or precision to bfloat16",
                     ) from error
             # Outside of the handler, which keeps the failed step's tensors alive.
-            self._found = size // 2
+            self._fitting = size // 2
             if self.world.device.type == "cuda":
                 torch.cuda.empty_cache()
 

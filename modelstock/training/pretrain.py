@@ -1,6 +1,7 @@
 """Pre-training of the embedded benchmark's tiny CLIP on captioned draws."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ from modelstock.data.images import normalise
 from modelstock.data.shapes import render as shapes
 from modelstock.data.shapes.names import TINY_PREPROCESS
 from modelstock.models.heads import tokenizer
-from modelstock.models.towers import TINY_CLIP, build_clip
+from modelstock.models.towers import TINY_CLIP, build_clip, tensors_of
 from modelstock.params import TinyPretraining
-from modelstock.training.callbacks import Log, ResumePoint
-from modelstock.training.loop import Batch, Run, adamw, autocast, learning_rate
+from modelstock.tracking.history import write_history
+from modelstock.training.callbacks import Log
+from modelstock.training.job import Job, Setting
+from modelstock.training.loop import Batch, HistoryRow, Run, adamw, autocast, learning_rate
+from modelstock.training.resume import ResumePoint
+from modelstock.weights.origin import made_by
+from modelstock.weights.weight_set import WeightSet
 
 
 def shared_positives_loss(image: Tensor, text: Tensor, classes: Tensor, scale: Tensor) -> Tensor:
@@ -29,41 +35,82 @@ def shared_positives_loss(image: Tensor, text: Tensor, classes: Tensor, scale: T
     return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
 
-def pretrain(params: TinyPretraining, *, folder: Path) -> tuple[nn.Module, list[dict[str, Any]]]:
+def web_batches(start: int, stop: int, *, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Captioned draws of all styles, per step: images (B, 3, S, S), classes (B,), rows (B,) into texts (T, L).
+
+    Captions repeat within a batch: each text is encoded once.
+    """
+    tokenize = tokenizer(TINY_CLIP)
+    for step in range(start, stop):
+        images, classes, captions = shapes.web(range(step * batch_size, (step + 1) * batch_size), seed=seed)
+        texts = sorted(set(captions))
+        place = {text: row for row, text in enumerate(texts)}
+        rows = torch.tensor([place[caption] for caption in captions])
+        yield normalise(images, TINY_PREPROCESS), torch.from_numpy(classes), rows, tokenize(texts)
+
+
+def contrast(model: nn.Module, batch: Batch, *, precision: str) -> Tensor:
+    """The loss of one whole batch: every image is compared with every text."""
+    clip: Any = model
+    images, classes, rows, texts = batch
+    with autocast(precision):
+        image = clip.encode_image(images, normalize=True)
+        text = clip.encode_text(texts, normalize=True)
+    scale = clip.logit_scale.exp().clamp(max=100)
+    return shared_positives_loss(image.float(), text.float()[rows], classes, scale)
+
+
+def pretrain(params: TinyPretraining, *, folder: Path) -> tuple[nn.Module, list[HistoryRow]]:
     """Train the tiny CLIP on captioned draws of all styles; returns it and the history.
 
-    A batch is a whole: its loss compares every image with every text, so there are no micro-batches.
+    `folder`: where the resume point is kept. There are no micro-batches, for the loss needs the whole batch.
     """
     torch.manual_seed(params.seed)
     clip = build_clip(TINY_CLIP)
-    tokenize = tokenizer(TINY_CLIP)
-    steps = params.draws // params.batch_size
-
-    def batches(start: int, stop: int) -> Iterator[Batch]:
-        for step in range(start, stop):
-            indices = range(step * params.batch_size, (step + 1) * params.batch_size)
-            images, classes, captions = shapes.web(indices, seed=params.seed)
-            # Captions repeat within a batch: each text is encoded once.
-            texts = sorted(set(captions))
-            place = {text: row for row, text in enumerate(texts)}
-            rows = torch.tensor([place[caption] for caption in captions])
-            yield normalise(images, TINY_PREPROCESS), torch.from_numpy(classes), rows, tokenize(texts)
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        images, classes, rows, texts = batch
-        with autocast(params.precision):
-            image = clip.encode_image(images, normalize=True)  # type: ignore[operator]
-            text = clip.encode_text(texts, normalize=True)  # type: ignore[operator]
-        scale = clip.logit_scale.exp().clamp(max=100)  # type: ignore[operator]
-        return shared_positives_loss(image.float(), text.float()[rows], classes, scale)
-
-    def rate(step: int) -> float:
-        return learning_rate(step, peak=params.lr, warmup=params.warmup_steps, steps=steps)
-
-    point = ResumePoint(folder)
-    optimizer = adamw([{"params": list(clip.parameters())}], params, torch.device("cpu"))
-    callbacks = [Log(params.log_every, max(1, steps // 10)), point]
-    run = Run("pretrain", clip, optimizer, params, params.seed, steps, loss, rate, batches, callbacks)
+    steps, point = params.draws // params.batch_size, ResumePoint(folder)
+    run = Run(
+        name="pretrain",
+        model=clip,
+        optimizer=adamw(
+            [{"params": list(clip.parameters())}],
+            lr=params.lr,
+            weight_decay=params.weight_decay,
+            beta2=params.beta2,
+            device=torch.device("cpu"),
+        ),
+        objective=partial(contrast, precision=params.precision),
+        schedule=partial(learning_rate, peak=params.lr, warmup=params.warmup_steps, steps=steps),
+        batches=partial(web_batches, batch_size=params.batch_size, seed=params.seed),
+        seed=params.seed,
+        steps=steps,
+        clip_norm=params.clip_norm,
+        precision=params.precision,
+        callbacks=[Log(params.log_every, max(1, steps // 10)), point],
+    )
     point.resume(run)
     run.train()
     return clip.eval(), run.history
+
+
+def pretrain_clip(params: TinyPretraining, *, threads: int, out: Path) -> WeightSet:
+    """The tiny CLIP after its pre-training, written to the folder `out` with its history."""
+    origin: dict[str, Any] = {"stage": "pretrain", "seed": params.seed, "options": params.model_dump(mode="json")}
+    job = Job(
+        name="pretrain",
+        made_by=origin,
+        code="modelstock.training.pretrain",
+        setting=Setting(threads=threads),
+    )
+    clip, history = pretrain(params, folder=job.folder)
+    meta = {
+        "architecture": TINY_CLIP,
+        "backbone": {"name": "tiny", "pretrained": "shapes"},
+        "preprocess": TINY_PREPROCESS,
+        "parents": [],
+        "made_by": made_by(**origin),
+    }
+    weights = WeightSet(tensors_of(clip), meta, "pretrain")
+    weights.save(out / "clip.safetensors")
+    write_history(out, history)
+    job.finish()
+    return weights

@@ -1,0 +1,52 @@
+"""The live mirror: a growing history, sent to a tracker while the run trains."""
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from modelstock.tracking.tracker import Tracker
+
+
+class Mirror:
+    """Sends a growing history to a tracker every few seconds while the block trains; never lets an error reach it.
+
+    `tracker` is opened by the mirror's own thread. The first failure is one warning, later ones are silent: what was
+    missed is sent by the stage `compare`. When the block has ended, the last rows are sent.
+    """
+
+    def __init__(
+        self,
+        tracker: Callable[[], Tracker],
+        history: Path,
+        *,
+        key: str,
+        name: str,
+        params: Mapping[str, Any],
+        every_s: float = 5.0,
+    ) -> None:
+        self._tracker, self._history, self._every_s = tracker, history, every_s
+        self._key, self._name, self._params = key, name, dict(params)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="mirror", daemon=True)
+
+    def __enter__(self) -> "Mirror":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _follow(self) -> None:
+        try:
+            tracker, last = self._tracker(), False
+            while not last:
+                last = self._stop.wait(self._every_s)
+                tracker.live(key=self._key, name=self._name, params=self._params, history=self._history)
+        except Exception as error:
+            warnings.warn(f"{error} (training goes on)", stacklevel=2)

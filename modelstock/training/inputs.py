@@ -1,0 +1,35 @@
+"""What seeds are trained from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from modelstock.data.dataset import Dataset
+from modelstock.data.examples import Examples
+from modelstock.weights.weight_set import WeightSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What seeds are trained from: the anchor, the examples of both splits, and what identifies all three."""
+
+    anchor: WeightSet
+    train: Examples
+    held_out: Examples
+    identities: Mapping[str, str]
+
+
+def read_inputs(anchor: WeightSet, train: Dataset, held_out: Dataset, *, in_memory: bool) -> Inputs:
+    """The examples of both splits, for an anchor of their classes.
+
+    Raises:
+        WeightsError: the anchor's head has other classes.
+        DataError: shards that do not hold what their manifest says.
+    """
+    train.check_classes(anchor)
+    identities = {"anchor": anchor.identity, "train": train.manifest.sha256, "held-out": held_out.manifest.sha256}
+    return Inputs(
+        anchor=anchor,
+        train=train.examples(in_memory=in_memory),
+        held_out=held_out.examples(in_memory=in_memory),
+        identities=identities,
+    )

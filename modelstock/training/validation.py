@@ -1,0 +1,49 @@
+"""Validation on the held-out split while a seed trains."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from modelstock.data.examples import Examples
+from modelstock.data.images import Framing, normalise
+from modelstock.training.loop import Batch, Callback, Run
+
+
+def validation_batches(examples: Examples, preprocess: Mapping[str, Any], batch_size: int = 500) -> Iterator[Batch]:
+    """All examples in their order, framed as they are scored: images (B, 3, S, S), labels (B,)."""
+    framing, labels = Framing.of(preprocess), torch.from_numpy(examples.labels)
+    for start in range(0, len(labels), batch_size):
+        rows = range(start, min(start + batch_size, len(labels)))
+        images = np.stack([framing(Image.fromarray(examples.image(row))) for row in rows])
+        yield normalise(images, preprocess), labels[rows.start : rows.stop]
+
+
+@torch.inference_mode()
+def top1(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> float:
+    """Share of the images, normalised (B, 3, S, S), whose largest logit is their label (B,)."""
+    hits, count = 0, 0
+    for images, labels in batches:
+        hits += int((model(images.to(device)).argmax(dim=1) == labels.to(device)).sum())
+        count += len(labels)
+    return hits / count
+
+
+def accuracy(model: nn.Module, examples: Examples, preprocess: Mapping[str, Any], device: torch.device) -> float:
+    """Top-1 accuracy of a model, put in evaluation mode, on whole examples: nothing is drawn at random."""
+    return top1(model.eval(), validation_batches(examples, preprocess), device)
+
+
+class Validation(Callback):
+    """A row of held-out accuracy every `epoch` steps."""
+
+    def __init__(self, epoch: int, held_out: Examples, preprocess: Mapping[str, Any]) -> None:
+        self.epoch, self.held_out, self.preprocess = epoch, held_out, preprocess
+
+    def after_step(self, run: Run) -> None:
+        """Measure, where it is time."""
+        if run.step % self.epoch == 0 and run.world.rank == 0:
+            run.log({"validation/top1": accuracy(run.model, self.held_out, self.preprocess, run.world.device)})

@@ -1,0 +1,122 @@
+"""Small trainings on noise, their comparison, and processes that are killed."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelstock.data.examples import Examples, InMemory
+from modelstock.data.shapes.names import TINY_PREPROCESS
+from modelstock.models.towers import build_classifier, tensors_of
+from modelstock.params import PeriodicParams, load_params
+from modelstock.training.distributed import ALONE, World
+from modelstock.training.finetune import finetune
+from modelstock.training.inputs import Inputs
+from modelstock.training.loop import HistoryRow
+from modelstock.training.parallel_merge import Report
+from modelstock.training.periodic import train_periodic
+from modelstock.weights.weight_set import WeightSet
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPE = load_params(ROOT / "params.yaml").finetune.model_copy(
+    update={"batch_size": 8, "epochs": 3, "warmup_steps": 2, "log_every": 1, "lawa": 2, "ema": [0.5, 0.9]}
+)
+EVERY_EPOCH = PeriodicParams(sizes=[2])
+
+Tensors = Mapping[str, NDArray[Any]]
+
+
+def examples(count: int = 24) -> InMemory:
+    """Noise images whose labels go round."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
+    return InMemory(pixels, np.arange(count) % 24)
+
+
+def train(
+    anchor: WeightSet,
+    folder: Path,
+    *,
+    seed: int = 0,
+    data: Examples | None = None,
+    workers: int = 0,
+    world: World = ALONE,
+    **changes: Any,
+) -> tuple[Tensors, list[HistoryRow], dict[str, Tensors]]:
+    """Fine-tune on noise, by RECIPE with `changes`; returns tensors, history and averages."""
+    model = build_classifier(anchor)
+    history, averages = finetune(
+        model,
+        data or examples(),
+        examples(),
+        recipe=RECIPE.model_copy(update=changes),
+        preprocess=TINY_PREPROCESS,
+        seed=seed,
+        folder=folder,
+        workers=workers,
+        world=world,
+    )
+    return tensors_of(model), history, {a.name: {k: v.numpy() for k, v in a.tensors().items()} for a in averages}
+
+
+def train_side_by_side(
+    anchor: WeightSet,
+    folder: Path,
+    *,
+    seeds: tuple[int, ...] = (0, 1),
+    merging: PeriodicParams = EVERY_EPOCH,
+    world: World = ALONE,
+    workers: int = 0,
+    **changes: Any,
+) -> tuple[Tensors, list[HistoryRow], dict[str, Report]]:
+    """Periodic merging on noise, by RECIPE with `changes`; returns tensors, history and reports."""
+    model, history, reports = train_periodic(
+        Inputs(anchor=anchor, train=examples(), held_out=examples(), identities={}),
+        RECIPE.model_copy(update=changes),
+        merging,
+        seeds=seeds,
+        folder=folder,
+        workers=workers,
+        world=world,
+    )
+    return tensors_of(model), history, reports
+
+
+def equal(first: Tensors, second: Tensors) -> bool:
+    """Whether two sets of tensors have the same names and values."""
+    return first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
+
+
+def dropping(anchor: WeightSet) -> WeightSet:
+    """The anchor with an architecture that drops patches at random while it trains; its tensors fit as they are."""
+    config = anchor.meta["architecture"]
+    vision = {**config["vision_cfg"], "patch_dropout": 0.25}
+    return WeightSet(anchor.tensors, {**anchor.meta, "architecture": {**config, "vision_cfg": vision}}, "anchor")
+
+
+def keep(folder: Path, tensors: Tensors, *results: object) -> None:
+    """Write what a training gave for another process to compare: tensors, and anything that is JSON."""
+    WeightSet(tensors, {}).save(folder / "weights.safetensors")
+    (folder / "results.json").write_text(json.dumps(results, sort_keys=True))
+
+
+def child(work: Callable[[], object], delay: float | None = None) -> int:
+    """Run `work` in a forked process, killed after `delay` seconds where that is given; returns its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
