@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # Stages call `python`; DVC finds ours first.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup repro test check up down clean
+.PHONY: setup repro test check up down clean clean-scratch
 setup: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
@@ -38,9 +38,14 @@ test: setup
 	$(BIN)/python -m pytest
 
 check: setup
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Caches of scores and heads, and what unfinished runs would go on from.
+clean-scratch:
+	rm -rf scratch
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,3 +1,19 @@
-"""modelstock: fine-tune a CLIP model a few times, merge the results, and know which merge to ship."""
+"""modelstock: fine-tune a CLIP model a few times, merge the results, and know which merge to ship.
+
+Merging in memory:
+
+    from pathlib import Path
+
+    from modelstock.merging.engine import merge
+    from modelstock.weights.weight_set import load_weights
+
+    anchor, *tuned = (load_weights(Path(f"{name}.safetensors")) for name in ("anchor", "a", "b"))
+    merged, report = merge("model_stock", anchor, tuned)
+    merged.save(Path("merged.safetensors"))
+
+The command `modelstock` does the same for files of any size. Packages, from the ground up: `weights`, `tracking`,
+`merging`, `data`, `models`, `scoring`, `training`, `comparison`, `experiment`, `cli`. `modelstock.errors` has the
+errors that a user can meet. Only `weights` and `merging` do without the extra `train`.
+"""
 
 __version__ = "0.1.0"

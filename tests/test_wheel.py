@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,11 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+import modelstock
 from modelstock.cli.app import TRAIN
 from modelstock.cli.extras import LIBRARIES
+from modelstock.merging.engine import merge
 from modelstock.merging.files import merge_files
+from modelstock.weights.weight_set import load_weights
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -99,6 +103,25 @@ def test_the_installed_command_inspects_compares_and_lists(environment, files):
     assert all(row["distance"] > 0 for row in rows)
     assert "model_stock" in command(environment, files, "methods").stdout
     assert "│ merge" in command(environment, files, "--help").stdout
+
+
+def test_the_library_merges_in_memory_as_its_docstring_shows(environment, files, tmp_path):
+    for name, number in (("anchor", 0), ("a", 1), ("b", 2)):
+        shutil.copy(files / f"{number}.safetensors", tmp_path / f"{name}.safetensors")
+    shown = "".join(line[4:] + "\n" for line in modelstock.__doc__.splitlines() if line.startswith("    "))
+    done = subprocess.run([environment / "bin/python", "-I", "-c", shown], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    anchor, *tuned = (load_weights(files / f"{number}.safetensors") for number in range(3))
+    expected, _ = merge("model_stock", anchor, tuned)
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert merged.keys() == expected.tensors.keys()
+    assert all(merged[name].tobytes() == tensor.tobytes() for name, tensor in expected.tensors.items())
+
+
+def test_importing_the_library_imports_nothing_else(environment, tmp_path):
+    code = "import sys; before = set(sys.modules); import modelstock; print(*set(sys.modules) - before)"
+    shown = subprocess.run([environment / "bin/python", "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.stdout == "modelstock\n"
 
 
 NEEDS_TRAIN = {

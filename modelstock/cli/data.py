@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 TRAINING = ("train", "held-out")  # roles that are also the names of their sets
 TESTS = ("in-distribution", "shift")
+ONLY_DRAWN: dict[str, Any] = {"seed": 0, "reference_draws": 1, "reference_epochs": 1}  # not read for images on disk
 
 
 def prepare(
@@ -20,7 +21,7 @@ def prepare(
     out: OutFolder,
     role: Annotated[str, typer.Option(help="train, held-out, in-distribution or shift.")],
     labels: Annotated[
-        str, typer.Option(help="classes, imagenet, imagenet-v2, -r, -a or -sketch, or objectnet.")
+        str, typer.Option(help="classes, or a published layout such as imagenet or objectnet.")
     ] = "classes",
     name: Annotated[str | None, typer.Option(help="What results call it.")] = None,
     classes: Annotated[
@@ -63,7 +64,6 @@ def prepare(
     }
     try:
         params = PrepareParams(
-            seed=0,
             shard_size=shard_size,
             workers=workers,
             short_side=short_side,
@@ -71,8 +71,7 @@ def prepare(
             held_out_per_class=held_out_per_class,
             unreadable=unreadable,
             splits={benchmark: split},  # type: ignore[dict-item]
-            reference_draws=1,
-            reference_epochs=1,
+            **ONLY_DRAWN,
         )
     except ValidationError as error:
         text = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())

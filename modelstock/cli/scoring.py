@@ -131,12 +131,12 @@ def _for_people(scores: "Scores", checkpoints: int) -> list[dict[str, Any]]:
     """The metrics as tables show them; checkpoints with the numbers that --ensemble takes."""
     from modelstock.comparison.metrics import METRICS
 
-    others = [metric for name, metric in METRICS.items() if name != "top1"]
-    return [
-        {
-            "weights": f"{number}  {row['weights']}" if number <= checkpoints else row["weights"],
-            "top-1 %": f"{100 * row['top1']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]",
-            **{metric.title + " %" * (metric.unit == "percent"): metric.text(row[metric.name]) for metric in others},
-        }
-        for number, row in enumerate(_metric_rows(scores), 1)
-    ]
+    shown = [metric for metric in METRICS.values() if len(scores.labels) > metric.labels]
+    rows = []
+    for number, row in enumerate(_metric_rows(scores), 1):
+        cells = {metric.name: metric.text(row[metric.name]) for metric in shown}
+        cells["top1"] += f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+        name = f"{number}  {row['weights']}" if number <= checkpoints else row["weights"]
+        headings = {metric.title + " %" * (metric.unit == "percent"): cells[metric.name] for metric in shown}
+        rows.append({"weights": name, **headings})
+    return rows
