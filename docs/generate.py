@@ -1,0 +1,122 @@
+"""Makes the generated parts of README and docs.
+
+    python docs/generate.py                         # tables that come from the code
+    python docs/generate.py --results results       # also the results page, the headline and the figure, from a run
+    python docs/generate.py --check                 # write nothing; fail where a page is not current
+
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
+"""
+
+import argparse
+import ast
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def packages() -> str:
+    """One line per package and top-level module of the library, from its docstring."""
+    rows = []
+    for path in sorted((ROOT / "modelstock").iterdir()):
+        file = path / "__init__.py" if path.is_dir() else path
+        if file.suffix == ".py" and file.is_file() and not path.name.startswith("__"):
+            docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+            name = path.name + "/" * path.is_dir()
+            rows.append([f"`{name}`", " ".join(docstring.partition("\n\n")[0].split())])
+    return table(["where", "what lives there"], rows)
+
+
+def triangle() -> str:
+    """The picture of concepts.md: an angle of 60 degrees between two updates of equal length, so t = 2/3."""
+    length, angle = 330.0, math.pi / 3
+    ratio = 2 * math.cos(angle) / (1 + math.cos(angle))
+    tilt = math.radians(4)
+
+    def at(distance: float, direction: float) -> tuple[float, float]:
+        return 70 + distance * math.cos(direction + tilt), 210 - distance * math.sin(direction + tilt)
+
+    start, first, second = at(0, 0), at(length, angle / 2), at(length, -angle / 2)
+    mean_length = length * math.cos(angle / 2)
+    mean, merged = at(mean_length, 0), at(ratio * mean_length, 0)
+    arc_from, arc_to = at(70, -angle / 2), at(70, angle / 2)
+
+    def line(a: tuple[float, float], b: tuple[float, float], style: str) -> str:
+        return f'<line x1="{a[0]:.1f}" y1="{a[1]:.1f}" x2="{b[0]:.1f}" y2="{b[1]:.1f}" {style}/>\n'
+
+    def dot(a: tuple[float, float], colour: str) -> str:
+        return f'<circle cx="{a[0]:.1f}" cy="{a[1]:.1f}" r="6" fill="{colour}"/>\n'
+
+    def text(a: tuple[float, float], words: str, dx: float, dy: float, colour: str = "#222") -> str:
+        return f'<text x="{a[0] + dx:.1f}" y="{a[1] + dy:.1f}" fill="{colour}">{words}</text>\n'
+
+    blue, red, grey = 'stroke="#1f77b4" stroke-width="3"', 'stroke="#d62728" stroke-width="4"', 'stroke="#999"'
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 430" font-family="sans-serif" font-size="17">\n'
+        '<rect width="720" height="430" fill="white"/>\n'
+        + line(first, second, f'{grey} stroke-dasharray="3 5" stroke-width="2"')
+        + line(start, mean, f'{grey} stroke-dasharray="8 5" stroke-width="2"')
+        + line(start, first, blue)
+        + line(start, second, blue)
+        + line(start, merged, red)
+        + f'<path d="M {arc_from[0]:.1f} {arc_from[1]:.1f} A 70 70 0 0 0 {arc_to[0]:.1f} {arc_to[1]:.1f}" fill="none" '
+        'stroke="#222" stroke-width="1.5"/>\n'
+        + dot(start, "#222")
+        + dot(first, "#1f77b4")
+        + dot(second, "#1f77b4")
+        + dot(mean, "#777")
+        + dot(merged, "#d62728")
+        + text(start, "anchor w\u2080", -55, 32)
+        + text(first, "seed w\u2081", 12, 0, "#1f77b4")
+        + text(second, "seed w\u2082", 12, 10, "#1f77b4")
+        + text(mean, "uniform soup: the mean", 14, 6, "#555")
+        + text(merged, "Model Stock: w\u2080 + t \u00b7 mean(v)", -120, 42, "#d62728")
+        + text(at(92, 0), "\u03b8", -6, -8)
+        + text(at(length * 0.55, angle / 2), "update v\u2081", -85, -12, "#1f77b4")
+        + text(at(length * 0.55, -angle / 2), "update v\u2082", -85, 26, "#1f77b4")
+        + f'<text x="380" y="416" fill="#222">\u03b8 = 60\u00b0:  t = 2 cos \u03b8 / (1 + cos \u03b8) = {ratio:.2f}</text>\n'
+        "</svg>\n"
+    )
+
+
+PARTS: dict[str, Callable[[], str]] = {"packages": packages}
+FILES: dict[str, Callable[[], str]] = {"docs/triangle.svg": triangle}
+
+
+def pages() -> list[Path]:
+    """README and every page of docs."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def current(page: Path) -> str:
+    """A page's text with its generated parts made anew; parts that only a run can give stay as they are."""
+    return PART.sub(lambda m: m[1] + (PARTS[m[2]]() if m[2] in PARTS else m[3]) + m[4], page.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    """Write, or with --check compare, every generated part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args()
+    wanted = {page: current(page) for page in pages()} | {ROOT / name: make() for name, make in FILES.items()}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: " + ("not current; run python docs/generate.py" if options.check else "written"))
+        if not options.check:
+            path.write_text(wanted[path], encoding="utf-8")
+    return int(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
