@@ -9,11 +9,15 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 
 import argparse
 import ast
+import json
 import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from modelstock.comparison.metrics import METRICS
+from modelstock.merging.methods.table import METHODS
 
 ROOT = Path(__file__).parent.parent
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -35,6 +39,34 @@ def packages() -> str:
             name = path.name + "/" * path.is_dir()
             rows.append([f"`{name}`", " ".join(docstring.partition("\n\n")[0].split())])
     return table(["where", "what lives there"], rows)
+
+
+def methods() -> str:
+    """One row per merge method, from the table of methods."""
+    rows = []
+    for name, method in METHODS.items():
+        options = ", ".join(f"`{option}` {json.dumps(default)}" for option, default in method.defaults.items())
+        elsewhere = "; ".join(f"{library}: {other}" for library, other in method.elsewhere.items())
+        needs = "" if method.needs in ("", "depth") else method.needs
+        rows.append([f"`{name}`", method.formula, options, needs, method.source, elsewhere])
+    return table(["method", "result", "options and defaults", "needs", "source", "elsewhere"], rows)
+
+
+def metrics() -> str:
+    """One row per metric, from the table of metrics."""
+    rows = [
+        [
+            f"`{name}`",
+            m.about,
+            m.unit,
+            m.better,
+            " ".join((m.measure.__doc__ or "").split("Source:")[-1].split())
+            if "Source:" in (m.measure.__doc__ or "")
+            else "",
+        ]
+        for name, m in METRICS.items()
+    ]
+    return table(["metric", "what it is", "in", "better", "source"], rows)
 
 
 def triangle() -> str:
@@ -89,7 +121,7 @@ def triangle() -> str:
     )
 
 
-PARTS: dict[str, Callable[[], str]] = {"packages": packages}
+PARTS: dict[str, Callable[[], str]] = {"packages": packages, "methods": methods, "metrics": metrics}
 FILES: dict[str, Callable[[], str]] = {"docs/triangle.svg": triangle}
 
 
@@ -100,7 +132,32 @@ def pages() -> list[Path]:
 
 def current(page: Path) -> str:
     """A page's text with its generated parts made anew; parts that only a run can give stay as they are."""
-    return PART.sub(lambda m: m[1] + (PARTS[m[2]]() if m[2] in PARTS else m[3]) + m[4], page.read_text(encoding="utf-8"))
+    return PART.sub(
+        lambda m: m[1] + (PARTS[m[2]]() if m[2] in PARTS else m[3]) + m[4], page.read_text(encoding="utf-8")
+    )
+
+
+def from_results(results: Path) -> tuple[str, str, dict[str, bytes]]:
+    """The headline, the results page and the pictures of a run's results per example."""
+    from modelstock.comparison.compare import compare
+    from modelstock.comparison.figures import figures
+    from modelstock.comparison.report import as_markdown, headline
+    from modelstock.params import load_params
+    from modelstock.scoring.results import load_scores
+
+    params = load_params(ROOT / "params.yaml")
+    scores = [load_scores(results / f"{name}.safetensors") for name in params.evaluate.benchmarks]
+    comparison = compare(scores, draws=params.compare.draws, seed=params.compare.seed)
+    drawn = figures(comparison)
+    text = as_markdown(comparison, {}, {name: title for name, (title, _) in drawn.items()})
+    body = text.partition("\n\n")[2]
+    page = (
+        "# Results of `make repro`\n\nGenerated from the results per example of a run: `make repro`, then "
+        "`.venv/bin/python docs/generate.py --results results`. Methods: [merging](merging.md); error bars: "
+        "[scoring](scoring.md#error-bars). The embedded benchmark is a tower of 0.8M parameters on procedural pictures: "
+        "read the figures as a test of the pipeline, not of the paper at scale.\n\n"
+    )
+    return headline(comparison) + "\n", page + body, {name: picture for name, (_, picture) in drawn.items()}
 
 
 def main() -> int:
@@ -109,10 +166,16 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
+    if options.results:
+        headline, page, pictures = from_results(options.results)
+        PARTS["headline"] = lambda: headline
+        FILES["docs/results.md"] = lambda: page
+        for name, picture in pictures.items():
+            (ROOT / "docs" / name).write_bytes(picture)
     wanted = {page: current(page) for page in pages()} | {ROOT / name: make() for name, make in FILES.items()}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
-        print(f"{path.relative_to(ROOT)}: " + ("not current; run python docs/generate.py" if options.check else "written"))
+        print(f"{path.relative_to(ROOT)}: {'not current; run python docs/generate.py' if options.check else 'written'}")
         if not options.check:
             path.write_text(wanted[path], encoding="utf-8")
     return int(options.check and bool(stale))

@@ -1,1 +1,14 @@
-"""From images on disk, or drawn, to shards, and from shards to examples."""
+"""From images on disk, or drawn, to shards, and from shards to examples.
+
+shapes/         the embedded benchmark: its names, its renderer, its splits
+layouts.py      data sets as they are published: one entry each
+containers.py   folders and archives as lists of files, read where they are
+preparation.py  a split made into shards, by several processes, resumed
+shards.py       webdataset shards whose bytes repeat
+manifest.py     the manifest of a split, and the check of its shards
+index.py        which image and which label of a shard belong together
+dataset.py      a folder of shards, opened and verified once per process, and passed on as an object
+examples.py     images with labels by row
+images.py       images framed and normalised as a tower takes them
+classes.py      what a head tells apart: names, folders, prompts
+"""
