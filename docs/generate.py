@@ -116,8 +116,8 @@ def triangle() -> str:
         + text(at(92, 0), "\u03b8", -6, -8)
         + text(at(length * 0.55, angle / 2), "update v\u2081", -85, -12, "#1f77b4")
         + text(at(length * 0.55, -angle / 2), "update v\u2082", -85, 26, "#1f77b4")
-        + f'<text x="380" y="416" fill="#222">\u03b8 = 60\u00b0:  t = 2 cos \u03b8 / (1 + cos \u03b8) = {ratio:.2f}</text>\n'
-        "</svg>\n"
+        + text((380, 416), f"\u03b8 = 60\u00b0:  t = 2 cos \u03b8 / (1 + cos \u03b8) = {ratio:.2f}", 0, 0)
+        + "</svg>\n"
     )
 
 
@@ -154,8 +154,8 @@ def from_results(results: Path) -> tuple[str, str, dict[str, bytes]]:
     page = (
         "# Results of `make repro`\n\nGenerated from the results per example of a run: `make repro`, then "
         "`.venv/bin/python docs/generate.py --results results`. Methods: [merging](merging.md); error bars: "
-        "[scoring](scoring.md#error-bars). The embedded benchmark is a tower of 0.8M parameters on procedural pictures: "
-        "read the figures as a test of the pipeline, not of the paper at scale.\n\n"
+        "[scoring](scoring.md#error-bars). The embedded benchmark is a tower of 0.8M parameters on procedural "
+        "pictures: read the figures as a test of the pipeline, not of the paper at scale.\n\n"
     )
     return headline(comparison) + "\n", page + body, {name: picture for name, (_, picture) in drawn.items()}
 
