@@ -365,7 +365,7 @@ class TestOtherMethods:
 
 
 class TestRefusals:
-    def test_unknown_method_and_knob_name_the_nearest(self):
+    def test_unknown_method_and_option_name_the_nearest(self):
         anchor, tuned = family(2)
         with pytest.raises(MergeError, match="did you mean model_stock"):
             merge_with("model_stok", anchor, tuned)
@@ -412,7 +412,7 @@ class TestRefusals:
             ("uniform", {"dtype": "F8"}, "dtype: got 'F8'; expected F64, F32, F16, BF16"),
         ],
     )
-    def test_each_bad_knob_is_named(self, method, options, message):
+    def test_each_bad_option_is_named(self, method, options, message):
         anchor, tuned = family(2)
         with pytest.raises(MergeError, match=message):
             merge_with(method, anchor, tuned, **options)

@@ -296,7 +296,7 @@ def test_objectnet_with_a_folder_or_a_mapping_too_few_is_refused(tmp_path):
     )
 
 
-# The held-out cut
+# The held-out split
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar.gz", "nested"])
