@@ -296,7 +296,7 @@ def _collect(
             if len(unreadable) > allowed:
                 names = sorted(unreadable)
                 cure = (
-                    "leave them out of the shards" if in_place else "mend or remove them, or raise prepare.unreadable"
+                    "leave them out of the shards" if in_place else "fix or remove them, or raise prepare.unreadable"
                 )
                 raise DataError(
                     place,
