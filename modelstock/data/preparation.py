@@ -295,9 +295,7 @@ def _collect(
             unreadable |= facts["unreadable"]
             if len(unreadable) > allowed:
                 names = sorted(unreadable)
-                cure = (
-                    "leave them out of the shards" if in_place else "fix or remove them, or raise prepare.unreadable"
-                )
+                cure = "leave them out of the shards" if in_place else "fix or remove them, or raise prepare.unreadable"
                 raise DataError(
                     place,
                     got=f"{len(names)} unreadable images of {total}: {few(names)} ({unreadable[names[0]]})",
