@@ -122,7 +122,7 @@ TABLE = {
     ),
     "an export": (["modelstock/models/export.py"], set(), EVERYTHING),
     "the training loop": (["modelstock/training/loop.py"], TRAINING | BELOW, {"prepare"}),
-    "the recipe": (["modelstock/training/finetune.py"], TRAINING | BELOW, {"prepare", "pretrain", "anchor"}),
+    "the recipe": (["modelstock/training/recipe.py"], TRAINING | BELOW, {"prepare", "pretrain", "anchor"}),
     "periodic merging": (
         ["modelstock/training/periodic.py"],
         {"periodic", "evaluate"},

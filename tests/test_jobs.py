@@ -1,6 +1,5 @@
 """Jobs: outputs in whole, nothing left behind, a forced run that trains, and the same bytes after any stop."""
 
-import os
 import random
 import shutil
 import signal
@@ -14,7 +13,7 @@ from modelstock.errors import TrackingError
 from modelstock.params import TinyPretraining
 from modelstock.tracking.history import read_history
 from modelstock.tracking.tracker import TRACKERS, open_tracker
-from modelstock.training import finetune, job, resume
+from modelstock.training import finetune, resume
 from modelstock.training.finetune import finetune_seed, longer
 from modelstock.training.inputs import Inputs
 from modelstock.training.job import Job, Setting
@@ -100,11 +99,8 @@ def test_a_finished_job_leaves_nothing_and_run_again_it_trains_again_to_the_same
 def test_a_job_writes_its_weights_averages_snapshots_and_history(anchor):
     seed_0(anchor, Path("out"))
     sets = {"weights", "ema-0.5", "ema-0.9", "lawa", "epoch-1", "epoch-2"}
-    assert {p.name for p in Path("out").iterdir()} == {
-        "history.csv",
-        "history.jsonl",
-        *(f"{n}.safetensors" for n in sets),
-    }
+    files = {f"{name}.safetensors" for name in sets}
+    assert content(Path("out")).keys() == {"history.csv", "history.jsonl", *files}
     made = {name: load_weights(Path("out") / f"{name}.safetensors").meta["made_by"] for name in sets}
     assert made["epoch-2"]["average"] == "snapshot"
     assert made["epoch-2"]["options"]["epoch"] == 2
@@ -128,29 +124,30 @@ def stop_after(function):
     return work
 
 
+def stop_in_the_removal(path, ignore_errors=False):
+    """shutil.rmtree that stops at what must be there."""
+    if not ignore_errors:
+        raise Stop
+
+
 @pytest.mark.parametrize(
-    ("place", "name", "when", "trained"),
+    ("place", "name", "work", "trained"),
     [
-        (job.Job, "weight_set", stop, 0),  # trained, nothing written
-        (finetune, "link_or_copy", stop_after(finetune.link_or_copy), 0),  # while outputs are written
-        (finetune, "write_history", stop_after(finetune.write_history), 0),  # outputs written, nothing removed
-        (job.shutil, "rmtree", stop, 0),  # before anything is removed
-        (job.os, "replace", None, 9),  # no resume point any more, its files there still
+        (Job, "weight_set", stop, 0),
+        (finetune, "link_or_copy", stop_after(finetune.link_or_copy), 0),
+        (finetune, "write_history", stop_after(finetune.write_history), 0),
+        (shutil, "rmtree", stop, 0),
+        (shutil, "rmtree", stop_in_the_removal, 9),  # the resume point is gone, and the folder still there
     ],
-    ids=["trained", "between outputs", "outputs written", "before removal", "removed in half"],
+    ids=["before the outputs", "between outputs", "after the outputs", "before the removal", "in the removal"],
 )
 def test_stopped_between_training_and_the_end_of_the_removal_a_job_ends_with_the_same_bytes(
-    anchor, monkeypatch, steps, place, name, when, trained
+    anchor, monkeypatch, steps, place, name, work, trained
 ):
     recipe = KEEPS_ALL if name != "weight_set" else RECIPE  # snapshots are weight sets made on the way
     seed_0(anchor, Path("whole"), recipe=recipe)
     with monkeypatch.context() as patch:
-        if when is None:  # the folder has its other name, and is still there
-            rename, real = os.replace, shutil.rmtree
-            patch.setattr(job.shutil, "rmtree", lambda path, **options: real(path, **options) if options else stop())
-            assert job.os.replace is rename
-        else:
-            patch.setattr(place, name, when)
+        patch.setattr(place, name, work)
         with pytest.raises(Stop):
             seed_0(anchor, Path("out"), recipe=recipe)
     shutil.rmtree("out", ignore_errors=True)  # as DVC does before it runs a stage
@@ -185,9 +182,13 @@ def test_a_stopped_job_goes_on_only_with_the_code_libraries_threads_and_data_it_
     monkeypatch.setattr(resume, "SAVE_EVERY_S", -1.0)
     with monkeypatch.context() as patch:
         save = resume.ResumePoint.save
-        patch.setattr(
-            resume.ResumePoint, "save", lambda self, run: (save(self, run), stop() if run.step == 4 else None)
-        )
+
+        def save_until(self, run):
+            save(self, run)
+            if run.step == 4:
+                raise Stop
+
+        patch.setattr(resume.ResumePoint, "save", save_until)
         with pytest.raises(Stop):
             seed_0(anchor, Path("out"))
     steps.clear()

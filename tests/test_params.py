@@ -116,7 +116,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
         (
             "reset_moments: false\n  devices: 1",
             "reset_moments: false\n  devices: 3",
-            "devices is 1 or one a seed, not 3 for sizes [2]",
+            "devices is 1 or one per seed, not 3 for sizes [2]",
         ),
     ],
 )

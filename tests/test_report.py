@@ -25,8 +25,10 @@ from modelstock.comparison.report import (
 from modelstock.errors import WeightsError
 from modelstock.scoring.results import Row, save_scores
 from modelstock.tracking.mlflow import IDENTITY, MlflowTracker
-from modelstock.weights.weight_set import WeightSet
+from modelstock.tracking.tracker import TRACKERS
+from modelstock.weights.weight_set import WeightSet, load_weights
 from stages.compare import main as compare_stage
+from tests.support.tracker import Recorder
 from tests.test_comparison import ACCURACY, LABELS, ROWS, made, without_shifts
 
 
@@ -369,6 +371,23 @@ def test_the_stage_compares_somebodys_own_checkpoints_on_one_test_set(own, capsy
     }
     best = tracker.client.get_model_version_by_alias("modelstock-shapes", "champion").tags[IDENTITY]
     assert best == runs["uniform/0-1"].data.tags[IDENTITY]
+
+
+def test_a_tracker_of_ones_own_gets_every_row_with_its_metrics_and_the_champion(own, monkeypatch):
+    monkeypatch.setitem(TRACKERS, "recorder", "tests.support.tracker:Recorder")
+    for name in ("metrics", "aliases"):
+        monkeypatch.setattr(Recorder, name, {})
+    params = (own / "params.yaml").read_text()
+    assert "tracker: mlflow" in params
+    (own / "params.yaml").write_text(params.replace("tracker: mlflow", "tracker: recorder"))
+    compare_stage(Path("results"), Path("models"), Path("reports"))
+    assert {name: metrics["shapes"]["top1"] for name, metrics in Recorder.metrics.items()} == pytest.approx(
+        {"anchor": 0.5, "seed-0": 0.6, "seed-1": 0.7, "uniform/0-1": 0.8}
+    )
+    champion = load_weights(own / "models/merged/uniform/0-1.safetensors").identity
+    assert len(Recorder.aliases) == 4
+    assert [identity for identity, alias in Recorder.aliases.items() if alias == "champion"] == [champion]
+    assert not (own / "mlflow.db").exists()
 
 
 def test_scored_weights_without_a_file_are_refused_before_anything_is_written(own):
