@@ -156,7 +156,7 @@ def test_stopped_after_any_save_and_started_again_it_ends_with_the_same_bytes(tm
 
 
 def test_a_number_of_processes_that_fits_no_seeds_is_refused(tmp_path, anchor):
-    with pytest.raises(TrainingError, match="got 3 processes for 2 seeds; expected 1, or one a seed"):
+    with pytest.raises(TrainingError, match="got 3 processes for 2 seeds; expected 1, or one per seed"):
         train_side_by_side(anchor, tmp_path, world=World(0, 3))
 
 
