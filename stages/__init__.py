@@ -7,12 +7,14 @@ from typing import Any
 import typer
 
 from modelstock.errors import ModelstockError
+from modelstock.notices import printed
 
 
 def run(main: Callable[..., Any]) -> None:
     """Run a stage's `main` as a command; an error a user can fix is one line on stderr and exit code 1."""
     try:
-        typer.run(main)
+        with printed():
+            typer.run(main)
     except ModelstockError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

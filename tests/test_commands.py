@@ -65,7 +65,7 @@ def test_evaluate_prints_what_scoring_says(folder, tmp_path, variants):
         "--batch-size",
         32,
     )
-    table = json.loads(shown)
+    table = json.loads(shown)["rows"]
     identities = [w.identity for w in variants[:2]]
     assert [(row["weights"], row["benchmark"]) for row in table] == [
         (name, split)
@@ -94,7 +94,7 @@ def test_evaluate_shows_percent_with_intervals_to_people(folder, variants):
 
 def test_evaluate_tells_classes_apart(folder):
     shown = call("evaluate", folder / "0.safetensors", *benchmarks(folder, "shapes"), "--per-class", "--json")
-    table = json.loads(shown)
+    table = json.loads(shown)["rows"]
     outcome = score(open_dataset(folder / "shapes"), [load_weights(folder / "0.safetensors")])
     assert len(table) == 24
     assert sum(row["images"] for row in table) == 70
@@ -112,7 +112,7 @@ def test_evaluate_takes_foreign_checkpoints_with_their_anchor(folder, variants, 
             *benchmarks(folder, "shapes"),
             "--json",
         )
-    )
+    )["rows"]
     head = {k: v for k, v in anchor.tensors.items() if k.startswith("head.")}
     same = type(anchor)({**variants[2].tensors, **head}, anchor.meta, "same")
     assert table[0]["top1"] == pytest.approx(

@@ -693,7 +693,8 @@ class TestARowIsAllThatAMethodNeeds:
             == merge_with("halves", anchor, tuned, share=0.25)[0].identity
         )
         listed = CliRunner().invoke(app, ["methods", "--json"])
-        assert {"method": "halves", "options": "share=0.5, scale=1.0"}.items() <= json.loads(listed.stdout)[-1].items()
+        row = json.loads(listed.stdout)["rows"][-1]
+        assert {"method": "halves", "options": "share=0.5, scale=1.0"}.items() <= row.items()
 
     def test_its_params_section_follows_from_the_row(self, halves):
         section = merge_section(METHODS)

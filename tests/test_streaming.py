@@ -413,7 +413,7 @@ def test_the_command_merges_inspects_and_compares(files, tmp_path):
         tmp_path, "merge", "--anchor", files[0], *files[1:], "-o", "out.safetensors", "--report", "r.json", "--json"
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)[0]["tensors"] == 7
+    assert json.loads(done.stdout)["rows"][0]["tensors"] == 7
     report = json.loads((tmp_path / "r.json").read_text())
     assert set(report["big"]) >= {"norms", "cosine", "ratio", "flag"}
     shown = json.loads(command(tmp_path, "inspect", "out.safetensors", "--json").stdout)
@@ -425,13 +425,13 @@ def test_the_command_merges_inspects_and_compares(files, tmp_path):
     assert known == [own[0], *sorted(own[1:])]
     assert own[0] in command(tmp_path, "inspect", "known.safetensors").stdout
     assert all(row["finite"] for row in shown["tensors"])
-    rows = json.loads(command(tmp_path, "diff", files[1], files[2], "--anchor", files[0], "--json").stdout)
+    rows = json.loads(command(tmp_path, "diff", files[1], files[2], "--anchor", files[0], "--json").stdout)["rows"]
     big = next(row for row in rows if row["tensor"] == "big")
     w = [load_file(f)["big"].astype(np.float64).ravel() for f in files]
     assert big["distance"] == pytest.approx(np.linalg.norm(w[1] - w[2]))
     cosine = (w[1] - w[0]) @ (w[2] - w[0]) / np.linalg.norm(w[1] - w[0]) / np.linalg.norm(w[2] - w[0])
     assert big["cosine"] == pytest.approx(cosine)
-    listed = json.loads(command(tmp_path, "methods", "--json").stdout)
+    listed = json.loads(command(tmp_path, "methods", "--json").stdout)["rows"]
     assert [row["method"] for row in listed] == list(METHODS)
     assert all(row["formula"] and row["source"] for row in listed)
     assert "model_stock" in command(tmp_path, "methods").stdout

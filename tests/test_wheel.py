@@ -99,7 +99,7 @@ def test_the_installed_command_merges_to_the_bytes_of_the_library(environment, f
 def test_the_installed_command_inspects_compares_and_lists(environment, files):
     shown = json.loads(command(environment, files, "inspect", "1.safetensors", "--json").stdout)
     assert [row["tensor"] for row in shown["tensors"]] == ["visual.a", "visual.b"]
-    rows = json.loads(command(environment, files, "diff", "1.safetensors", "2.safetensors", "--json").stdout)
+    rows = json.loads(command(environment, files, "diff", "1.safetensors", "2.safetensors", "--json").stdout)["rows"]
     assert all(row["distance"] > 0 for row in rows)
     assert "model_stock" in command(environment, files, "methods").stdout
     assert "│ merge" in command(environment, files, "--help").stdout

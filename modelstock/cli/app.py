@@ -13,6 +13,7 @@ from modelstock.cli.merging import merge, methods, statistics
 from modelstock.cli.models import anchor, export
 from modelstock.cli.scoring import evaluate
 from modelstock.errors import ModelstockError
+from modelstock.notices import printed
 
 app = typer.Typer(
     add_completion=False,
@@ -34,7 +35,8 @@ def main() -> None:
     """Run the command; an error that a user can fix is one line on stderr and exit code 1."""
     try:
         try:
-            app()
+            with printed():
+                app()
         except ModuleNotFoundError as error:
             raise missing_extra(" ".join(["modelstock", *sys.argv[1:2]]), error) from error
     except ModelstockError as error:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from modelstock.notices import so_far
+
 
 def show(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Print rows with the same keys, as a table or as JSON."""
+    """Print rows with the same keys, as a table, or as JSON: {"rows": [...], "notices": [...]}."""
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps({"rows": rows, "notices": so_far()}, indent=1))
         return
     from rich.console import Console
     from rich.table import Table

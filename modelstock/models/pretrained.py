@@ -20,6 +20,7 @@ from torch import nn
 
 from modelstock.errors import DataError, ParamsError, WeightsError, closest, few, nearest
 from modelstock.models.towers import build_clip, tensors_of
+from modelstock.notices import notice
 from modelstock.weights import checkpoints
 from modelstock.weights.checkpoints import open_checkpoint, weights_in
 from modelstock.weights.differences import differences
@@ -144,11 +145,10 @@ def _checked_config(architecture: str, path: Path, config: Mapping[str, Any]) ->
     keys = [] if named is None else sorted(named.keys() | config.keys())
     differing = [key for key in keys if named is not None and named.get(key) != config.get(key)]
     if differing:
-        warnings.warn(
-            f"{path}: the model is built as this file says, which is not {architecture} of open_clip: "
-            f"{few(differing)} differ",
-            stacklevel=5,
+        text = (
+            f"the model is built as this file says, which is not {architecture} of open_clip: {few(differing)} differ"
         )
+        notice(path, text)
     return config
 
 
@@ -159,10 +159,10 @@ def _check_activation(architecture: str, config: Mapping[str, Any], weights: str
         return
     other = architecture.removesuffix("-quickgelu") if built else f"{architecture}-quickgelu"
     cure = f"set pretrain.architecture to {other}" if open_clip.get_model_config(other) else "take other weights"
-    warnings.warn(
-        f"{weights}: these weights were trained with {'QuickGELU' if trained else 'GELU'}, and {architecture} has "
+    notice(
+        weights,
+        f"these weights were trained with {'QuickGELU' if trained else 'GELU'}, and {architecture} has "
         f"{'QuickGELU' if built else 'GELU'}: accuracy drops by points; {cure}",
-        stacklevel=4,
     )
 
 
@@ -170,10 +170,10 @@ def _agreed(architecture: str, tags: Mapping[str, Mapping[str, Any]]) -> Mapping
     """The preprocessing of all of an architecture's published weights, where it is one and the same."""
     ways = {json.dumps({key: tag.get(key) for key in _PREPROCESS}): tag for tag in tags.values()}
     if len(ways) > 1:
-        warnings.warn(
-            f"weights of {architecture} were published with {len(ways)} ways of preprocessing: open_clip's default is "
-            f"taken; put the {CONFIG} that belongs to the file beside it for another",
-            stacklevel=5,
+        notice(
+            f"weights of {architecture}",
+            f"published with {len(ways)} ways of preprocessing: open_clip's default is taken; put the {CONFIG} that "
+            "belongs to the file beside it for another",
         )
     return next(iter(ways.values())) if len(ways) == 1 else {}
 
@@ -277,10 +277,10 @@ def _warn_if_resized(model: nn.Module, path: Path) -> None:
         return
     loaded = open_checkpoint(path).tensors.get(name)
     if loaded is not None and loaded.shape != tuple(built.shape):
-        warnings.warn(
-            f"{path}: made for images of another size; its {loaded.shape[0]} position embeddings were resized to the "
+        notice(
+            path,
+            f"made for images of another size; its {loaded.shape[0]} position embeddings were resized to the "
             f"{built.shape[0]} of pretrain.architecture",
-            stacklevel=4,
         )
 
 

@@ -1,19 +1,19 @@
 """The live mirror: a growing history, sent to a tracker while the run trains."""
 
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from modelstock.notices import notice
 from modelstock.tracking.tracker import Tracker
 
 
 class Mirror:
     """Sends a growing history to a tracker every few seconds while the block trains; never lets an error reach it.
 
-    `tracker` is opened by the mirror's own thread. The first failure is one warning, later ones are silent: what was
+    `tracker` is opened by the mirror's own thread. The first failure is one notice, later ones are silent: what was
     missed is sent by the stage `compare`. When the block has ended, the last rows are sent.
     """
 
@@ -49,4 +49,4 @@ class Mirror:
                 last = self._stop.wait(self._every_s)
                 tracker.live(key=self._key, name=self._name, params=self._params, history=self._history)
         except Exception as error:
-            warnings.warn(f"{error} (training goes on)", stacklevel=2)
+            notice(error, "training goes on")
