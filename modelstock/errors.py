@@ -6,6 +6,7 @@ ModelstockError            every one of them: say place, got, expected, cure in 
 ├── WeightsError           a checkpoint file, or a tensor in it
 ├── MergeError             weight sets that cannot be merged, or a method that cannot do it
 ├── TrainingError          a run that cannot go on (non-finite loss, a resume point that does not fit)
+├── RoomError              a disk that is full, a quota or a limit of file sizes that is reached
 └── TrackingError          the MLflow server or its store
 """
 
@@ -45,6 +46,10 @@ class MergeError(ModelstockError):
 
 class TrainingError(ModelstockError):
     """Training cannot go on."""
+
+
+class RoomError(ModelstockError):
+    """There is no room for a file; nothing half-written is left."""
 
 
 class TrackingError(ModelstockError):

@@ -1,5 +1,6 @@
 """Files that are whole or absent, and whose bytes repeat; and where files lie that only save time."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,8 +10,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from modelstock.errors import RoomError
+
+# A full disk, a quota, a limit of file sizes.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How libraries that write by themselves report one: safetensors repeats the system's text, torch has its own.
+_FULL_TEXTS = (*map(os.strerror, _FULL), "unexpected pos", "PytorchStreamWriter failed writing")
+
 # Resume points and caches, each named for all that it depends on: removing it costs time and nothing else.
 SCRATCH = Path("scratch")
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a write failed for want of room, also where a library wraps the system's error."""
+    while error is not None:
+        if getattr(error, "errno", None) in _FULL or any(text in str(error) for text in _FULL_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def no_room(path: Path, error: BaseException) -> RoomError:
+    """A write of `path` that failed for want of room, as one line: its folder, and the bytes written and free."""
+    folder = path.parent
+    facts = [error.strerror or "no room" if isinstance(error, OSError) else os.strerror(errno.ENOSPC)]
+    if path.is_file():
+        facts.append(f"{path.stat().st_size:,} bytes written of a file")
+    if folder.is_dir():
+        facts.append(f"{shutil.disk_usage(folder).free:,} bytes free")
+    return RoomError(
+        folder, got=", ".join(facts), expected="room for it", cure="make room, raise the limit, or write elsewhere"
+    )
 
 
 @contextmanager
@@ -19,15 +49,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     A process killed inside the block leaves `path` as it was. The temporary name carries the process
     id, so two writers never share one.
+
+    Raises:
+        RoomError: there is no room for the file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        if isinstance(error, RoomError) or not is_full(error):
+            raise
+        raise no_room(temporary, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
