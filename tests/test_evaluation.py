@@ -267,6 +267,19 @@ def test_results_read_back_and_their_bytes_repeat(tmp_path, variants):
     assert Outcome.load(tmp_path / "absent") is None
 
 
+def test_results_carry_the_notices_of_their_data_and_weight_sets(tmp_path, variants):
+    make_split(tmp_path / "data", "shapes", 20)
+    dataset = open_dataset(tmp_path / "data")
+    unusual = WeightSet(variants[0].tensors, {**variants[0].meta, "notices": ["stored as bfloat16"]}, "unusual")
+    rows = [Row(f"seed-{i}", w.identity, "seed", (i,), {}) for i, w in enumerate([unusual, variants[1]])]
+    scores = collect(dataset, rows, score(tmp_path / "data", variants), [unusual, variants[1]])
+    assert scores.notices == ("seed-0: stored as bfloat16",)
+    save_scores(tmp_path / "results", scores)
+    assert load_scores(tmp_path / "results").notices == scores.notices
+    save_scores(tmp_path / "results", collect(dataset, rows, score(tmp_path / "data", variants), variants))
+    assert load_scores(tmp_path / "results").notices == ()
+
+
 def test_a_tower_that_does_not_fit_and_an_unknown_member_are_refused(tmp_path, variants):
     make_split(tmp_path, "shapes", 10)
     lacking = {k: v for k, v in variants[0].tensors.items() if k != "visual.proj"}

@@ -65,7 +65,8 @@ def evaluate(
     )
     results = []
     for dataset in datasets:
-        results.append(collect(dataset, rows, score(dataset, candidates, identities, options)))
+        outcomes = score(dataset, candidates, identities, options)
+        results.append(collect(dataset, rows, outcomes, candidates))
         if out is not None:
             save_scores(out / f"{results[-1].benchmark}.safetensors", results[-1])
     if per_class:

@@ -252,9 +252,17 @@ def accuracies(dataset: Dataset, weights: Sequence[WeightSet], options: ScoringO
     return [float(outcomes[w.identity].correct.mean()) for w in weights]
 
 
-def collect(dataset: Dataset, rows: Sequence[Row], outcomes: Mapping[str, Outcome]) -> Scores:
-    """Put outcomes in the order of `rows`, as the comparison reads them."""
+def collect(
+    dataset: Dataset, rows: Sequence[Row], outcomes: Mapping[str, Outcome], weights: Sequence[WeightSet] = ()
+) -> Scores:
+    """Put outcomes in the order of `rows`, as the comparison reads them, with the notices of data and weight sets.
+
+    `weights`: those of the first rows, in their order; the other rows are ensembles.
+    """
     manifest, chosen = dataset.manifest, [outcomes[row.identity] for row in rows]
+    notices = [f"{manifest.benchmark}: {line}" for line in getattr(manifest, "notices", ())]
+    for row, of_row in zip(rows, weights, strict=False):
+        notices += [f"{row.name}: {line}" for line in of_row.meta.get("notices", ())]
     return Scores(
         benchmark=manifest.benchmark,
         role=manifest.role,
@@ -262,5 +270,6 @@ def collect(dataset: Dataset, rows: Sequence[Row], outcomes: Mapping[str, Outcom
         rows=tuple(rows),
         labels=tuple(manifest.labels),
         truth=dataset.labels.astype(np.int32),
+        notices=tuple(dict.fromkeys(notices)),
         **{name: np.stack([getattr(outcome, name) for outcome in chosen]) for name in COLUMNS},
     )

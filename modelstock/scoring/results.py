@@ -37,6 +37,7 @@ class Scores:
     """Results on one benchmark. `role`: "held-out", "in-distribution" or "shift"; arrays are (rows, examples).
 
     A label is a class or several classes of the head; the softmax is over the labels. `labels`: the labels' names.
+    `notices`: what is unusual about the data and the weight sets; see modelstock.notices.
     """
 
     benchmark: str
@@ -50,6 +51,7 @@ class Scores:
     prediction: NDArray[np.int32]
     confidence: NDArray[np.float32]  # softmax of the prediction
     nll: NDArray[np.float32]  # minus the logarithm of the truth's softmax, in nats
+    notices: tuple[str, ...] = ()
 
 
 def save_scores(path: Path, scores: Scores) -> None:
@@ -69,6 +71,7 @@ def save_scores(path: Path, scores: Scores) -> None:
             }
             for row in scores.rows
         ],
+        **({"notices": list(scores.notices)} if scores.notices else {}),
     }
     arrays = {name: getattr(scores, name) for name in ARRAYS}
     with atomic_path(path) as temporary:
@@ -94,4 +97,5 @@ def load_scores(path: Path) -> Scores:
         ) from error
     rows = tuple(Row(**{**row, "members": tuple(row["members"])}) for row in facts["rows"])
     named = {name: facts[name] for name in ("benchmark", "role", "data")}
-    return Scores(**named, rows=rows, labels=tuple(facts["labels"]), **arrays)
+    labels, notices = tuple(facts["labels"]), tuple(facts.get("notices", ()))
+    return Scores(**named, rows=rows, labels=labels, **arrays, notices=notices)
