@@ -28,6 +28,11 @@ def notice(place: object, text: str) -> None:
     warnings.warn(line, Notice, stacklevel=3)
 
 
+def remark(place: object, text: str) -> None:
+    """A notice that no result rests on, such as what a resumed run found: given, and not collected."""
+    warnings.warn(" ".join(f"{place}: {text}".split()), Notice, stacklevel=3)
+
+
 @contextmanager
 def collected() -> Iterator[list[str]]:
     """The notices that this thread gives in the block, each once; blocks around it collect them too."""

@@ -1,10 +1,13 @@
 """One pass over the data gives each weight set what scoring it alone gives, to the last example."""
 
 import io
+import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +16,18 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import modelstock.scoring.one_pass as one_pass
 from modelstock import provenance
+from modelstock.damage import CACHE, cure_of
 from modelstock.data.dataset import open_dataset, read_all
 from modelstock.data.examples import InShards
 from modelstock.data.images import normalise
 from modelstock.errors import DataError, WeightsError
 from modelstock.models.towers import TINY_CLIP, build_classifier, build_clip, tensors_of
+from modelstock.notices import Notice
 from modelstock.scoring.decoding import DecodedBatches
 from modelstock.scoring.one_pass import ScoringOptions, collect
 from modelstock.scoring.outcome import COLUMNS, Outcome, label_logits
@@ -171,8 +178,10 @@ def test_a_pass_that_is_killed_keeps_what_it_had_scored(tmp_path, variants):
     script = f"""
 import os, signal
 from pathlib import Path
+from modelstock.damage import CACHE, cure_of
 from modelstock.data.dataset import open_dataset
 from modelstock.scoring import one_pass
+from modelstock.notices import Notice
 from modelstock.scoring.decoding import DecodedBatches
 from modelstock.weights.weight_set import load_weights
 one_pass.SAVE_EVERY_S = 0.0
@@ -218,6 +227,7 @@ def test_label_logits_by_hand():
     assert label_logits(logits, [[0, 1], [2, 3]]).tolist() == [[5.0, 4.0]]
 
 
+@pytest.mark.filterwarnings("ignore:.*scored again")
 def test_every_image_is_decoded_once_and_what_is_scored_is_not_scored_again(tmp_path, variants, monkeypatch):
     make_split(tmp_path / "data", "shapes", 60)
     rows = []
@@ -278,6 +288,108 @@ def test_results_carry_the_notices_of_their_data_and_weight_sets(tmp_path, varia
     assert load_scores(tmp_path / "results").notices == scores.notices
     save_scores(tmp_path / "results", collect(dataset, rows, score(tmp_path / "data", variants), variants))
     assert load_scores(tmp_path / "results").notices == ()
+
+
+class TestDamagedFiles:
+    """Whatever byte of what was written changes, no number comes of it."""
+
+    @pytest.fixture
+    def results(self, tmp_path, variants):
+        """The results of three weight sets, in a file."""
+        make_split(tmp_path / "data", "shapes", 40)
+        rows = [Row(f"seed-{i}", w.identity, "seed", (i,), {}) for i, w in enumerate(variants)]
+        scores = collect(open_dataset(tmp_path / "data"), rows, score(tmp_path / "data", variants))
+        save_scores(tmp_path / "shapes.safetensors", scores)
+        return scores, tmp_path / "shapes.safetensors"
+
+    def test_results_with_any_byte_changed_missing_or_added_are_refused_by_name(self, results):
+        _, path = results
+        whole = path.read_bytes()
+        damaged = {"truncated": whole[:-9], "empty": b"", "longer": whole + b"\0", "another kind": b"PK" + whole[2:]}
+        for place in np.random.default_rng(0).choice(len(whole), 150, replace=False).tolist():
+            damaged[str(place)] = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+        for content in damaged.values():
+            path.write_bytes(content)
+            with pytest.raises(DataError, match=r"shapes\.safetensors: got .*; make it again") as caught:
+                load_scores(path)
+            assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("column", "change", "message"),
+        [
+            ("correct", lambda a: ~a, "correct that is not where the prediction is the truth"),
+            ("correct5", lambda a: a[:, 1:], r"correct5 of shape \(3, 39\) for 3 rows and 40 examples"),
+            ("nll", lambda a: a[1:], r"nll of shape \(2, 40\) for 3 rows"),
+            ("prediction", lambda a: a + 24, "prediction beyond the 24 labels"),
+            ("truth", lambda a: a - 1, "truth beyond the 24 labels"),
+            ("confidence", lambda a: a + 1, "confidence beyond 0 to 1"),
+            ("nll", lambda a: a - 99, "nll below 0"),
+        ],
+    )
+    def test_results_that_contradict_themselves_are_refused(self, results, column, change, message):
+        scores, path = results
+        save_scores(path, replace(scores, **{column: change(getattr(scores, column))}))
+        with pytest.raises(DataError, match=message):
+            load_scores(path)
+
+    def test_two_rows_of_one_name_are_refused(self, results):
+        scores, path = results
+        save_scores(path, replace(scores, rows=(scores.rows[0], *scores.rows[:2])))
+        with pytest.raises(DataError, match="the row seed-0 twice"):
+            load_scores(path)
+
+    def test_the_cure_names_dvcs_copy_which_shares_the_damaged_bytes(self, results, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        _, path = results
+        copy = Path(".dvc/cache/files/md5/ab/cdef")
+        copy.parent.mkdir(parents=True)
+        os.link(path, copy)
+        Path("dvc.lock").write_text(
+            "stages:\n  evaluate@shapes:\n    outs:\n    - {path: shapes.safetensors, md5: abcdef}\n"
+        )
+        path.write_bytes(path.read_bytes()[:-1])
+        cure = "rm -f shapes.safetensors .dvc/cache/files/md5/ab/cdef; dvc repro evaluate@shapes"
+        with pytest.raises(DataError, match=re.escape(cure)):
+            load_scores(Path("shapes.safetensors"))
+
+    def test_a_damaged_file_in_a_folder_that_is_an_output_is_found_in_dvcs_cache(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name, content in {"12/3.dir": '[{"md5": "4567", "relpath": "0-1.safetensors"}]', "45/67": "bytes"}.items():
+            (CACHE / name).parent.mkdir(parents=True)
+            (CACHE / name).write_text(content)
+        Path("dvc.lock").write_text(
+            "stages:\n  merge@ties:\n    outs:\n    - {path: models/merged/ties, md5: 123.dir}\n"
+        )
+        found = cure_of(Path("models/merged/ties/0-1.safetensors"), "otherwise")
+        assert "rm -f models/merged/ties/0-1.safetensors .dvc/cache/files/md5/45/67; dvc repro merge@ties" in found
+        assert cure_of(Path("elsewhere"), "otherwise") == "otherwise"
+        Path("dvc.lock").unlink()
+        assert cure_of(Path("models/merged/ties/0-1.safetensors"), "otherwise") == "otherwise"
+
+    @pytest.mark.parametrize("damage", ["40 values", "a shorter column", "truncated", "empty", "of another weight set"])
+    def test_a_damaged_outcome_is_scored_again_and_said_so(self, tmp_path, variants, damage):
+        make_split(tmp_path / "data", "shapes", 60)
+        cache = tmp_path / "cache"
+        expected = score(tmp_path / "data", variants[:2], cache=cache)
+        for file in sorted(cache.rglob("*.safetensors")):
+            with safe_open(file, framework="numpy") as opened:
+                arrays, metadata = {name: opened.get_tensor(name) for name in COLUMNS}, opened.metadata()
+            if damage == "40 values":
+                arrays["correct"][:40] = True
+                save_file(arrays, file, metadata)
+            elif damage == "a shorter column":
+                save_file({**arrays, "nll": arrays["nll"][:-1].copy()}, file, metadata)
+            elif damage == "truncated":
+                file.write_bytes(file.read_bytes()[:-10])
+            elif damage == "empty":
+                file.write_bytes(b"")
+        if damage == "of another weight set":
+            first, second = sorted(cache.rglob("*.safetensors"))
+            shutil.copy(first, second)
+        with pytest.warns(Notice, match="not used, and scored again"):
+            again = score(tmp_path / "data", variants[:2], cache=cache)
+        for identity, outcome in expected.items():
+            assert all(np.array_equal(getattr(outcome, c), getattr(again[identity], c)) for c in COLUMNS)
 
 
 def test_a_tower_that_does_not_fit_and_an_unknown_member_are_refused(tmp_path, variants):

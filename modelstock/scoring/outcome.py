@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
-from modelstock.files import atomic_path
+from modelstock.notices import remark
+from modelstock.scoring.checked_arrays import read_checked, write_checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +28,21 @@ class Outcome:
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file, whole or not at all."""
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(save({name: getattr(self, name) for name in COLUMNS}))
+        write_checked(path, {name: getattr(self, name) for name in COLUMNS}, {"of": _name(path)})
 
     @classmethod
     def load(cls, path: Path) -> "Outcome | None":
-        """Read it back; None for a file that is not there or is damaged."""
+        """Read it back; None for a file that is not there, that is damaged, or that is of another name."""
         try:
-            with safe_open(path, framework="numpy") as file:
-                return cls(**{name: file.get_tensor(name) for name in COLUMNS})
-        except (OSError, SafetensorError):
+            arrays, facts = read_checked(path, COLUMNS)
+            if facts != {"of": _name(path)} or len({array.shape for array in arrays.values()}) > 1:
+                raise ValueError(f"an outcome of {facts.get('of')}")
+        except OSError:
             return None
+        except ValueError as error:
+            remark(path, f"not used, and scored again: {error}")
+            return None
+        return cls(**arrays)
 
     @classmethod
     def joined(cls, parts: Sequence["Outcome"]) -> "Outcome":
@@ -63,6 +66,11 @@ class Outcome:
             "nll": -true[:, 0],
         }
         return cls(**{name: column.cpu().numpy() for name, column in columns.items()})
+
+
+def _name(path: Path) -> str:
+    """What a file in the cache is of: data, code and outcome, as it lies in their folders."""
+    return "/".join(path.parts[-3:])
 
 
 COLUMNS = tuple(column.name for column in fields(Outcome))

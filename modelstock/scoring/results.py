@@ -1,6 +1,5 @@
 """Results per example: what every scored weight set predicts on every example, so that any statistic can be redone."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
+from modelstock.damage import cure_of
 from modelstock.errors import DataError
-from modelstock.files import atomic_path
+from modelstock.scoring.checked_arrays import read_checked, write_checked
 
 ARRAYS = ("truth", "correct", "correct5", "prediction", "confidence", "nll")
 
@@ -73,29 +71,44 @@ def save_scores(path: Path, scores: Scores) -> None:
         ],
         **({"notices": list(scores.notices)} if scores.notices else {}),
     }
-    arrays = {name: getattr(scores, name) for name in ARRAYS}
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(save(arrays, metadata={"modelstock": json.dumps(facts, sort_keys=True)}))
+    write_checked(path, {name: getattr(scores, name) for name in ARRAYS}, facts)
 
 
 def load_scores(path: Path) -> Scores:
     """Read results per example.
 
     Raises:
-        DataError: the file is missing or is not one.
+        DataError: the file is missing, is not one, was changed after it was written, or contradicts itself.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            facts = json.loads(file.metadata()["modelstock"])
-            arrays = {name: file.get_tensor(name) for name in ARRAYS}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            path,
-            got=f"{type(error).__name__}: {error}",
-            expected="results per example",
-            cure="run the stage evaluate",
-        ) from error
-    rows = tuple(Row(**{**row, "members": tuple(row["members"])}) for row in facts["rows"])
-    named = {name: facts[name] for name in ("benchmark", "role", "data")}
-    labels, notices = tuple(facts["labels"]), tuple(facts.get("notices", ()))
-    return Scores(**named, rows=rows, labels=labels, **arrays, notices=notices)
+        arrays, facts = read_checked(path, ARRAYS)
+        rows = tuple(Row(**{**row, "members": tuple(row["members"])}) for row in facts["rows"])
+        named = {name: facts[name] for name in ("benchmark", "role", "data")}
+        labels, notices = tuple(facts["labels"]), tuple(facts.get("notices", ()))
+        scores = Scores(**named, rows=rows, labels=labels, notices=notices, **arrays)  # type: ignore[arg-type]
+        got = contradiction(scores)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        got = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)
+    if got:
+        cure = "run the stage evaluate" if not path.exists() else cure_of(path, "make it again with the stage evaluate")
+        raise DataError(path, got=got, expected="results per example, as they were written", cure=cure)
+    return scores
+
+
+def contradiction(scores: Scores) -> str | None:
+    """What cannot be true of results, if anything. NaN is left to the comparison, which names the row."""
+    shape = (len(scores.rows), scores.truth.size)
+    for name in ARRAYS[1:]:
+        if getattr(scores, name).shape != shape:
+            return f"{name} of shape {getattr(scores, name).shape} for {shape[0]} rows and {shape[1]} examples"
+    names = [row.name for row in scores.rows]
+    if len(set(names)) < len(names):
+        return f"the row {next(name for name in names if names.count(name) > 1)} twice"
+    for name in ("truth", "prediction"):
+        if ((getattr(scores, name) < 0) | (getattr(scores, name) >= len(scores.labels))).any():
+            return f"{name} beyond the {len(scores.labels)} labels"
+    if (scores.correct != (scores.prediction == scores.truth)).any():
+        return "correct that is not where the prediction is the truth"
+    if ((scores.confidence < 0) | (scores.confidence > 1 + 1e-6)).any():  # the rounding of a softmax
+        return "confidence beyond 0 to 1"
+    return "nll below 0" if (scores.nll < 0).any() else None

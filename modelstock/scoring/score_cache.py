@@ -31,7 +31,9 @@ class Progress:
     def __init__(self, path: Path | None, *, count: int, batch_size: int) -> None:
         self._path, self._count = path, count
         stored = None if path is None else Outcome.load(path)
-        usable = stored is not None and (len(stored) == count or len(stored) % batch_size == 0)
+        usable = stored is not None and (
+            len(stored) == count or (len(stored) < count and len(stored) % batch_size == 0)
+        )
         self._parts = [stored] if stored is not None and usable else []
         self.scored = self._saved = sum(len(part) for part in self._parts)
 
