@@ -5,7 +5,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from modelstock.data import manifest as manifests
 from modelstock.data.dataset import open_dataset, read_all
@@ -182,7 +182,7 @@ def test_a_file_that_pretends_to_be_an_image_is_not_handed_to_other_programs(tmp
     shards = [write_shard(tmp_path / "0.tar", [(0, 0, "png", postscript)])]
     facts = {"benchmark": "b", "role": "shift", "labels": ["a"], "label_groups": [[0]], "classes": ["a", "b"]}
     save_manifest(tmp_path, make_manifest(**facts, shards=shards))
-    with pytest.raises(UnidentifiedImageError):
+    with pytest.raises(DataError, match="example 0: got UnidentifiedImageError: nothing that begins like JPEG, PNG"):
         open_dataset(tmp_path).images.image(0)
 
 

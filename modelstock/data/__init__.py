@@ -9,6 +9,7 @@ manifest.py     the manifest of a split, and the check of its shards
 index.py        which image and which label of a shard belong together
 dataset.py      a folder of shards, opened and verified once per process, and passed on as an object
 examples.py     images with labels by row
+decoder.py      the one place that decodes images
 images.py       images framed and normalised as a tower takes them
 classes.py      what a head tells apart: names, folders, prompts
 """

@@ -87,19 +87,10 @@ def read_all(dataset: Dataset) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     height, width = images.size(0)
     pixels = np.empty((len(images.labels), height, width, 3), np.uint8)
     for row in range(len(pixels)):
-        place = f"{dataset.folder}, example {row}"
-        try:
-            image = images.image(row)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                place,
-                got=f"{type(error).__name__}: {error}",
-                expected="an image that decodes",
-                cure="run the stage prepare again",
-            ) from error
+        image = images.image(row)
         if image.shape != pixels.shape[1:]:
             raise DataError(
-                place,
+                f"{dataset.folder}, example {row}",
                 got=f"an image of {image.shape[1]}x{image.shape[0]} pixels after others of {width}x{height}",
                 expected="images of one size, to keep them in memory",
                 cure="set loading.in_memory: false",

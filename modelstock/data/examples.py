@@ -1,6 +1,5 @@
 """Images with labels by row: decoded once and kept in memory, or read from their shards at every use."""
 
-import io
 import os
 from pathlib import Path
 from typing import Protocol
@@ -9,9 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from modelstock.data.decoder import Unreadable, decode, opened
 from modelstock.data.index import index_shards
 from modelstock.data.manifest import Manifest
-from modelstock.data.shards import FORMATS
+from modelstock.errors import DataError
+
+_HEAD = 1 << 14  # bytes of a file that mostly say how large its image is
 
 
 class Examples(Protocol):
@@ -49,33 +51,62 @@ class InShards:
     """Images read from their shards at every use, wherever in a shard they are; only their places are held."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._paths, self._border = manifest.paths(folder), manifest.border
+        self._folder, self._paths, self._border = folder, manifest.paths(folder), manifest.border
         self._places, self.labels = index_shards(folder, manifest)
         self._sizes: dict[int, tuple[int, int]] = {}
 
-    def open(self, row: int, most: int | None = None) -> Image.Image:
-        """An image of any mode, not decoded yet; of `most` bytes of its file, where given."""
+    def content(self, row: int, most: int | None = None) -> bytes:
+        """An image's file, or its first `most` bytes."""
         shard, start, length = self._places[row].tolist()
         # A file opened anew each time: descriptors do not survive into other processes' offsets.
         with open(self._paths[shard], "rb") as file:
-            content = os.pread(file.fileno(), min(length, most or length), start)
-        return Image.open(io.BytesIO(content), formats=FORMATS)
+            return os.pread(file.fileno(), min(length, most or length), start)
 
     def cut(self, row: int) -> Image.Image:
-        """An image without its border."""
-        image, border = self.open(row), self._border
-        return image.crop((border, border, image.width - border, image.height - border)) if border else image
+        """An image in RGB, without its border.
+
+        Raises:
+            DataError: it does not decode.
+        """
+        try:
+            return decode(self.content(row), self._border)
+        except (Unreadable, OSError) as error:
+            raise self._unreadable(row, error) from error
 
     def size(self, row: int) -> tuple[int, int]:
-        """Height and width of an image, from the head of its file; a batch's crops need those of other shares too."""
+        """Height and width of an image, from the head of its file; a batch's crops need those of other shares too.
+
+        Raises:
+            DataError: a file that does not begin like an image.
+        """
         if row not in self._sizes:
             try:
-                width, height = self.open(row, 1 << 14).size
-            except OSError:  # a long preface, such as a thumbnail, is cut off
-                width, height = self.open(row).size
+                width, height = self._stored_size(row)
+            except (Unreadable, OSError) as error:
+                raise self._unreadable(row, error) from error
             self._sizes[row] = (height - 2 * self._border, width - 2 * self._border)
         return self._sizes[row]
 
+    def _stored_size(self, row: int) -> tuple[int, int]:
+        try:
+            with opened(self.content(row, _HEAD)) as image:
+                return image.size
+        except Unreadable:  # the head may end within a long preface, such as a thumbnail
+            with opened(self.content(row)) as image:
+                return image.size
+
+    def _unreadable(self, row: int, error: Exception) -> DataError:
+        return DataError(
+            f"{self._folder}, example {row}",
+            got=error,
+            expected="an image that decodes",
+            cure="run the stage prepare again for this split",
+        )
+
     def image(self, row: int) -> NDArray[np.uint8]:
-        """An image (H, W, 3)."""
-        return np.array(self.cut(row).convert("RGB"))
+        """An image (H, W, 3).
+
+        Raises:
+            DataError: it does not decode.
+        """
+        return np.array(self.cut(row))

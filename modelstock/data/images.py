@@ -31,8 +31,9 @@ class Framing:
 
     def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
         """An image as (size, size, 3): the pixels of open_clip's evaluation transform, before it scales them."""
+        image = image if image.mode == "RGB" else image.convert("RGB")  # before it is resized, as ImageFolder does
         if image.size == (self.size, self.size):
-            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            return np.array(image)
         return np.array(_transform(self)(image))
 
 

@@ -35,7 +35,8 @@ class Manifest(BaseModel):
 
     `root`: the folder of the shards, where it is not the manifest's own (shards that are used in place). `border`:
     pixels to cut off each side of every image before anything else. `unreadable`: images of the source that were left
-    out because they cannot be read. `left_out`: what else of the source is not here, counted.
+    out because they cannot be read. `left_out`: what else of the source is not here, counted. `notices`: whatever is
+    unusual about the images, a line each; see modelstock.notices.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +52,7 @@ class Manifest(BaseModel):
     border: int = Field(default=0, ge=0)
     unreadable: list[str] = []
     left_out: dict[str, int] = {}
+    notices: list[str] = []
 
     def paths(self, folder: Path) -> list[Path]:
         """The shards' files; `folder` is the manifest's."""
@@ -70,6 +72,7 @@ def make_manifest(
     root: str | None = None,
     unreadable: Sequence[str] = (),
     left_out: Mapping[str, int] | None = None,
+    notices: Sequence[str] = (),
 ) -> Manifest:
     """A manifest with its identity: a hash of what is scored, and not of where it is or what is missing from it."""
     facts: dict[str, Any] = {
@@ -83,12 +86,20 @@ def make_manifest(
         **({"border": border} if border else {}),
     }
     digest = hashlib.sha256(dump_json(facts).encode()).hexdigest()
-    return Manifest(**facts, sha256=digest, root=root, unreadable=list(unreadable), left_out=dict(left_out or {}))
+    return Manifest(
+        **facts,
+        sha256=digest,
+        root=root,
+        unreadable=list(unreadable),
+        left_out=dict(left_out or {}),
+        notices=list(notices),
+    )
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write a folder's manifest; `left_out` only where something is."""
-    write_json(folder / FILE_NAME, manifest.model_dump(exclude=None if manifest.left_out else {"left_out"}))
+    """Write a folder's manifest; `left_out` and `notices` only where there are some."""
+    empty = {name for name in ("left_out", "notices") if not getattr(manifest, name)}
+    write_json(folder / FILE_NAME, manifest.model_dump(exclude=empty))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -13,7 +13,7 @@ import re
 import shutil
 import signal
 import threading
-import warnings
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -31,28 +31,31 @@ from tqdm import tqdm
 
 from modelstock.data.classes import class_names
 from modelstock.data.containers import Container, File, TarGz, Tars
+from modelstock.data.decoder import Unreadable, decode, facts_of
 from modelstock.data.index import index_shards
 from modelstock.data.layouts import Item, Source, open_source, subset
 from modelstock.data.manifest import SHARD_NAME, Manifest, Shard, make_manifest, save_manifest
 from modelstock.data.shapes.names import NAMES
 from modelstock.data.shapes.render import SPLITS
 from modelstock.data.shards import (
-    FORMATS,
     clear,
     contact_sheet,
-    decode,
     png,
     write_shard,
     write_shards,
 )
 from modelstock.errors import DataError, few
 from modelstock.files import atomic_path, sha256_of, write_json
+from modelstock.notices import collected, notice
 from modelstock.params import ClassesParams, DrawnSplit, FilesSplit, PrepareParams
 from modelstock.provenance import key_of
 
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _SHOWN = 72  # images of a contact sheet
-Facts = dict[str, Any]  # of a shard: path, shard (None for an empty one), images, unreadable (name -> why)
+# What is unusual about an image and not refused, as a notice says it of some.
+_TURNED = "an EXIF orientation, which is not applied, as open_clip applies none: turn the pixels of photographs first"
+_FRAMES = "several frames, of which the first is used"
+Facts = dict[str, Any]  # of a shard: path, shard (None for an empty one), images, and what `Seen` has
 Job = tuple[Any, ...]  # a function and its arguments
 
 
@@ -113,17 +116,15 @@ class Encoding:
     border: int
 
 
-def stored(content: bytes, encoding: Encoding) -> tuple[str, bytes]:
+def stored(content: bytes, suffix: str | None, encoding: Encoding) -> tuple[str, bytes]:
     """An image's suffix and bytes in a shard; the image is decoded in full either way.
 
+    `suffix`: that of its format, None for a format that is not kept as it is.
+
     Raises:
-        Exception: whatever Pillow raises for a damaged file, one that is no image, or one above its limit of pixels.
+        Unreadable: see modelstock.data.decoder.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            suffix = _SUFFIXES.get(image.format or "")
-        picture = decode(content, encoding.border)
+    picture = decode(content, encoding.border)
     shorter, side = min(picture.size), encoding.short_side
     if side is None or (shorter <= side and not encoding.border):
         return (suffix, content) if suffix else ("png", png(decode(content)))
@@ -135,23 +136,44 @@ def stored(content: bytes, encoding: Encoding) -> tuple[str, bytes]:
     return "jpg", buffer.getvalue()
 
 
+class Seen:
+    """What a shard's images are beside their bytes: name -> why it is unreadable, and what is unusual, counted."""
+
+    def __init__(self) -> None:
+        self.unreadable: dict[str, str] = {}
+        self.unusual = Counter[str]()
+
+    def facts(self) -> dict[str, Any]:
+        """Both, as JSON has them."""
+        return {"unreadable": self.unreadable, "unusual": dict(self.unusual)}
+
+    def stored(self, container: Container, item: Item, encoding: Encoding) -> tuple[str, bytes] | None:
+        """An image's suffix and bytes in a shard; None for an unreadable one."""
+        try:
+            content = container.read(item.file)
+            facts = facts_of(content)
+            made = stored(content, _SUFFIXES.get(facts.format), encoding)
+        except MemoryError:
+            raise
+        except Exception as error:  # containers too raise much for what is damaged
+            known = isinstance(error, Unreadable)
+            self.unreadable[item.name] = " ".join(f"{error if known else f'{type(error).__name__}: {error}'}".split())
+            return None
+        self.unusual.update([_TURNED] * facts.turned + [_FRAMES] * facts.frames)
+        return made
+
+
 def _make(container: Container, items: Sequence[Item], first: int, path: Path, encoding: Encoding) -> Facts:
     """Write one shard of `items`, numbered from `first` on, and beside it what is known of it."""
-    unreadable: dict[str, str] = {}
+    seen = Seen()
 
     def examples() -> Iterator[tuple[int, int, str, bytes]]:
         for number, item in enumerate(items, first):
-            try:
-                suffix, content = stored(container.read(item.file), encoding)
-            except MemoryError:
-                raise
-            except Exception as error:  # damaged files make Pillow raise almost anything
-                unreadable[item.name] = " ".join(f"{type(error).__name__}: {error}".split())
-                continue
-            yield number, item.label, suffix, content
+            if made := seen.stored(container, item, encoding):
+                yield number, item.label, *made
 
     shard = write_shard(path, examples())
-    facts = {"shard": shard and shard.model_dump(), "unreadable": unreadable, "images": len(items)}
+    facts = {"shard": shard and shard.model_dump(), "images": len(items), **seen.facts()}
     write_json(path.with_suffix(".json"), facts)  # last: it says that the shard is whole
     path.with_suffix(".spool").unlink(missing_ok=True)
     return {"path": path, **facts}
@@ -159,16 +181,11 @@ def _make(container: Container, items: Sequence[Item], first: int, path: Path, e
 
 def _check(container: Container, items: Sequence[Item], path: Path, encoding: Encoding) -> Facts:
     """Decode one shard's images where they are, and hash it."""
-    unreadable: dict[str, str] = {}
+    seen = Seen()
     for item in items:
-        try:
-            stored(container.read(item.file), encoding)
-        except MemoryError:
-            raise
-        except Exception as error:  # as above
-            unreadable[item.name] = " ".join(f"{type(error).__name__}: {error}".split())
+        seen.stored(container, item, encoding)
     shard = {"name": path.name, "count": len(items), "sha256": sha256_of(path)}
-    return {"path": path, "shard": shard, "unreadable": unreadable, "images": len(items)}
+    return {"path": path, "shard": shard, "images": len(items), **seen.facts()}
 
 
 class _Here(Executor):
@@ -238,11 +255,14 @@ def _gather(
         raise DataError(
             folder, got=f"the place of the source {source.path}", expected="another folder", cure="write elsewhere"
         )
-    found = open_source(split, params, classes)
-    in_place = found.shards and source.part == "all" and params.short_side is None
-    found = found if in_place else subset(found)
-    jobs, done, work = (_checks(found), [], None) if in_place else _jobs(found, params, scratch)
-    results = _collect(split, source.path, jobs, done, len(found.items), params, in_place)
+    with collected() as notices:
+        found = open_source(split, params, classes)
+        in_place = found.shards and source.part == "all" and params.short_side is None
+        found = found if in_place else subset(found)
+        jobs, done, work = (_checks(found), [], None) if in_place else _jobs(found, params, scratch)
+        results = _collect(split, source.path, jobs, done, len(found.items), params, in_place)
+        unreadable = sorted(name for facts in results for name in facts["unreadable"])
+        _notice(split, found, results, unreadable)
     meaning = found.meaning
     manifest = make_manifest(
         benchmark=split,
@@ -254,8 +274,9 @@ def _gather(
         # Cutting the border is part of re-encoding; else it waits until an image is read.
         border=meaning.border if params.short_side is None else 0,
         root=str(given) if in_place else None,
-        unreadable=sorted(name for facts in results for name in facts["unreadable"]),
+        unreadable=unreadable,
         left_out=found.left_out,
+        notices=[line.removeprefix(f"{split}: ") for line in notices],  # who reads them names the benchmark
     )
     clear(folder)
     if work is not None:
@@ -266,6 +287,17 @@ def _gather(
     if work is not None:
         shutil.rmtree(work)
     return manifest
+
+
+def _notice(split: str, source: Source, results: Sequence[Facts], unreadable: Sequence[str]) -> None:
+    """Give the notices of a split's images: of the unreadable, the unusual and what is left out."""
+    total = len(source.items)
+    if unreadable:
+        notice(split, f"{len(unreadable)} of {total} images cannot be read and are left out: {few(unreadable)}")
+    for what, count in sorted(sum((Counter(facts["unusual"]) for facts in results), Counter[str]()).items()):
+        notice(split, f"{count} of {total} images have {what}")
+    if source.left_out:
+        notice(split, "left out: " + ", ".join(f"{count} {what}" for what, count in sorted(source.left_out.items())))
 
 
 def _collect(

@@ -1,4 +1,4 @@
-"""webdataset shards whose bytes repeat: writing them, and decoding what is in them.
+"""Writes webdataset shards whose bytes repeat.
 
 A folder holds `000000.tar`, `000001.tar`, ... with one `<key>.cls` and one `<key>.png`, `.jpg` or `.webp` per example,
 and the manifest; a folder without a manifest is an unfinished one.
@@ -16,23 +16,6 @@ from PIL import Image
 
 from modelstock.data.manifest import FILE_NAME, Manifest, Shard, make_manifest, save_manifest
 from modelstock.files import atomic_path, sha256_of
-
-# Pillow reads more, and runs other programs for some of it.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-
-
-def decode(content: bytes, border: int = 0) -> Image.Image:
-    """A file's picture in RGB, with `border` pixels cut off each side.
-
-    Raises:
-        ValueError: nothing is left within the border. Pillow raises much else for files that are damaged.
-    """
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        width, height = image.size
-        if min(width, height) <= 2 * border:
-            raise ValueError(f"{width}x{height} pixels are all border")
-        picture = image.convert("RGB")
-    return picture.crop((border, border, width - border, height - border)) if border else picture
 
 
 def png(image: Image.Image) -> bytes:

@@ -33,14 +33,8 @@ class DecodedBatches(TorchDataset[Decoded | DataError]):
             try:
                 image = images.cut(row)
                 framed.append([framing(image) for framing in self._framings])
-            except (OSError, ValueError) as error:
-                # Given back rather than raised: torch would wrap what a worker raises.
-                return DataError(
-                    f"{self._dataset.folder}, example {row}",
-                    got=f"{type(error).__name__}: {error}",
-                    expected="an image that decodes",
-                    cure="run the stage prepare again for this split",
-                )
+            except DataError as error:
+                return error  # rather than raised: torch would wrap what a worker raises
         stacked = [torch.from_numpy(np.stack(batch)) for batch in zip(*framed, strict=True)]
         return stacked, torch.from_numpy(labels[rows.start : rows.stop])
 

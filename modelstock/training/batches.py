@@ -21,6 +21,7 @@ from torchvision.transforms import v2 as transforms
 
 from modelstock.data.examples import Examples
 from modelstock.data.images import normalise
+from modelstock.errors import DataError
 from modelstock.training.distributed import ALONE, World
 from modelstock.training.loop import Batch, seed_step
 
@@ -117,10 +118,11 @@ class Draw:
     seed: int
 
 
-class TrainingBatches(Dataset[Batch]):
-    """One item per step: this process's share of the step's batch, augmented: (images (b, 3, S, S), labels (b,), ...).
+class TrainingBatches(Dataset[Batch | DataError]):
+    """One item per step, or why there is none: (images (b, 3, S, S), labels (b,), ...).
 
-    After mixup: (images, labels, the partners' labels, each label's weight); see `mixed_pairs`.
+    It is this process's share of the step's batch, augmented. After mixup: (images, labels, the partners' labels,
+    each label's weight); see `mixed_pairs`.
     """
 
     def __init__(
@@ -141,7 +143,13 @@ class TrainingBatches(Dataset[Batch]):
             augmentation.rand_augment_operations, augmentation.rand_augment_magnitude
         )
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch | DataError:
+        try:
+            return self._batch(step)
+        except DataError as error:
+            return error  # rather than raised: torch would wrap what a worker raises
+
+    def _batch(self, step: int) -> Batch:
         draws, weight = self._draws(step)
         share = len(draws) // self._world_size
         draws = draws[self._rank * share : (self._rank + 1) * share]
@@ -176,8 +184,15 @@ class TrainingBatches(Dataset[Batch]):
         return changed
 
     def load(self, start: int, stop: int, *, workers: int, pin: bool) -> Iterator[Batch]:
-        """The batches of steps `start` to `stop`, made ahead by `workers` processes, or one at a time by this one."""
-        loader: DataLoader[Batch] = DataLoader(
+        """The batches of steps `start` to `stop`, made ahead by `workers` processes, or one at a time by this one.
+
+        Raises:
+            DataError: an image that does not decode.
+        """
+        loader: DataLoader[Batch | DataError] = DataLoader(
             self, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin
         )
-        return iter(loader)
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
