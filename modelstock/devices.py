@@ -19,6 +19,17 @@ def device_kind(device: str) -> str:
     return kind
 
 
+def device_model(kind: str) -> str:
+    """What rounds as it does: the GPU and its libraries, or the CPU's instructions; two of one kind may differ.
+
+    `kind`: see `device_kind`.
+    """
+    if kind == "cpu":
+        return torch.backends.cpu.get_cpu_capability()
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
+
+
 def deterministic(threads: int) -> None:
     """Make torch repeat bit for bit: fixed thread count, deterministic kernels."""
     # cuBLAS repeats only with a workspace of its own; it reads this when it starts.

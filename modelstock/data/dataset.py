@@ -49,6 +49,17 @@ class Dataset:
                 cure="evaluate it on data of its own classes",
             )
 
+    def check_labels(self) -> None:
+        """Raise DataError unless the labels are the head's classes in their order, as training and statistics need."""
+        groups = self.manifest.label_groups
+        if groups != [[i] for i in range(len(self.manifest.classes))]:
+            raise DataError(
+                self.folder,
+                got=f"{len(groups)} labels that are not the {len(self.manifest.classes)} classes in their order",
+                expected="one class per label, all of them",
+                cure="use a training set of all classes, or its held-out split",
+            )
+
 
 def open_dataset(folder: Path) -> Dataset:
     """The split in `folder`; its shards are hashed when it is first opened, and again only if one was replaced.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from modelstock.data.classes import prompts_key
+from modelstock.devices import device_model
 from modelstock.errors import WeightsError
 from modelstock.files import sha256_of
 from modelstock.models.heads import Prompts, tokenizer, zero_shot_head
@@ -45,6 +46,7 @@ def _head_key(clip: WeightSet, names: Sequence[str], prompts: Prompts, device: s
         "classes": len(names),
         "prompts": prompts_key(names, prompts),
         "device": device,
+        "model": device_model(device),
         "threads": torch.get_num_threads(),
     }
     return key_of("modelstock.models.anchor", facts)

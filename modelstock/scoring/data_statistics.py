@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modelstock.data.dataset import Dataset
 from modelstock.data.images import Framing, normalise
-from modelstock.errors import DataError
 from modelstock.models.towers import build_classifier
 from modelstock.weights.origin import made_by
 from modelstock.weights.weight_set import WeightSet
@@ -33,14 +32,8 @@ def sample(dataset: Dataset, weights: WeightSet, *, examples: int, seed: int = 0
         WeightsError: a head for other classes.
     """
     dataset.check_classes(weights)
+    dataset.check_labels()
     manifest = dataset.manifest
-    if manifest.label_groups != [[i] for i in range(len(manifest.label_groups))]:
-        raise DataError(
-            dataset.folder,
-            got="labels that stand for several classes",
-            expected="one class per label, all of them",
-            cure="use the training set, or its held-out split",
-        )
     framing, count = Framing.of(weights.meta["preprocess"]), min(examples, manifest.count)
     rows = np.sort(np.random.default_rng(seed).choice(manifest.count, count, replace=False))
     return np.stack([framing(dataset.images.cut(row)) for row in rows.tolist()]), dataset.labels[rows]

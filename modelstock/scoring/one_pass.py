@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from modelstock.data.dataset import Dataset
 from modelstock.data.images import Framing
-from modelstock.devices import device_kind
+from modelstock.devices import device_kind, device_model
 from modelstock.errors import WeightsError
 from modelstock.models.towers import Classifier, build_classifier
 from modelstock.scoring.decoding import DecodedBatches, Pixels
 from modelstock.scoring.outcome import COLUMNS, Outcome
 from modelstock.scoring.results import Row, Scores
-from modelstock.scoring.score_cache import Progress, ScoreCache, ensemble_identity
+from modelstock.scoring.score_cache import DESCRIBED, Progress, ScoreCache, ensemble_identity
 from modelstock.weights.weight_set import WeightSet
 
 SAVE_EVERY_S = 60.0
@@ -58,8 +58,13 @@ class ScoringOptions:
 
     def settings(self, device: str) -> dict[str, Any]:
         """What could change a bit of an outcome, on a kind of device."""
-        threads = torch.get_num_threads()
-        return {"precision": self.precision, "device": device, "batch_size": self.batch_size, "threads": threads}
+        return {
+            "precision": self.precision,
+            "device": device,
+            "model": device_model(device),
+            "batch_size": self.batch_size,
+            "threads": torch.get_num_threads(),
+        }
 
 
 class Tower:
@@ -98,11 +103,13 @@ def score(
     Raises:
         DataError: an image that does not decode.
         ParamsError: no such device.
-        WeightsError: a head for other classes, or a tower that does not fit its architecture.
+        WeightsError: a head for other classes, a tower that does not fit its architecture, or the same tensors twice,
+            to be scored in two ways.
     """
     options = options or ScoringOptions()
-    device, by_identity = device_kind(options.device), {w.identity: w for w in weights}
-    groups = {ensemble_identity(members): list(members) for members in ensembles}
+    device, by_identity = device_kind(options.device), _by_identity(weights)
+    # Sums round: an ensemble's do in one order, in whichever its members are named.
+    groups = {ensemble_identity(members): sorted(members) for members in ensembles}
     for w in by_identity.values():
         dataset.check_classes(w)
     _check_members(groups, by_identity)
@@ -120,6 +127,22 @@ def score(
         _Pass(dataset, needed, groups=groups, progress=unfinished, options=options, device=device).run()
     cache.remove_outdated()
     return {identity: entry.outcome for identity, entry in progress.items()}
+
+
+def _by_identity(weights: Sequence[WeightSet]) -> dict[str, WeightSet]:
+    """Weight sets by identity, which is that of the tensors: what else scores depend on must then be the same."""
+    by_identity: dict[str, WeightSet] = {}
+    for w in weights:
+        first = by_identity.setdefault(w.identity, w)
+        for what in DESCRIBED:
+            if w.meta.get(what) != first.meta.get(what):
+                raise WeightsError(
+                    w.source,
+                    got=f"the tensors of {first.source} with another {what}",
+                    expected="one way to score the same tensors",
+                    cure="score one of the two in a run of its own",
+                )
+    return by_identity
 
 
 def _check_members(groups: Mapping[str, Sequence[str]], by_identity: Mapping[str, WeightSet]) -> None:

@@ -18,6 +18,7 @@ from modelstock.scoring.outcome import Outcome
 from modelstock.weights.weight_set import WeightSet
 
 CODE = "modelstock.scoring.one_pass"
+DESCRIBED = ("architecture", "preprocess")  # what a weight set's metadata say of how its tensors are scored
 
 
 def ensemble_identity(members: Sequence[str]) -> str:
@@ -73,7 +74,7 @@ class ScoreCache:
 
     def key(self, weights: WeightSet) -> str:
         """The name of a weight set's outcome."""
-        parts = {name: weights.meta.get(name) for name in ("architecture", "preprocess")}
+        parts = {name: weights.meta.get(name) for name in DESCRIBED}
         return hashlib.sha256((weights.identity + dump_json({**parts, **self._settings})).encode()).hexdigest()
 
     def path(self, key: str) -> Path | None:

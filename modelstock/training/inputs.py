@@ -1,10 +1,12 @@
 """What seeds are trained from."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from modelstock.data.dataset import Dataset
 from modelstock.data.examples import Examples
+from modelstock.files import dump_json
 from modelstock.weights.weight_set import WeightSet
 
 
@@ -23,10 +25,18 @@ def read_inputs(anchor: WeightSet, train: Dataset, held_out: Dataset, *, in_memo
 
     Raises:
         WeightsError: the anchor's head has other classes.
-        DataError: shards that do not hold what their manifest says.
+        DataError: shards that do not hold what their manifest says, or labels that are not the head's classes.
     """
-    train.check_classes(anchor)
-    identities = {"anchor": anchor.identity, "train": train.manifest.sha256, "held-out": held_out.manifest.sha256}
+    for dataset in (train, held_out):
+        dataset.check_classes(anchor)
+        dataset.check_labels()
+    identities = {
+        "anchor": anchor.identity,
+        # The same tensors in another architecture, or with other preprocessing, train otherwise.
+        "anchor's metadata": hashlib.sha256(dump_json(anchor.meta).encode()).hexdigest(),
+        "train": train.manifest.sha256,
+        "held-out": held_out.manifest.sha256,
+    }
     return Inputs(
         anchor=anchor,
         train=train.examples(in_memory=in_memory),

@@ -15,7 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from modelstock.devices import deterministic
+from modelstock.devices import deterministic, device_model
 from modelstock.files import SCRATCH
 from modelstock.params import LoadingParams, TrackingParams
 from modelstock.provenance import key_of
@@ -28,7 +28,7 @@ from modelstock.weights.weight_set import WeightSet
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Where jobs run. The bytes depend on `threads` and the device's kind; `workers` make batches ahead."""
+    """Where jobs run. The bytes depend on `threads`, the device's kind and its model; `workers` make batches ahead."""
 
     world: World = ALONE
     threads: int = 1
@@ -74,7 +74,8 @@ class Job:
     @cached_property
     def key(self) -> str:
         """The name of everything that the job's bytes depend on."""
-        machine = {"threads": self.setting.threads, "device": self.setting.device}
+        device = self.setting.device
+        machine = {"threads": self.setting.threads, "device": device, "model": device_model(device)}
         return key_of(self.code, self.made_by, self.facts, machine)
 
     @property
