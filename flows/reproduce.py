@@ -30,7 +30,7 @@ from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict, Field
 
-from modelstock.errors import ModelstockError
+from modelstock.errors import ModelstockError, redacted
 
 
 class FlowError(ModelstockError):
@@ -186,7 +186,7 @@ def _run(name: str, *, root: Path, children: Children, slots: Slots | None, forc
             assert process.stdout is not None
             for line in process.stdout:
                 # Progress bars rewrite their line; the last state of it is kept.
-                text = line.rstrip("\n").rsplit("\r", 1)[-1].rstrip()
+                text = redacted(line.rstrip("\n").rsplit("\r", 1)[-1].rstrip())
                 if text:
                     last.append(text)
                     log.info(text)

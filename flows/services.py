@@ -14,8 +14,9 @@ from typing import Annotated
 
 import typer
 
-from modelstock.errors import ModelstockError
+from modelstock.errors import ModelstockError, redacted
 from modelstock.files import write_json
+from modelstock.tracking.mlflow import MlflowTracker, store_uri
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 FOLDER = Path(".services")
@@ -45,7 +46,10 @@ def alive(name: str) -> int | None:
 
 
 def start(name: str, command: list[str], env: dict[str, str]) -> None:
-    """Start a service in its own session, its output in `.services/<name>.log`."""
+    """Start a service in its own session, its output in `.services/<name>.log`.
+
+    Everyone on the machine can read a command line: what may hold a password is passed in `env`.
+    """
     with open(FOLDER / f"{name}.log", "wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *command],
@@ -93,7 +97,8 @@ def environment(prefect: int, mlflow: int) -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         # The stages write to the store itself: it is local, and a hard link then stands for a copy.
-        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}"),
+        "MLFLOW_TRACKING_URI": store_uri(root),
+        "MLFLOW_BACKEND_STORE_URI": store_uri(root),
     }
 
 
@@ -105,7 +110,10 @@ MlflowPort = Annotated[int, typer.Option(envvar="MODELSTOCK_MLFLOW_PORT")]
 def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None:
     """Start what does not run yet, deploy the flow, and print where to look."""
     FOLDER.mkdir(exist_ok=True)
-    services = {"prefect": prefect_port, "mlflow": mlflow_port}
+    FOLDER.chmod(0o700)
+    env = environment(prefect_port, mlflow_port)
+    remote = env["MLFLOW_TRACKING_URI"].startswith("http")  # a server that runs elsewhere
+    services = {"prefect": prefect_port} | ({} if remote else {"mlflow": mlflow_port})
     for name, port in services.items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -119,14 +127,10 @@ def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None
                         expected=f"a free port for {name}",
                         cure=f"end what uses it, or set MODELSTOCK_{name.upper()}_PORT",
                     ) from error
-    env = environment(prefect_port, mlflow_port)
-    if alive("mlflow") is None:
+    if alive("mlflow") is None and not remote:
         # The store is made before the server's process and a stage could both try to.
-        from modelstock.tracking.mlflow import MlflowTracker
-
         MlflowTracker(Path.cwd())
         command = ["mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
-        command += ["--backend-store-uri", env["MLFLOW_TRACKING_URI"]]
         start("mlflow", [*command, "--artifacts-destination", str(Path.cwd() / "mlruns")], env)
     if alive("prefect") is None:
         start("prefect", ["prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)], env)
@@ -142,14 +146,15 @@ def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None
             if done.returncode:
                 raise ServiceError(
                     f"prefect {' '.join(command)}",
-                    got=f"exit code {done.returncode}: {done.stderr.strip()[-300:]}",
+                    got=f"exit code {done.returncode}: {redacted(done.stderr.strip())[-300:]}",
                     expected="0",
                     cure=f"read {FOLDER / 'prefect.log'}",
                 )
         start("worker", ["prefect", "worker", "start", "--pool", "modelstock", "--limit", "1"], env)
-    await_service("mlflow", f"http://{HOST}:{mlflow_port}/health")
+    if not remote:
+        await_service("mlflow", f"http://{HOST}:{mlflow_port}/health")
     print(f"Prefect: http://{HOST}:{prefect_port}   deployment reproduce/shapes, schedule off until you switch it on")
-    print(f"MLflow:  http://{HOST}:{mlflow_port}")
+    print(f"MLflow:  {redacted(env['MLFLOW_TRACKING_URI']) if remote else f'http://{HOST}:{mlflow_port}'}")
     print("`make down` stops them.")
 
 

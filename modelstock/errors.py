@@ -11,17 +11,31 @@ ModelstockError            every one of them: say place, got, expected, cure in 
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+# What stands before a host (`user:password@`), and what a query calls a secret.
+IN_URL = re.compile(r"(?<=://)(?!/)[^\s'\"<>]*@")
+IN_QUERY = re.compile(
+    r"(?<=[?&])([\w.%-]*(?:password|passwd|pwd|secret|token|key|signature|credential|sig)[\w.%-]*=)[^\s&'\"<>]*",
+    re.IGNORECASE,
+)
+
+
+def redacted(text: object) -> str:
+    """A text without the user names, passwords and keys that the URLs in it carry."""
+    return IN_QUERY.sub(r"\1***", IN_URL.sub("***@", str(text)))
+
 
 class ModelstockError(Exception):
-    """One line that names the place, what was found there, what belongs there, and the cure."""
+    """One line that names the place, what was found there, what belongs there, and the cure; no URL's password."""
 
     def __init__(self, place: object, *, got: object, expected: object, cure: str) -> None:
+        place, got, expected, cure = (redacted(part) for part in (place, got, expected, cure))
         super().__init__(f"{place}: got {got}; expected {expected}; {cure}")
-        self.place, self.got, self.expected, self.cure = str(place), str(got), str(expected), cure
+        self.place, self.got, self.expected, self.cure = place, got, expected, cure
 
     def __reduce__(self) -> Any:
         """Errors cross from one process to another."""

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from modelstock.errors import redacted
+
 _collecting: ContextVar[tuple[list[str], ...]] = ContextVar("collecting", default=())
 
 
@@ -21,7 +23,7 @@ class Notice(UserWarning):
 
 def notice(place: object, text: str) -> None:
     """Give a notice: `place` is the file, tensor or setting it is about."""
-    line = " ".join(f"{place}: {text}".split())
+    line = redacted(" ".join(f"{place}: {text}".split()))
     for lines in _collecting.get():
         if line not in lines:
             lines.append(line)

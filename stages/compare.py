@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modelstock.comparison.compare import Comparison
 from modelstock.comparison.report import summary_lines
-from modelstock.errors import TrackingError
+from modelstock.errors import TrackingError, redacted
 from modelstock.experiment.compare import compare_results, files_by_identity
 from modelstock.experiment.paths import (
     anchor_file,
@@ -73,7 +73,7 @@ def main(results: Path, models: Path, out: Path) -> None:
         # The figures do not depend on a tracker: what is missing there is sent by the next `dvc repro -f compare`.
         print(f"warning: {error}", file=sys.stderr)
     print(summary_lines(comparison))
-    store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    store = redacted(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
     print(f"report: {out / 'comparison.html'} | champion by the held-out split: {comparison.champion}")
     print(f"MLflow: .venv/bin/mlflow ui --backend-store-uri {store}   (or: make up)")
 

@@ -223,6 +223,22 @@ def cwd(file: Path) -> str:
         return ""
 
 
+def test_a_stores_password_is_not_shown_by_the_services_and_their_folder_is_private(tmp_path):
+    env = {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "PREFECT"))},
+        "MLFLOW_TRACKING_URI": "mysql+none://user:sesame@127.0.0.1:9/runs",
+        "MODELSTOCK_PREFECT_PORT": str(free_port()),
+        "MODELSTOCK_MLFLOW_PORT": str(free_port()),
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "flows.services", "up"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "error: MLflow at mysql+none://***@127.0.0.1:9/runs" in done.stderr
+    assert "sesame" not in done.stdout + done.stderr
+    assert oct((tmp_path / ".services").stat().st_mode)[-3:] == "700"
+
+
 def test_services_start_deploy_and_stop(tmp_path):
     for name in ("flows", "modelstock", "stages"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -252,6 +268,8 @@ def test_services_start_deploy_and_stop(tmp_path):
             assert answer.status == 200
         assert services("status").stdout.count("running, process") == 3
         pids = [json.loads(p.read_text())["pid"] for p in (tmp_path / ".services").glob("*.json")]
+        # Everyone on the machine may read these; a store's URL may carry a password.
+        assert not [p for p in pids if b"mlflow.db" in read(Path(f"/proc/{p}/cmdline"))]
     finally:
         ended = services("down")
     assert ended.stdout.count("stopped") == 3

@@ -211,13 +211,17 @@ def test_a_weight_set_says_where_it_comes_from(project):
 
 
 def test_a_dead_mlflow_server_stops_neither_training_nor_comparison(project):
-    dead = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    dead = {"MLFLOW_TRACKING_URI": "http://user:sesame@127.0.0.1:9"}
     before = hashes(project)
     for stage in ("finetune@0", "compare"):
         done = run(project, "dvc", "repro", "--force", "--single-item", stage, **dead)
         assert done.returncode == 0, done.stderr
-        assert "MLflow at http://127.0.0.1:9: got" in done.stderr
+        assert "MLflow at http://***@127.0.0.1:9: got" in done.stderr
+        assert "sesame" not in done.stdout + done.stderr
+    assert "MLflow: .venv/bin/mlflow ui --backend-store-uri http://***@127.0.0.1:9" in done.stdout
     assert hashes(project) == before
+    files = [path for name in ("reports", "results") for path in (project / name).rglob("*")]
+    assert not [path for path in files if path.is_file() and b"sesame" in path.read_bytes()]
 
 
 def test_bad_input_is_one_line_and_leaves_nothing_half_written(project, tmp_path):

@@ -1,8 +1,11 @@
 """MLflow as a mirror of files: everything read back through its own client, and nothing sent twice."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,6 +17,8 @@ import numpy as np
 import pytest
 
 from modelstock.errors import TrackingError
+from modelstock.notices import collected
+from modelstock.tracking import mirror
 from modelstock.tracking.mirror import Mirror
 from modelstock.tracking.mlflow import IDENTITY, MlflowTracker
 from modelstock.tracking.tracker import Measurements
@@ -155,33 +160,18 @@ def test_the_alias_moves_to_the_new_champion(tmp_path, weights):
     assert tracker.client.get_run(run).data.params["members"] == "0-1"
 
 
-def test_a_real_server_says_the_same(tmp_path, weights, monkeypatch):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    store = f"sqlite:///{tmp_path / 'server.db'}"
-    server = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--workers",
-            "1",
-            "--backend-store-uri",
-            store,
-            "--artifacts-destination",
-            str(tmp_path / "artifacts"),
-        ],
+@contextlib.contextmanager
+def server(folder, port):
+    """MLflow's own server, its store and artifacts in `folder`; killed at the end."""
+    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
+    process = subprocess.Popen(
+        [sys.executable, *command, "--artifacts-destination", str(folder / "artifacts")],
         env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        cwd=tmp_path,
+        cwd=folder,
     )
     try:
         for _ in range(300):
@@ -190,12 +180,41 @@ def test_a_real_server_says_the_same(tmp_path, weights, monkeypatch):
                 break
             except OSError:
                 time.sleep(0.2)
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-        check(MlflowTracker(tmp_path, "e"), weights)
-        assert [p.name for p in (tmp_path / "artifacts").rglob("*.safetensors")] == ["weights.safetensors"]
+        yield process
     finally:
-        os.killpg(server.pid, 15)
-        server.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_real_server_that_is_killed_midway_is_sent_what_it_lacks_exactly_once(tmp_path, weights, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    with server(tmp_path, port) as process:
+        tracker = MlflowTracker(tmp_path, "e")
+        half = tmp_path / "half.jsonl"
+        half.write_text("".join(weights.with_name("history.jsonl").read_text().splitlines(keepends=True)[:3]))
+        tracker.live(key="k3", name="seed-3", params={"seed": 3}, history=half)
+        create = tracker.client.create_logged_model
+
+        def create_and_die(*arguments, **options):
+            create(*arguments, **options)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+        monkeypatch.setattr(tracker.client, "create_logged_model", create_and_die)
+        with pytest.raises(TrackingError):
+            record(tracker, weights)
+        begun = time.monotonic()
+        with pytest.raises(TrackingError):
+            record(tracker, weights)
+        assert time.monotonic() - begun < 5
+    with server(tmp_path, port):
+        check(MlflowTracker(tmp_path, "e"), weights)
+        assert len(MlflowTracker(tmp_path, "e").client.search_runs(["1"])) == 1
+    assert [p.name for p in (tmp_path / "artifacts").rglob("*.safetensors")] == ["weights.safetensors"]
 
 
 def test_a_dead_server_costs_seconds_and_never_the_training(tmp_path, weights):
@@ -240,3 +259,135 @@ def test_processes_that_start_at_once_on_a_new_store_all_succeed(tmp_path):
     for process in started:
         process.stderr.close()
     assert len(MlflowTracker(tmp_path, "e").client.search_experiments(filter_string="name = 'e'")) == 1
+
+
+# ---------------------------------------------------------------- the project's folder
+
+
+def copies(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("weights.safetensors") if "artifacts" in p.parts)
+
+
+@pytest.mark.parametrize("name", ["C# work", "what?", "100% ours", "p%20z", "plain"])
+def test_whatever_the_projects_path_is_called_its_store_and_its_copies_lie_in_it(tmp_path, weights, name):
+    root = tmp_path / name / "modelstock"
+    root.mkdir(parents=True)
+    check(MlflowTracker(root, "e"), weights)
+    assert {p.name for p in root.iterdir()} >= {"mlflow.db", "mlruns"}
+    assert len(copies(root)) == len(copies(tmp_path)) == 1
+
+
+def test_a_project_that_was_moved_finds_its_runs_and_keeps_its_copies_in_the_new_place(tmp_path, weights):
+    old, new = tmp_path / "C# old", tmp_path / "new"
+    old.mkdir()
+    run, version = record(MlflowTracker(old, "e"), weights)
+    old.rename(new)
+    tracker = MlflowTracker(new, "e")
+    assert record(tracker, weights) == (run, version)
+    other = weights.with_name("other.safetensors")
+    WeightSet({"a": np.ones(4)}, {"made_by": {"stage": "merge", "method": "uniform", "options": {}}}).save(other)
+    tracker.record(other, name="uniform/0-1", measurements=MEASURED, tags={})
+    assert not old.exists()
+    for model in tracker.client.search_logged_models([tracker.experiment]):
+        assert model.artifact_location.startswith(new.as_uri())
+    assert tracker.client.get_model_version("small", version).source.startswith(new.as_uri())
+    assert tracker.client.get_run(run).info.artifact_uri.startswith(new.as_uri())
+    assert len(list((new / "mlruns").rglob("*.safetensors"))) == 2
+
+
+def test_a_copy_that_is_missing_or_was_not_written_to_its_end_is_written_again(tmp_path, weights):
+    tracker = MlflowTracker(tmp_path, "e")
+    record(tracker, weights)
+    stored = tmp_path / next(c for c in copies(tmp_path))
+    stored.unlink()
+    record(tracker, weights)
+    assert os.path.samefile(stored, weights)
+    stored.unlink()
+    stored.write_bytes(weights.read_bytes()[:-1])
+    record(tracker, weights)
+    assert os.path.samefile(stored, weights)
+
+
+def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(tmp_path, weights):
+    tracker = MlflowTracker(tmp_path, "e")
+    tracker.client.delete_experiment(tracker.experiment)
+    with pytest.raises(
+        TrackingError, match=r"got a deleted experiment 'e'.*mlflow experiments restore --experiment-id 1"
+    ):
+        MlflowTracker(tmp_path, "e")
+
+
+# ---------------------------------------------------------------- kills
+
+
+def test_a_kill_while_the_store_is_made_leaves_one_that_opens_the_next_time(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; import mlflow.store.db.utils as utils;"
+        "from modelstock.tracking.mlflow import MlflowTracker;"
+        "utils._upgrade_db = lambda engine: os.kill(os.getpid(), 9);"
+        "MlflowTracker(Path(sys.argv[1]), 'e')"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -9
+    assert MlflowTracker(tmp_path, "e").experiment == "1"
+    assert [p.name for p in tmp_path.glob(".mlflow.db*")] == []
+
+
+def test_a_store_that_an_older_version_left_half_made_is_one_line_with_its_cure(tmp_path):
+    store = sqlite3.connect(tmp_path / "mlflow.db")
+    store.execute("CREATE TABLE metrics (key TEXT)")
+    store.close()
+    with pytest.raises(TrackingError, match=r"move mlflow\.db away") as caught:
+        MlflowTracker(tmp_path, "e")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_store_and_its_artifacts_are_their_owners_alone(tmp_path):
+    MlflowTracker(tmp_path, "e")
+    assert {name: oct((tmp_path / name).stat().st_mode)[-3:] for name in ("mlflow.db", "mlruns")} == {
+        "mlflow.db": "600",
+        "mlruns": "700",
+    }
+
+
+@pytest.mark.parametrize("call", ["_place", "client.finalize_logged_model"])
+def test_a_model_left_unfinished_is_finished_by_the_next_replay(tmp_path, weights, monkeypatch, call):
+    tracker = MlflowTracker(tmp_path, "e")
+    owner, _, name = call.rpartition(".")
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(tracker, owner) if owner else tracker, name, refuse)
+        with pytest.raises(TrackingError, match="refused"):
+            record(tracker, weights)
+    check(tracker, weights)
+    models = tracker.client.search_logged_models([tracker.experiment])
+    assert [str(m.status) for m in models] == ["READY"]
+
+
+def refuse(*arguments, **options):
+    raise OSError("refused")
+
+
+def test_of_several_models_of_one_weight_set_only_the_one_that_is_ready_remains(tmp_path, weights):
+    tracker = MlflowTracker(tmp_path, "e")
+    run, _ = record(tracker, weights)
+    tags = {IDENTITY: tracker.client.get_run(run).data.tags[IDENTITY]}
+    tracker.client.create_logged_model(tracker.experiment, name="again", source_run_id=run, tags=tags)
+    check(tracker, weights)
+
+
+def test_a_server_that_accepts_and_never_answers_costs_seconds_and_is_one_line(tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(mirror, "PATIENCE_S", 2)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    with socket.socket() as silent, warnings.catch_warnings(record=True) as caught, collected() as kept:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        uri = f"http://user:sesame@127.0.0.1:{silent.getsockname()[1]}"
+        warnings.simplefilter("always")
+        begun = time.monotonic()
+        history = weights.with_name("history.jsonl")
+        with Mirror(lambda: MlflowTracker(tmp_path, "e", uri), history, key="k", name="seed-3", params={}):
+            pass
+        assert time.monotonic() - begun < 10
+    lines = [str(w.message) for w in caught if "seed-3" in str(w.message)]
+    assert lines == ["seed-3: the tracker has not answered for 2 s; `dvc repro -f compare` sends what it lacks"]
+    assert kept == []  # what is made is the same with and without a tracker

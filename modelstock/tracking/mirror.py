@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from contextvars import Context
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 from modelstock.notices import notice
 from modelstock.tracking.tracker import Tracker
 
+PATIENCE_S = 10
+
 
 class Mirror:
     """Sends a growing history to a tracker every few seconds while the block trains; never lets an error reach it.
 
     `tracker` is opened by the mirror's own thread. The first failure is one notice, later ones are silent: what was
-    missed is sent by the stage `compare`. When the block has ended, the last rows are sent.
+    missed is sent by the stage `compare`. When the block has ended, the last rows are sent; a tracker that has not
+    taken them after `PATIENCE_S` is left behind. Notices are printed and not kept: the results are the same without.
     """
 
     def __init__(
@@ -29,7 +33,7 @@ class Mirror:
     ) -> None:
         self._tracker, self._history, self._every_s = tracker, history, every_s
         self._key, self._name, self._params = key, name, dict(params)
-        self._stop = threading.Event()
+        self._stop, self._left = threading.Event(), False
         self._thread = threading.Thread(target=self._follow, name="mirror", daemon=True)
 
     def __enter__(self) -> "Mirror":
@@ -40,7 +44,11 @@ class Mirror:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=PATIENCE_S)
+        if self._thread.is_alive():
+            self._left = True
+            text = f"the tracker has not answered for {PATIENCE_S} s; `dvc repro -f compare` sends what it lacks"
+            Context().run(notice, self._name, text)  # outside of what collects notices
 
     def _follow(self) -> None:
         try:
@@ -49,4 +57,5 @@ class Mirror:
                 last = self._stop.wait(self._every_s)
                 tracker.live(key=self._key, name=self._name, params=self._params, history=self._history)
         except Exception as error:
-            notice(error, "training goes on")
+            if not self._left:
+                notice(error, "training goes on")

@@ -8,6 +8,7 @@ The files carry no times: a row's time is the moment it was sent.
 import contextlib
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,8 +17,8 @@ from urllib.parse import unquote, urlparse
 
 from filelock import FileLock
 
-from modelstock.errors import TrackingError
-from modelstock.files import link_or_copy
+from modelstock.errors import TrackingError, redacted
+from modelstock.files import atomic_path, link_or_copy
 from modelstock.tracking.history import read_history
 from modelstock.tracking.tracker import Measurements, params_of
 from modelstock.weights.weight_set import load_weights
@@ -30,14 +31,82 @@ IDENTITY, KEY = "modelstock.identity", "modelstock.key"
 
 def quiet_and_quick() -> None:
     """Environment for MLflow where the user has set none: no telemetry, and a dead server costs a second, not four
-    minutes a call."""
+    minutes a call.
+
+    Nothing is asked twice: a server that dies after it has made a run, and before it says so, would make another one.
+    """
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def store_in(root: Path) -> str:
+    """The URI of a project's own store, `<root>/mlflow.db`; to SQLAlchemy, `?` and `%` in a path mean something."""
+    file = str(Path(root).absolute() / "mlflow.db")
+    return "sqlite:///" + file.replace("%", "%25").replace("?", "%3F")
+
+
+def store_uri(root: Path) -> str:
+    """Where MLflow is: MLFLOW_TRACKING_URI, else the project's own store."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or store_in(root)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store; None for any other store, and for one with options."""
+    name = uri.removeprefix("sqlite:///")
+    return None if name in ("", uri) or "?" in name else Path(unquote(name)).absolute()
+
+
+def _local_path(location: str) -> Path | None:
+    """The folder of a local artifact location; None where a server keeps artifacts."""
+    parts = urlparse(location)
+    if parts.scheme == "":
+        return Path(location)
+    return Path(unquote(parts.path)) if parts.scheme == "file" else None
+
+
+def _make_store(file: Path) -> None:
+    """Make a SQLite store beside its place and then give it its name: killed half-way, it would never open again.
+
+    It is readable by its owner alone.
+    """
+    from mlflow.tracking import MlflowClient
+    from sqlalchemy.engine import make_url
+
+    for left in file.parent.glob(f".{file.name}.*.tmp*"):
+        left.unlink()
+    with atomic_path(file) as temporary:
+        os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+        uri = store_in(temporary.parent).removesuffix("mlflow.db") + temporary.name
+        assert make_url(uri).database == str(temporary)
+        MlflowClient(uri).search_experiments(max_results=1)
+
+
+# What a SQLite store says about where artifacts are: table -> columns.
+LOCATIONS = {
+    "experiments": ["artifact_location"],
+    "runs": ["artifact_uri"],
+    "logged_models": ["artifact_location"],
+    "model_versions": ["source", "storage_location"],
+}
+
+
+def _move_artifacts(store: Path, old: str, new: str) -> None:
+    """Let a SQLite store of a project that was moved look for its artifacts in the new place.
+
+    MLflow keeps absolute locations and has no call that changes one.
+    """
+    with contextlib.closing(sqlite3.connect(store)) as connection, connection:
+        for table, columns in LOCATIONS.items():
+            for column in columns:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                    f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                    (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
+                )
 
 
 class MlflowTracker:
@@ -52,7 +121,8 @@ class MlflowTracker:
     def __init__(self, root: Path, experiment: str = "modelstock", uri: str | None = None) -> None:
         quiet_and_quick()
         self.root = Path(root).absolute()
-        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"
+        self.uri = uri or store_uri(self.root)
+        self.file = _sqlite_file(self.uri)
         with self._one_line():
             from mlflow.tracking import MlflowClient
 
@@ -60,8 +130,7 @@ class MlflowTracker:
                 logging.getLogger(logger).setLevel(logging.ERROR)
             with self._first_use():
                 self.client: MlflowClient = MlflowClient(self.uri)
-                existing = self.client.get_experiment_by_name(experiment)
-                self.experiment = existing.experiment_id if existing else self._create(experiment)
+                self.experiment = self._experiment(experiment)
 
     @contextlib.contextmanager
     def _one_line(self) -> Iterator[None]:
@@ -71,27 +140,54 @@ class MlflowTracker:
         except TrackingError:
             raise
         except Exception as error:
-            text = " ".join(str(error).split())[:300]
+            text = " ".join(redacted(str(error)).split())[:300]
+            cure = "start it or correct MLFLOW_TRACKING_URI; `dvc repro -f compare` then sends what is missing"
+            if self.file is not None and self.file.exists():
+                cure = f"move {self.file.name} away where it is damaged; `dvc repro -f compare` then sends everything"
             raise TrackingError(
                 f"MLflow at {self.uri}",
                 got=f"{type(error).__name__}: {text}",
                 expected="a tracking server or store that answers",
-                cure="start it or correct MLFLOW_TRACKING_URI; `dvc repro -f compare` then sends what is missing",
+                cure=cure,
             ) from error
 
     @contextlib.contextmanager
     def _first_use(self) -> Iterator[None]:
         """One process at a time: two that create a SQLite store at once crash."""
-        if not self.uri.startswith("sqlite:"):
+        if self.file is None:
             yield
             return
         with FileLock(self.root / ".mlflow.lock"):
+            if not self.file.exists() or not self.file.stat().st_size:
+                _make_store(self.file)
             yield
 
-    def _create(self, experiment: str) -> str:
+    def _experiment(self, name: str) -> str:
+        """The id of the experiment, made where there is none.
+
+        Raises:
+            TrackingError: it was deleted.
+        """
         # Without a location, MLflow would put artifacts under whatever directory a process happens to run in.
-        local = f"file://{self.root / 'mlruns'}" if self.uri.startswith("sqlite:") else None
-        return str(self.client.create_experiment(experiment, artifact_location=local))
+        artifacts = self.root / "mlruns"
+        existing = self.client.get_experiment_by_name(name)
+        if existing is None:
+            local = self.uri.startswith("sqlite:")
+            if local:
+                artifacts.mkdir(mode=0o700, exist_ok=True)
+            return str(self.client.create_experiment(name, artifact_location=artifacts.as_uri() if local else None))
+        if existing.lifecycle_stage == "deleted":
+            raise TrackingError(
+                f"MLflow at {self.uri}",
+                got=f"a deleted experiment {name!r}",
+                expected="one that is active",
+                cure=f"`MLFLOW_TRACKING_URI=... mlflow experiments restore --experiment-id {existing.experiment_id}`, "
+                "or another name as tracking.experiment; `dvc repro -f compare` then sends what is missing",
+            )
+        old = existing.artifact_location
+        if self.file == self.root / "mlflow.db" and old != artifacts.as_uri() and old.endswith("/mlruns"):
+            _move_artifacts(self.file, old, artifacts.as_uri())
+        return str(existing.experiment_id)
 
     def _find(self, *tags: tuple[str, str | None]) -> "Run | None":
         for tag, value in tags:
@@ -166,7 +262,10 @@ class MlflowTracker:
             self._write(run, params, {IDENTITY: identity, **tags})
             if history is not None:
                 self._send_history(run, history)
-            model = self._model(identity) or self._add_model(run, weights, name=name, identity=identity)
+            model = self._model(identity) or self._new_model(run, name=name, identity=identity)
+            self._place(model, weights)
+            if str(model.status) != "READY":
+                self.client.finalize_logged_model(model.model_id, "READY")
             self._send_measurements(run, measurements, model.model_id)
             return self._finish(run)
 
@@ -192,26 +291,37 @@ class MlflowTracker:
         return str(run.info.run_id)
 
     def _model(self, identity: str) -> "LoggedModel | None":
+        """The model of a weight set: the one that is ready, else one that a killed call has left unfinished."""
         # A search by status finds nothing on SQLite: it is filtered here.
         models = self.client.search_logged_models([self.experiment], f"tags.`{IDENTITY}` = '{identity}'")
-        return next((m for m in models if str(m.status) == "READY"), None)
+        first = sorted(models, key=lambda m: (str(m.status) != "READY", m.creation_timestamp))
+        for model in first[1:]:
+            if str(model.status) != "READY":
+                self.client.delete_logged_model(model.model_id)
+        return first[0] if first else None
 
-    def _add_model(self, run: "Run", weights: Path, *, name: str, identity: str) -> "LoggedModel":
-        model = self.client.create_logged_model(
+    def _new_model(self, run: "Run", *, name: str, identity: str) -> "LoggedModel":
+        return self.client.create_logged_model(
             self.experiment,
             name=name.replace("/", "-").replace("@", "-").replace(".", "_"),
             source_run_id=run.info.run_id,
             tags={IDENTITY: identity},
             model_type="image classifier",
         )
-        location = urlparse(model.artifact_location)
-        if location.scheme in ("", "file"):
-            folder = Path(unquote(location.path))
-            folder.mkdir(parents=True, exist_ok=True)
-            link_or_copy(weights.resolve(), folder / weights.name)
-        else:
-            self.client.log_model_artifact(model.model_id, str(weights))
-        return self.client.finalize_logged_model(model.model_id, "READY")
+
+    def _place(self, model: "LoggedModel", weights: Path) -> None:
+        """Put the file into its model, where it is not there yet: a hard link where that is possible."""
+        folder, source = _local_path(model.artifact_location), weights.resolve()
+        if folder is None:
+            if str(model.status) != "READY":
+                self.client.log_model_artifact(model.model_id, str(weights))
+            return
+        target = folder / weights.name
+        if target.exists() and target.stat().st_size == source.stat().st_size and str(model.status) == "READY":
+            return
+        target.unlink(missing_ok=True)
+        with atomic_path(target) as temporary:
+            link_or_copy(source, temporary)
 
     def _send_measurements(self, run: "Run", measurements: Measurements, model_id: str | None) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric
