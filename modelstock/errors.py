@@ -34,7 +34,7 @@ class ModelstockError(Exception):
 
     def __init__(self, place: object, *, got: object, expected: object, cure: str) -> None:
         place, got, expected, cure = (redacted(part) for part in (place, got, expected, cure))
-        super().__init__(f"{place}: got {got}; expected {expected}; {cure}")
+        super().__init__(_one_line(f"{place}: got {got}; expected {expected}; {cure}"))
         self.place, self.got, self.expected, self.cure = place, got, expected, cure
 
     def __reduce__(self) -> Any:
@@ -68,6 +68,11 @@ class RoomError(ModelstockError):
 
 class TrackingError(ModelstockError):
     """The tracking server or its store cannot be reached or refuses."""
+
+
+def _one_line(text: str) -> str:
+    """Control characters, which a file's name may have, as their escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] if ord(c) < 0xA0 else c for c in text)
 
 
 def few(names: Sequence[str], most: int = 3) -> str:

@@ -10,13 +10,14 @@ from PIL import Image
 from modelstock.data import manifest as manifests
 from modelstock.data.dataset import open_dataset, read_all
 from modelstock.data.index import IMAGES, index_shards
-from modelstock.data.manifest import make_manifest, save_manifest
+from modelstock.data.manifest import Shard, make_manifest, save_manifest
 from modelstock.data.shapes.render import draw
 from modelstock.data.shards import write_shard
 from modelstock.errors import DataError, WeightsError
 from modelstock.files import sha256_of
 from modelstock.scoring.one_pass import score
 from modelstock.weights.weight_set import WeightSet
+from tests.support import layouts
 from tests.support.layouts import picture
 from tests.support.splits import make_split
 
@@ -171,9 +172,10 @@ def test_a_shard_that_is_used_in_place_is_hashed_again_when_it_was_replaced(tmp_
 
 
 def test_two_images_of_one_key_are_refused(tmp_path):
-    shards = [write_shard(tmp_path / "0.tar", [(0, 0, "jpg", picture(0)), (0, 0, "png", picture(0, "png"))])]
+    layouts.tar(tmp_path / "0.tar", {"a.cls": b"0", "a.jpg": picture(0), "a.png": picture(0, "png")})
+    shards = [Shard(name="0.tar", count=1, sha256=sha256_of(tmp_path / "0.tar"))]
     facts = {"benchmark": "b", "role": "shift", "labels": ["a"], "label_groups": [[0]], "classes": ["a", "b"]}
-    with pytest.raises(DataError, match=r"0\.tar: got two images 00000000"):
+    with pytest.raises(DataError, match=r"0\.tar: got two images a"):
         index_shards(tmp_path, make_manifest(**facts, shards=shards))
 
 

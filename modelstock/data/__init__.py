@@ -3,6 +3,7 @@
 shapes/         the embedded benchmark: its names, its renderer, its splits
 layouts.py      data sets as they are published: one entry each
 containers.py   folders and archives as lists of files, read where they are
+tars.py         the one reader of tar archives
 preparation.py  a split made into shards, by several processes, resumed
 shards.py       webdataset shards whose bytes repeat
 manifest.py     the manifest of a split, and the check of its shards

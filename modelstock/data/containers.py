@@ -2,17 +2,18 @@
 
 A container lists its files once and then gives the bytes of any of them, in any process. What could write or read
 elsewhere is refused while listing, before any image is read: absolute paths and `..`, links out of a folder, links and
-devices in an archive, files that unpack to more than 256 MiB or to 100 times their size.
+devices in an archive, files that unpack to more than 256 MiB, or to more than 64 MiB and 100 times their size. So is
+what has no one meaning: archives beside folders or images, joined archives, and a path that comes twice.
 """
 
 import gzip
 import os
-import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -20,12 +21,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from modelstock.errors import DataError
+from modelstock.data.decoder import SUFFIXES
+from modelstock.data.tars import Member, members, refuse, safe_path
+from modelstock.errors import few
 
 LIMIT = 256 << 20  # bytes of one file
-RATIO = 100  # of unpacked to packed size
-Member = tuple[tarfile.TarFile, tarfile.TarInfo, str]  # an archive, one of its heads, and that file's path
-_AGAIN = "get the archive again, or leave the file out of it"
+RATIO = 100  # of unpacked to packed size, where that is suspicious at all:
+FLOOR = 64 << 20  # bytes; a blank picture of a few megabytes packs to nearly nothing
 
 
 class File(NamedTuple):
@@ -54,23 +56,14 @@ class Container(Protocol):
         """The bytes of one file."""
 
 
-def _refuse(place: object, got: str, expected: str, cure: str = _AGAIN) -> DataError:
-    return DataError(place, got=got, expected=expected, cure=cure)
-
-
-def _safe(archive: Path, name: str) -> str:
-    """A member's path without `.` and empty parts; one that leads out of the archive is refused."""
-    parts = re.split(r"[/\\]", name)
-    if name.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:[/\\]", name):
-        raise _refuse(
-            f"{archive}, member {name!r}", "a path that leads out of the archive", "relative paths without .."
-        )
-    return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
 def _small(place: str, size: int) -> None:
     if size > LIMIT:
-        raise _refuse(place, f"{size} bytes", f"at most {LIMIT >> 20} MiB a file")
+        raise refuse(place, f"{size} bytes", f"at most {LIMIT >> 20} MiB a file")
+
+
+_END, _END_SIZE = b"PK\5\6", 22  # what the end of a zip archive begins with, and its size without the comment
+_MARKER = 4  # bytes before the first member, of archives that were made in several volumes
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,7 @@ class Folder:
                 if entry.is_symlink():
                     target = Path(entry.path).resolve()
                     if not target.is_relative_to(root) or not target.exists() or target in above:
-                        raise _refuse(
+                        raise refuse(
                             f"{self.place}, link {name}",
                             f"a link to {os.readlink(entry.path)}",
                             "links to files and folders within the source",
@@ -104,33 +97,13 @@ class Folder:
                     _small(entry.path, facts.st_size)
                     yield File(name, facts.st_size, (facts.st_mtime_ns,))
                 else:
-                    raise _refuse(entry.path, "neither file nor folder", "files and folders", "remove it")
+                    raise refuse(entry.path, "neither file nor folder", "files and folders", "remove it")
 
         return visit(root, "", (root,))
 
     def read(self, file: File) -> bytes:
         """The bytes of one file."""
         return (self.place / file.path).read_bytes()
-
-
-def _members(archive: Path, stream: IO[bytes] | gzip.GzipFile) -> Iterator[Member]:
-    """The files of a tar archive that begins where `stream` is, each with its checked path."""
-    try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else the heads of a million members stay in memory
-                name = _safe(archive, member.name)
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise _refuse(f"{archive}, member {name}", "a link, device or sparse file", "files and folders")
-                yield tar, member, name
-            # Where an archive is cut or damaged, tarfile takes that for its end: two blocks of zeros are the end.
-            whole = stream.tell() == tar.offset + tarfile.BLOCKSIZE and not stream.read(tarfile.BLOCKSIZE).strip(b"\0")
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _refuse(archive, f"a damaged archive ({error})", "a whole one", "get the archive again") from error
-    if not whole:
-        raise _refuse(archive, "an archive that ends early", "a whole one", "get the archive again")
 
 
 @dataclass(frozen=True)
@@ -151,20 +124,20 @@ class Tars:
     def _files(self, number: int, path: Path) -> Iterator[File]:
         single = path == self.place
         with open(path, "rb") as outer, open(path, "rb") as inner:
-            for _, member, name in _members(path, outer):
+            for _, member, name in members(path, outer):
                 end = member.offset_data + member.size
                 if not name.endswith(".tar"):
                     _small(f"{path}, member {name}", member.size)
                     yield File(name if single else f"{path.stem}/{name}", member.size, (number, member.offset_data))
                     continue
                 inner.seek(member.offset_data)
-                for _, nested, leaf in _members(path / name, inner) if single else ():
-                    if leaf.endswith(".tar") or nested.offset_data + nested.size > end:
-                        raise _refuse(f"{path}, member {name}/{leaf}", "a third level", "archives in an archive")
+                for _, nested, leaf in members(path / name, inner, end) if single else ():
+                    if leaf.endswith(".tar"):
+                        raise refuse(f"{path}, member {name}/{leaf}", "a third level", "archives in an archive")
                     _small(f"{path}, member {name}/{leaf}", nested.size)
                     yield File(f"{name.removesuffix('.tar')}/{leaf}", nested.size, (number, nested.offset_data))
                 if not single:
-                    raise _refuse(f"{path}, member {name}", "an archive in an archive in a folder", "images")
+                    raise refuse(f"{path}, member {name}", "an archive in an archive in a folder", "images")
 
     def read(self, file: File) -> bytes:
         """The bytes of one file."""
@@ -199,18 +172,17 @@ class TarGz:
 
     def files(self) -> Iterator[File]:
         """Every file; the whole archive is read and its checksum tested."""
+        unpacked, packed = 0, self.place.stat().st_size
         for number, (_, member, name) in enumerate(self._members()):
             _small(f"{self.place}, member {name}", member.size)
+            unpacked += member.size
+            if unpacked > max(FLOOR, RATIO * packed):
+                raise refuse(self.place, f"{unpacked} bytes and more out of {packed}", f"at most {RATIO} times")
             yield File(name, member.size, (number,))
 
     def _members(self) -> Iterator[Member]:
         with gzip.open(self.place) as stream:
-            yield from _members(self.place, stream)
-            try:
-                while stream.read(1 << 20):
-                    pass
-            except (EOFError, OSError, zlib.error) as error:
-                raise _refuse(self.place, f"damage ({error})", "a whole archive", "get the archive again") from error
+            yield from members(self.place, stream)
 
     def contents(self) -> Iterator[tuple[int, IO[bytes]]]:
         """Every file's number and its bytes, in one pass."""
@@ -226,10 +198,33 @@ class TarGz:
 
 @lru_cache(maxsize=2)
 def _kept_listed(path: Path, stamp: tuple[int, ...]) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
+    try:
+        archive = zipfile.ZipFile(path)
+        with open(path, "rb") as file:
+            file.seek(-len(archive.comment) - _END_SIZE, os.SEEK_END)
+            ends = file.read(len(_END)) == _END
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError, OSError) as error:
+        raise refuse(path, f"a damaged archive ({error})", "a whole one", "get the archive again") from error
+    first = min((member.header_offset for member in archive.infolist()), default=0)
+    if not ends or first > _MARKER:
+        archive.close()
+        raise refuse(
+            path,
+            f"data {'before its first member' if ends else 'after its end'}, as where archives were joined",
+            "one archive",
+            "unpack the archives one by one and name the folder, or get the archive again",
+        )
+    return archive
 
 
 def _zip(path: Path) -> zipfile.ZipFile:
+    """A zip archive, listed once.
+
+    zipfile reads the last list of members in a file: of archives that were joined it sees only one.
+
+    Raises:
+        DataError: a damaged archive, or one with something before or after it.
+    """
     return _kept_listed(path, _stamp(path))
 
 
@@ -250,29 +245,27 @@ class Zip:
             DataError: also a missing or wrong password.
         """
         found = []
-        members = _zip(self.place).infolist()
-        for number, member in enumerate(members):
-            name, where = _safe(self.place, member.filename), f"{self.place}, member {member.filename}"
+        infos = _zip(self.place).infolist()
+        for number, member in enumerate(infos):
+            name, where = safe_path(self.place, member.filename), f"{self.place}, member {member.filename}"
             if stat.S_ISLNK(member.external_attr >> 16):
-                raise _refuse(where, "a link", "files and folders")
+                raise refuse(where, "a link", "files and folders")
             if member.is_dir():
                 continue
             _small(where, member.file_size)
-            if member.file_size > RATIO * max(1, member.compress_size):
-                raise _refuse(
-                    where, f"{member.file_size} bytes out of {member.compress_size}", f"at most {RATIO} times"
-                )
+            if member.file_size > max(FLOOR, RATIO * member.compress_size):
+                raise refuse(where, f"{member.file_size} bytes out of {member.compress_size}", f"at most {RATIO} times")
             if member.compress_type == 99:
-                raise _refuse(where, "AES encryption", "ZipCrypto or none", "unpack the archive and name its folder")
+                raise refuse(where, "AES encryption", "ZipCrypto or none", "unpack the archive and name its folder")
             found.append(File(name, member.file_size, (number, member.CRC)))
-        locked = [file for file in found if members[file.place[0]].flag_bits & 1]
+        locked = [file for file in found if infos[file.place[0]].flag_bits & 1]
         if locked:
             if self.password is None:
-                raise _refuse(self.place, "an encrypted archive", "its password", "name it as `password` of the split")
+                raise refuse(self.place, "an encrypted archive", "its password", "name it as `password` of the split")
             try:
                 self.read(min(locked, key=lambda file: file.size))
             except (RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-                raise _refuse(
+                raise refuse(
                     self.place,
                     "a password that does not open it",
                     "the one it was published with",
@@ -307,7 +300,7 @@ class Rows:
 
     def __post_init__(self) -> None:
         if find_spec("datasets") is None:
-            raise _refuse(
+            raise refuse(
                 self.place,
                 "a folder of the library datasets, which is not installed",
                 "modelstock[datasets]",
@@ -325,7 +318,7 @@ class Rows:
         labels = [name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"]
         labels = labels or [name for name, kind in features.items() if "int" in str(getattr(kind, "dtype", ""))]
         if len(images) != 1 or len(labels) != 1:
-            raise _refuse(
+            raise refuse(
                 self.place,
                 f"{len(images)} columns of images and {len(labels)} of labels",
                 "one of each",
@@ -350,6 +343,24 @@ class Rows:
         return content
 
 
+def _check_beside(folder: Path, tars: Sequence[Path]) -> None:
+    """Refuse a folder of archives that has images or other archives beside or below them."""
+    others = [
+        str(Path(root, name).relative_to(folder))
+        for root, _, names in os.walk(folder)
+        for name in names
+        if not name.startswith(".") and name.lower().endswith((*_ARCHIVES, *SUFFIXES))
+    ]
+    others = sorted(set(others) - {tar.name for tar in tars})
+    if others:
+        raise refuse(
+            folder,
+            f"{len(tars)} archives such as {tars[0].name} beside {few(others)}",
+            "either archives or images in folders",
+            "move one of them elsewhere",
+        )
+
+
 def open_container(path: Path, password: str | None = None) -> Container:
     """What is at `path`, by its content.
 
@@ -360,23 +371,23 @@ def open_container(path: Path, password: str | None = None) -> Container:
     cure = "correct the split's path"
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
-            raise _refuse(path, "several splits of the library datasets", "one", "name the folder of one of them")
+            raise refuse(path, "several splits of the library datasets", "one", "name the folder of one of them")
         if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
             return Rows(path)
-        tars = sorted(file for file in path.glob("*.tar") if not file.name.startswith("."))
-        return Tars(path, tuple(tars)) if tars else Folder(path)
+        tars = sorted(file for file in path.glob("[!.]*.tar") if file.is_file())
+        if not tars:
+            return Folder(path)
+        _check_beside(path, tars)
+        return Tars(path, tuple(tars))
     if not path.is_file():
-        raise _refuse(path, "nothing there", expected, cure)
+        raise refuse(path, "nothing there", expected, cure)
     with open(path, "rb") as file:
         head = file.read(tarfile.BLOCKSIZE)
     if head.startswith(b"\x1f\x8b"):
         return TarGz(path)
     if head.startswith(b"PK"):
-        try:
-            _zip(path)
-        except zipfile.BadZipFile as error:
-            raise _refuse(path, f"a damaged archive ({error})", "a whole one", "get the archive again") from error
+        _zip(path)
         return Zip(path, password)
     if head[257:262] == b"ustar" or path.suffix == ".tar":
         return Tars(path, (path,))
-    raise _refuse(path, f"a file that begins with {head[:4]!r}", expected, cure)
+    raise refuse(path, f"a file that begins with {head[:4]!r}", expected, cure)

@@ -15,6 +15,21 @@ from PIL import Image, UnidentifiedImageError
 
 # Pillow reads more, and runs other programs for some of it.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+# What names of images end in.
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".jp2",
+)
 _ORIENTATION = 0x0112  # in EXIF; 1: as stored
 
 

@@ -4,8 +4,7 @@ An example is an image and a `.cls` file of one key; a key is a member's path up
 """
 
 import os
-import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelstock.data.manifest import Manifest
+from modelstock.data.tars import members
 from modelstock.errors import DataError
 
 # What an example's image may be called.
@@ -35,26 +35,30 @@ class Example(NamedTuple, Generic[Place]):
 
 
 def pair(
-    archive: Path, members: Iterable[tuple[str, Place]], read: Callable[[Place], bytes]
+    archive: Path, files: Iterable[tuple[str, Place]], read: Callable[[Place], bytes]
 ) -> dict[str, Example[Place]]:
     """Key -> example, in the images' order; `read` gives the content of a `.cls` file.
 
     Raises:
-        DataError: two images of one key.
+        DataError: two images or two labels of one key.
     """
+
+    def once(key: str, known: Mapping[str, object], what: str) -> None:
+        if key in known:
+            cure = "make the shards again"
+            raise DataError(archive, got=f"two {what} {key}", expected="one per example", cure=cure)
+
     images: dict[str, Place] = {}
     labels: dict[str, str] = {}
-    for path, place in members:
+    for path, place in files:
         folder, _, name = path.rpartition("/")
         stem, _, suffix = name.partition(".")
         key = f"{folder}/{stem}" if folder else stem
         if suffix == "cls":
+            once(key, labels, "labels")
             labels[key] = read(place).decode(errors="replace").strip()
         elif suffix.lower() in IMAGES:
-            if key in images:
-                raise DataError(
-                    archive, got=f"two images {key}", expected="one per example", cure="make the shards again"
-                )
+            once(key, images, "images")
             images[key] = place
     return {key: Example(images.get(key), labels.get(key)) for key in [*images, *(labels.keys() - images.keys())]}
 
@@ -69,14 +73,15 @@ def index_shards(folder: Path, manifest: Manifest) -> tuple[NDArray[np.int64], N
     Only the tar files' heads and the labels are read.
 
     Raises:
-        DataError: an example without image or label, a label out of range, or a count that is not the manifest's.
+        DataError: a damaged archive, an example without image or label, a label out of range, or a count that is not
+            the manifest's.
     """
     places: list[tuple[int, int, int]] = []
     labels: list[int] = []
     for number, (shard, path) in enumerate(zip(manifest.shards, manifest.paths(folder), strict=True)):
-        with tarfile.open(path) as tar, open(path, "rb") as file:
-            members = ((m.name, (number, m.offset_data, m.size)) for m in tar if m.isfile())
-            examples = pair(path, members, partial(_content, file))
+        with open(path, "rb") as heads, open(path, "rb") as file:
+            files = ((name, (number, head.offset_data, head.size)) for _, head, name in members(path, heads))
+            examples = pair(path, files, partial(_content, file))
         bad = [key for key, example in examples.items() if example.label_below(len(manifest.labels)) is None]
         if bad or len(examples) != shard.count:
             raise DataError(

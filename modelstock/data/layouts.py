@@ -28,18 +28,19 @@ from tqdm import tqdm
 
 from modelstock.data.classes import class_names, folder_names, wnids
 from modelstock.data.containers import Container, File, Folder, Rows, TarGz, Tars, open_container
-from modelstock.data.index import pair
+from modelstock.data.decoder import SUFFIXES
+from modelstock.data.index import Example, pair
 from modelstock.errors import DataError, ParamsError, few, nearest
+from modelstock.notices import notice
 from modelstock.params import ClassesParams, FilesSplit, PrepareParams
 
-IMAGES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif")
-)
 # What lies beside images and is none.
 _TEXTS = frozenset(
     (".txt", ".md", ".json", ".csv", ".tsv", ".xml", ".html", ".pdf", ".yaml", ".yml", ".log", ".mat", ".ini", ".url")
 )
 _JUNK = frozenset(("thumbs.db", "desktop.ini", "license", "readme"))
+# What no name may have: control characters, and bytes that are no UTF-8.
+_STRANGE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _FLAT = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")
 OBJECTNET_BORDER = 2  # pixels of red around every image of ObjectNet, there to find it in training sets
 _MAPPINGS = (
@@ -273,7 +274,7 @@ def _is_junk(path: str) -> bool:
 
 
 def _is_image(path: str) -> bool:
-    return splitext(path)[1].lower() in IMAGES
+    return splitext(path)[1].lower() in SUFFIXES
 
 
 def _by_folder(split: FilesSplit, files: Sequence[File], meaning: Meaning) -> tuple[list[Item], dict[str, int]]:
@@ -322,8 +323,8 @@ def _by_folder(split: FilesSplit, files: Sequence[File], meaning: Meaning) -> tu
         raise DataError(
             split.path,
             got=f"{few(names)}, no images by their names",
-            expected=" ".join(sorted(IMAGES)),
-            cure="rename or remove them",
+            expected=" ".join(sorted(SUFFIXES)),
+            cure="convert, rename or remove them",
         )
     counts = {
         "files that are not images": len(files) - len(images),
@@ -371,10 +372,40 @@ def _flat(split: FilesSplit, flat: Sequence[tuple[re.Match[str], File]], meaning
     return items
 
 
-def _by_key(split: FilesSplit, container: Container, files: Sequence[File], meaning: Meaning) -> list[Item]:
+def _check_keys(split: FilesSplit, container: Tars, examples: Mapping[str, Example[File]]) -> None:
+    """Give a notice of keys that come in several shards; where their images are the same too, a shard is a copy.
+
+    Raises:
+        DataError: the same image under the same key in two shards.
+    """
+    by_key: defaultdict[str, list[File]] = defaultdict(list)
+    for key, (image, _) in examples.items() if len(container.paths) > 1 else ():
+        if image is not None:
+            by_key[key.partition("/")[2]].append(image)
+    repeated = {key: images for key, images in by_key.items() if len(images) > 1}
+    for key, images in repeated.items():
+        equal = defaultdict(list)
+        for image in images:
+            if sum(other.size == image.size for other in images) > 1:
+                equal[container.read(image)].append(image.path)
+        if copies := next((paths for paths in equal.values() if len(paths) > 1), None):
+            raise DataError(
+                split.path,
+                got=f"the same image under the key {key} in {few(copies)}",
+                expected="every example once",
+                cure="remove the copies of shards",
+            )
+    if repeated:
+        notice(
+            "shards", f"{len(repeated)} keys such as {next(iter(repeated))} come in several of them, as other images"
+        )
+
+
+def _by_key(split: FilesSplit, container: Tars, files: Sequence[File], meaning: Meaning) -> list[Item]:
     """The examples of webdataset shards."""
     folders = list(meaning.folders)
     examples = pair(container.place, ((file.path, file) for file in files), container.read)
+    _check_keys(split, container, examples)
     labels = {key: example.label_below(len(folders)) for key, example in examples.items()}
     wrong = sorted(key for key, label in labels.items() if label is None)
     if wrong:
@@ -404,13 +435,13 @@ def _by_row(split: FilesSplit, rows: Rows, files: Sequence[File], meaning: Meani
                 label_of = {i: known[name] for i, name in enumerate(names)}
                 break
         else:
-            if split.labels == "classes" or len(names) != len(folders):
-                raise DataError(
-                    split.path,
-                    got=f"{len(names)} labels such as {few(names)}",
-                    expected=f"names or folders of the {len(folders)} labels of {split.labels}",
-                    cure="correct labels of the split, or classes.names",
-                )
+            raise DataError(
+                split.path,
+                got=f"{len(names)} labels such as {few(sorted(set(names) - plain.keys()))}",
+                expected=f"names or folders of the {len(folders)} labels of {split.labels}",
+                cure="correct labels of the split, or classes.names; labels that count them in their order may be "
+                "plain integers",
+            )
     wrong = [row for row, number in enumerate(numbers) if number not in label_of]
     if wrong:
         raise DataError(
@@ -447,6 +478,42 @@ def _cut(split: FilesSplit, items: Sequence[Item], count: int, meaning: Meaning)
     return chosen
 
 
+def _listed(name: str, split: FilesSplit) -> tuple[Container, list[File]]:
+    """A split's container and its files.
+
+    Raises:
+        DataError: also what the system refuses, a path that comes twice, or one that is no text.
+    """
+    try:
+        container = open_container(Path(split.path), split.password)
+        files = list(tqdm(container.files(), desc=f"{name}: listing", unit="file", delay=2, leave=False))
+    except OSError as error:
+        raise DataError(
+            error.filename or split.path,
+            got=error.strerror or error,
+            expected="a source that can be read",
+            cure="correct its rights or the split's path",
+        ) from error
+    times = Counter(file.path for file in files)
+    twice = sorted(path for path, count in times.items() if count > 1)
+    if twice:
+        raise DataError(
+            split.path,
+            got=f"{len(twice)} paths that come more than once, such as {twice[0]}",
+            expected="every path once",
+            cure="unpack it, which keeps the last of each, and name the folder, or make the archive again",
+        )
+    strange = [path for path in times if _STRANGE.search(path)]
+    if strange:
+        raise DataError(
+            split.path,
+            got=f"{len(strange)} names such as {strange[0]!a}",
+            expected="UTF-8 without control characters",
+            cure="rename them",
+        )
+    return container, files
+
+
 def open_source(name: str, params: PrepareParams, classes: ClassesParams) -> Source:
     """List the images of a split on disk, by label and then by name.
 
@@ -457,14 +524,13 @@ def open_source(name: str, params: PrepareParams, classes: ClassesParams) -> Sou
     split = params.splits[name]
     assert isinstance(split, FilesSplit)
     layout_of(split)  # before anything is read
-    container = open_container(Path(split.path), split.password)
-    listed = tqdm(container.files(), desc=f"{name}: listing", unit="file", delay=2, leave=False)
-    files = list(listed)
+    container, files = _listed(name, split)
     whole = params.role(name) in ("train", "held-out")
     found = meaning(split, classes, _mappings(split, container, files), whole=whole)
     left_out: dict[str, int] = {}
-    keyed = isinstance(container, Tars) and any(file.path.endswith(".cls") for file in files)
-    if keyed:
+    shards = False
+    if isinstance(container, Tars) and any(file.path.endswith(".cls") for file in files):
+        shards = True
         items = _by_key(split, container, files, found)
     elif isinstance(container, Rows):
         items = _by_row(split, container, files, found)
@@ -482,7 +548,7 @@ def open_source(name: str, params: PrepareParams, classes: ClassesParams) -> Sou
     if split.part != "all":
         items = _cut(split, items, params.held_out_per_class, found)
     items.sort(key=lambda item: (item.label, item.name))
-    return Source(container, items, found, left_out, keyed)
+    return Source(container, items, found, left_out, shards)
 
 
 def subset(source: Source) -> Source:

@@ -273,7 +273,7 @@ def _gather(
         shards=[Shard(**facts["shard"]) for facts in results if facts["shard"]],
         # Cutting the border is part of re-encoding; else it waits until an image is read.
         border=meaning.border if params.short_side is None else 0,
-        root=str(given) if in_place else None,
+        root=str(given if given.is_dir() else given.parent) if in_place else None,
         unreadable=unreadable,
         left_out=found.left_out,
         notices=[line.removeprefix(f"{split}: ") for line in notices],  # who reads them names the benchmark
