@@ -7,6 +7,7 @@ ModelstockError            every one of them: say place, got, expected, cure in 
 ├── MergeError             weight sets that cannot be merged, or a method that cannot do it
 ├── TrainingError          a run that cannot go on (non-finite loss, a resume point that does not fit)
 ├── RoomError              a disk that is full, a quota or a limit of file sizes that is reached
+├── DamagedError           a file of ours whose content is not what it was written with
 └── TrackingError          the MLflow server or its store
 """
 
@@ -64,6 +65,10 @@ class TrainingError(ModelstockError):
 
 class RoomError(ModelstockError):
     """There is no room for a file; nothing half-written is left."""
+
+
+class DamagedError(ModelstockError):
+    """A file of ours does not have the checksum it was written with. `place` is its path."""
 
 
 class TrackingError(ModelstockError):

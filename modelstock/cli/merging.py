@@ -66,6 +66,9 @@ def merge(
             **_search_inputs(method, anchor, held_out),
         )
     summary = {"out": str(out), "method": method, "checkpoints": len(weights), "tensors": len(plan.report)}
+    summary["dtype"] = ", ".join(
+        name for name, stored in DTYPES.items() if stored in set(map(plan.dtype_of, plan.report))
+    )
     show("merged", [{**summary, **_flag_counts(plan.report)}], as_json)
 
 

@@ -1,15 +1,16 @@
 """Everything that a merge refuses: options before a checkpoint is read, checkpoints before a byte is written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from modelstock.errors import MergeError, WeightsError
+from modelstock.errors import MergeError, WeightsError, few
 from modelstock.merging.kernels import Float, chunks
 from modelstock.merging.methods.table import find_method
 from modelstock.weights.differences import differences, stored_differences
 from modelstock.weights.tensors import FLOATS, Checkpoint, StoredTensor, check_finite
+from modelstock.weights.weight_set import WeightSet
 
 Granularity = Literal["tensor", "filter", "model"]
 STATISTICS = {"fisher": "squared gradients", "inner": "inner products of layer inputs"}
@@ -55,28 +56,54 @@ def check_options(
         )
 
 
-def check_fit(anchor: Checkpoint, tuned: Sequence[Checkpoint]) -> None:
+def check_parents(anchor: WeightSet | Checkpoint, tuned: Sequence[WeightSet | Checkpoint]) -> None:
+    """Raise MergeError for weights that say what they were trained from, where that is not the anchor."""
+    for weights in tuned:
+        parents = weights.meta.get("parents") or []
+        if parents and anchor.identity not in parents:
+            raise MergeError(
+                weights.source,
+                got=f"weights made from {few([str(parent)[:12] for parent in parents])}",
+                expected=f"from the anchor {anchor.source}, {anchor.identity[:12]}",
+                cure="name the anchor that they were fine-tuned from",
+            )
+
+
+def check_measured(tuned: Sequence[WeightSet | Checkpoint], statistics: Sequence[WeightSet | Checkpoint]) -> None:
+    """Raise MergeError for statistics that say they were measured of other weights than those in their place."""
+    for weights, measured in zip(tuned, statistics, strict=False):
+        of = measured.meta.get("of")
+        if of is not None and of != weights.identity:
+            raise MergeError(
+                measured.source,
+                got=f"statistics of {str(of)[:12]}",
+                expected=f"those of {weights.source}, {weights.identity[:12]}",
+                cure="name them in the same order",
+            )
+
+
+def check_fit(
+    anchor: Checkpoint, tuned: Sequence[Checkpoint], choose: Callable[[str], bool] = lambda name: True
+) -> None:
     """Raise MergeError unless all checkpoints have the anchor's keys, shapes and dtypes; all differences are named.
 
-    Floating dtypes may differ among each other. Integer and boolean buffers must be equal: there is no mean of them.
+    Tensors that are not chosen are not compared: the anchor's are kept. See `stored_differences`.
     """
     if not tuned:
         raise MergeError("merge", got="no fine-tuned weights", expected="1 or more", cure="name at least one")
     for weights in tuned:
-        problems = stored_differences(weights.tensors, anchor.tensors, whose="the anchor's")
+        problems = stored_differences(weights.tensors, anchor.tensors, whose="the anchor's", compared=choose)
         if problems:
             raise MergeError(
                 weights.source,
                 got="; ".join(problems),
                 expected=f"the tensors of {anchor.source}",
-                cure="merge only models fine-tuned from this anchor",
+                cure="merge only models fine-tuned from this anchor; what it shall keep of the anchor, --exclude",
             )
 
 
-def check_products(name: str, sources: Sequence[tuple[str, StoredTensor]], gram: Float) -> None:
-    """NaN and infinity show in the inner products; only then is the culprit looked for."""
-    if np.isfinite(gram).all():
-        return
+def refuse_non_finite(name: str, sources: Sequence[tuple[str, StoredTensor]]) -> None:
+    """Raise WeightsError for inner products that are not finite: they show NaN and infinity, and overflow."""
     for source, tensor in sources:
         check_finite([(name, tensor)], source)
     raise WeightsError(

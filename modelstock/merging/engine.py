@@ -16,18 +16,22 @@ from modelstock.merging.checks import (
     Granularity,
     check_different,
     check_fit,
+    check_measured,
     check_options,
-    check_products,
+    check_parents,
     check_statistics,
+    refuse_non_finite,
 )
 from modelstock.merging.kernels import Chunk, Float, inner_products, runs
 from modelstock.merging.methods.blend import cosines
 from modelstock.merging.methods.table import METHODS
 from modelstock.merging.plan import Plan
 from modelstock.merging.searches import Gradient, Scorer, search
+from modelstock.merging.unusual import notice_unusual, sort_tensors
+from modelstock.notices import collected, notice
 from modelstock.weights.layout import depths
-from modelstock.weights.origin import made_by
-from modelstock.weights.tensors import FLOATS, Checkpoint, in_memory
+from modelstock.weights.origin import inherited, made_by, with_notices
+from modelstock.weights.tensors import Checkpoint, in_memory
 from modelstock.weights.weight_set import WeightSet
 
 
@@ -61,31 +65,34 @@ def plan_merge(
     options = dict(options or {})
     check_options(method, len(tuned), options=options, granularity=granularity, dtype=dtype, statistics=len(statistics))
     row = METHODS[method]
-    check_fit(anchor, tuned)
-    floating = [name for name in sorted(anchor.tensors) if anchor.tensors[name].dtype in FLOATS]
-    chosen = [name for name in floating if choose(name)]
-    if not chosen:
-        raise MergeError("merge", got="no tensor chosen", expected="one or more", cure="correct include and exclude")
+    check_fit(anchor, tuned, choose)
+    tensors = sort_tensors(anchor, tuned, choose)
     if row.reads_statistics:
         check_statistics(row.needs, anchor, statistics)
     first_pass = FirstPass(anchor=anchor, tuned=tuned, of=row.of, by_filter=granularity == "filter", progress=progress)
-    grams = first_pass.inner_products(floating, workers)
+    grams = first_pass.inner_products(tensors.floating, workers)
     squares = np.array([[gram[:, i, i].sum() for gram in grams.values()] for i in range(len(tuned))])
     check_different(anchor, tuned, grams, squares=squares, of=row.of)
+    chosen = [name for name in grams if name not in tensors.running]
+    if not chosen:
+        raise MergeError("merge", got="no tensor chosen", expected="one or more", cure="correct include and exclude")
+    notice_unusual(anchor, tuned, {name: grams[name] for name in chosen}, tensors=tensors, of=row.of, dtype=dtype)
     order = list(range(len(tuned)))
     if not row.ordered:
         # An order by the updates' norms makes the result independent of the caller's order, to the last bit.
         order.sort(key=lambda i: squares[i].tolist())
     grams = {name: gram[:, order][:, :, order] for name, gram in grams.items()}
+    mean = np.full((1, len(tuned)), 1 / len(tuned))
     plan = Plan(
         method=method,
         options={**row.defaults, **options},
         anchor=anchor,
         tuned=tuple(tuned[i] for i in order),
-        coefficients={},
-        report={name: _facts(grams[name].sum(axis=0)) for name in chosen},
+        coefficients={name: mean for name in grams if name in tensors.running},
+        report={name: _facts(grams[name].sum(axis=0), name in tensors.running) for name in grams},
         chosen=frozenset(chosen),
         statistics=tuple(statistics[i] for i in order) if statistics else (),
+        copied=tensors.counters,
         dtype=dtype,
     )
     if row.kind == "search":
@@ -101,7 +108,7 @@ def _span(plan: Plan, grams: Mapping[str, Float], granularity: Granularity) -> P
     whole = (
         row.function(sum(gram.sum(axis=0) for gram in grams.values()), **options) if granularity == "model" else None
     )
-    coefficients, report = {}, dict(plan.report)
+    coefficients, report = dict(plan.coefficients), dict(plan.report)
     for name, rows in grams.items():
         extra = [depth[name]] if depth else []
         blends = [whole] if whole else [row.function(gram, *extra, **options) for gram in rows]
@@ -134,21 +141,36 @@ class FirstPass:
     progress: Callable[[int], object]
 
     def inner_products(self, names: Sequence[str], workers: int) -> dict[str, Float]:
-        """Tensor -> (rows, N, N); NaN and infinity are refused."""
+        """Tensor -> (rows, N, N), without tensors that are not finite but the same in all checkpoints.
+
+        Raises:
+            WeightsError: other NaN and infinity.
+        """
         work: list[tuple[str, int, list[Chunk]]] = []
         for name in names:
             origin = self.anchor.tensors[name]
             rows = origin.shape[0] if self.by_filter and len(origin.shape) > 1 else 1
             work += [(name, rows, run) for run in runs(origin.size, rows)]
         grams: dict[str, Float] = {}
+        same: set[str] = set()  # the same in all, masks of -inf for example
         with ThreadPoolExecutor(workers) as pool:
             for (name, rows, run), part in zip(work, pool.map(self._one, work), strict=True):
                 gram = grams.setdefault(name, np.zeros((rows, len(self.tuned), len(self.tuned))))
                 if run:
                     gram[run[0].first : run[-1].last] += part
-                    check_products(name, [(w.source, w.tensors[name]) for w in (self.anchor, *self.tuned)], part)
+                    if name not in same and not np.isfinite(part).all():
+                        self._check_same(name)
+                        same.add(name)
                     self.progress(run[-1].stop - run[0].start)
-        return grams
+        return {name: gram for name, gram in grams.items() if name not in same}
+
+    def _check_same(self, name: str) -> None:
+        sources = [(checkpoint.source, checkpoint.tensors[name]) for checkpoint in (self.anchor, *self.tuned)]
+        (_, origin), *others = sources
+        if not all(tensor.equals(origin) for _, tensor in others):
+            refuse_non_finite(name, sources)
+        count = origin.count_non_finite()
+        notice(f"tensor {name}", f"{count} of {origin.size} values are not finite, the same in all checkpoints: copied")
 
     def _one(self, task: tuple[str, int, list[Chunk]]) -> Float:
         name, _, run = task
@@ -156,10 +178,10 @@ class FirstPass:
         return inner_products(self.anchor.tensors[name], tensors, run, of=self.of)
 
 
-def _facts(gram: Float) -> dict[str, Any]:
+def _facts(gram: Float, running: bool) -> dict[str, Any]:
     """Norms of a tensor's updates and, where none is zero, the mean cosine between two."""
     norms = np.sqrt(np.diag(gram))
-    facts: dict[str, Any] = {"norms": norms.tolist()}
+    facts: dict[str, Any] = {"norms": norms.tolist(), **({"running statistic": "averaged"} if running else {})}
     if len(gram) > 1 and norms.all():
         facts["cosine"] = float(cosines(gram)[np.triu_indices(len(gram), 1)].mean())
     return facts
@@ -197,36 +219,35 @@ def merge(
     Arguments as `plan_merge`. Returns the merged weight set, whose metadata records its parents, the options that were
     passed and the granularity, and the report: tensor name -> facts.
 
+    What is unusual is a notice, and in the metadata.
+
     Raises:
-        MergeError, WeightsError: as `plan_merge`; statistics that say they are of another checkpoint.
+        MergeError, WeightsError: as `plan_merge`; weights that say they were made from another anchor; statistics that
+            say they are of another checkpoint.
     """
-    for weights, measured in zip(tuned, statistics, strict=False):
-        if measured.meta.get("of") not in (None, weights.identity):
-            raise MergeError(
-                measured.source,
-                got=f"statistics of {str(measured.meta['of'])[:12]}",
-                expected=f"those of {weights.source}, {weights.identity[:12]}",
-                cure="name them in the same order",
-            )
+    check_parents(anchor, tuned)
+    check_measured(tuned, statistics)
 
     def opened(sets: Sequence[WeightSet]) -> list[Checkpoint]:
         return [in_memory(weights.tensors, weights.meta, weights.source) for weights in sets]
 
-    plan = plan_merge(
-        method,
-        opened([anchor])[0],
-        opened(tuned),
-        options=options,
-        granularity=granularity,
-        statistics=opened(statistics),
-        score=score,
-        gradient=gradient,
-        workers=workers,
-        dtype=dtype,
-    )
+    with collected() as notices:
+        plan = plan_merge(
+            method,
+            opened([anchor])[0],
+            opened(tuned),
+            options=options,
+            granularity=granularity,
+            statistics=opened(statistics),
+            score=score,
+            gradient=gradient,
+            workers=workers,
+            dtype=dtype,
+        )
     metadata = {
-        **anchor.meta,
+        **inherited(anchor.meta),
         "parents": [anchor.identity, *sorted(weights.identity for weights in tuned)],
         "made_by": made_by(stage="merge", method=method, options=options or {}, granularity=granularity),
+        **with_notices(notices),
     }
     return WeightSet(plan.tensors(), metadata, f"{method} of {len(tuned)}"), dict(plan.report)

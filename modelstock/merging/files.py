@@ -3,7 +3,7 @@
 import fnmatch
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,35 +12,41 @@ import numpy as np
 
 from modelstock.errors import MergeError, WeightsError
 from modelstock.files import atomic_path, write_json
-from modelstock.merging.checks import Granularity, check_options
+from modelstock.merging.checks import Granularity, check_measured, check_options, check_parents
 from modelstock.merging.engine import plan_merge
 from modelstock.merging.kernels import Chunk
 from modelstock.merging.plan import Plan, result_dtype
 from modelstock.merging.searches import Gradient, Scorer
-from modelstock.weights.checkpoints import open_checkpoint
+from modelstock.notices import collected
+from modelstock.weights.checkpoints import open_checkpoint, open_safetensors
 from modelstock.weights.format import Layout, lay_out
-from modelstock.weights.origin import made_by
-from modelstock.weights.tensors import STORED, Checkpoint
+from modelstock.weights.origin import inherited, made_by, with_notices
+from modelstock.weights.tensors import STORED, Checkpoint, checksum_of
 
 SYNC = 1 << 26  # values after which what was written is sent to disk
 
 
-def chooser(include: Sequence[str], exclude: Sequence[str], known: Sequence[str]) -> set[str]:
-    """The tensors that match a glob of `include` (all, where it is empty) and none of `exclude`.
+def chooser(include: Sequence[str], exclude: Sequence[str], known: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a tensor matches a glob of `include` (all, where it is empty) and none of `exclude`.
 
     Raises:
-        MergeError: a glob that matches nothing.
+        MergeError: a glob that matches none of the `known` tensors.
     """
+    names = sorted(set(known))
     for glob in [*include, *exclude]:
-        if not fnmatch.filter(known, glob):
+        if not fnmatch.filter(names, glob):
             raise MergeError(
                 "tensors",
                 got=f"the glob {glob!r}",
                 expected="one that matches a tensor",
                 cure="see the names with: modelstock inspect FILE",
             )
-    wanted = {name for glob in include or ["*"] for name in fnmatch.filter(known, glob)}
-    return wanted - {name for glob in exclude for name in fnmatch.filter(known, glob)}
+
+    def chosen(name: str) -> bool:
+        included = not include or any(fnmatch.fnmatch(name, glob) for glob in include)
+        return included and not any(fnmatch.fnmatch(name, glob) for glob in exclude)
+
+    return chosen
 
 
 def merge_files(
@@ -76,28 +82,33 @@ def merge_files(
     inputs, out, options = [Path(anchor), *map(Path, tuned), *map(Path, statistics)], Path(out), dict(options or {})
     check_paths(inputs, [path for path in (out, report) if path is not None], overwrite)
     check_options(method, len(tuned), options=options, granularity=granularity, dtype=dtype, statistics=len(statistics))
-    opened = [open_checkpoint(path) for path in inputs]
-    origin, others, measured = opened[0], opened[1 : len(tuned) + 1], opened[len(tuned) + 1 :]
-    chosen = chooser(include, exclude, list(origin.tensors))
-    _check_room(out, file_size(origin, dtype))
-    advance = _Advance(2 * sum(tensor.size for tensor in origin.tensors.values()), progress)
     workers = workers or cores()
-    plan = plan_merge(
-        method,
-        origin,
-        others,
-        options=options,
-        granularity=granularity,
-        choose=chosen.__contains__,
-        statistics=measured,
-        score=score,
-        gradient=gradient,
-        workers=workers,
-        dtype=dtype,
-        progress=advance,
-    )
+    with collected() as notices:
+        opened = [open_checkpoint(path) for path in inputs]
+        origin, others, measured = opened[0], opened[1 : len(tuned) + 1], opened[len(tuned) + 1 :]
+        chosen = chooser(include, exclude, [name for checkpoint in (origin, *others) for name in checkpoint.tensors])
+        _check_room(out, file_size(origin, dtype))
+        ours = "architecture" in origin.meta
+        _check_whole(opened, workers)
+        check_parents(origin, others)
+        check_measured(others, measured)
+        advance = _Advance(2 * sum(tensor.size for tensor in origin.tensors.values()), progress)
+        plan = plan_merge(
+            method,
+            origin,
+            others,
+            options=options,
+            granularity=granularity,
+            choose=chosen,
+            statistics=measured,
+            score=score,
+            gradient=gradient,
+            workers=workers,
+            dtype=dtype,
+            progress=advance,
+        )
     metadata = {
-        **origin.meta,
+        **inherited(origin.meta),
         "made_by": made_by(
             stage="merge",
             method=method,
@@ -108,14 +119,20 @@ def merge_files(
             files=[{"name": path.name, "bytes": _size(path)} for path in inputs],
         ),
     }
-    if identify or "architecture" in origin.meta:
+    if identify or ours:
         with ThreadPoolExecutor(workers) as pool:
             parent, *rest = pool.map(lambda checkpoint: checkpoint.identity, [origin, *others])
         metadata["parents"] = [parent, *sorted(rest)]
-    write_plan(plan, out, metadata, workers=workers, progress=advance)
+    write_plan(plan, out, metadata | with_notices(notices), checksum=ours, workers=workers, progress=advance)
     if report is not None:
         write_json(report, plan.report)
     return plan
+
+
+def _check_whole(checkpoints: Sequence[Checkpoint], workers: int) -> None:
+    """Raise DamagedError for a checkpoint that does not have the checksum written with it."""
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(Checkpoint.check_whole, checkpoints))
 
 
 class _Advance:
@@ -191,9 +208,9 @@ def _check_room(out: Path, needed: int) -> None:
         raise MergeError(out, got=f"{free:,} free bytes", expected=f"{needed:,}", cure="make room or name another disk")
 
 
-def layout(anchor: Checkpoint, dtype: str | None, meta: Mapping[str, Any]) -> Layout:
+def layout(anchor: Checkpoint, dtype: str | None, meta: Mapping[str, Any], checksum: str | None = None) -> Layout:
     """The file of a merge before its values are there."""
-    return lay_out({n: (result_dtype(t.dtype, dtype), t.shape) for n, t in anchor.tensors.items()}, meta)
+    return lay_out({n: (result_dtype(t.dtype, dtype), t.shape) for n, t in anchor.tensors.items()}, meta, checksum)
 
 
 def file_size(anchor: Checkpoint, dtype: str | None) -> int:
@@ -206,15 +223,19 @@ def write_plan(
     out: Path,
     meta: Mapping[str, Any],
     *,
+    checksum: bool = False,
     workers: int = 1,
     progress: Callable[[int], object] = lambda values: None,
 ) -> None:
     """Carry out a merge into a file: the second of the two passes, blocks side by side.
 
+    `checksum`: write that of weight sets of ours too, for which the result is read once more.
+
     Raises:
         MergeError: a disk that fills up meanwhile; nothing is left behind then.
     """
-    file_layout = layout(plan.anchor, plan.dtype, meta)
+    placeholder = "0" * 64 if checksum else None
+    file_layout = layout(plan.anchor, plan.dtype, meta, placeholder)
     work = [(name, run) for name in sorted(file_layout.begins) for run in plan.runs(name)]
     try:
         with atomic_path(out) as temporary, open(temporary, "wb") as file:
@@ -241,6 +262,9 @@ def write_plan(
                     if unsynced > SYNC:  # the disk works while the rest is computed
                         os.fdatasync(descriptor)
                         unsynced = 0
+            if placeholder is not None:
+                digest = checksum_of(open_safetensors(temporary).identity, meta)
+                os.pwrite(descriptor, digest.encode(), file_layout.start.index(placeholder.encode()))
     except OSError as error:
         raise MergeError(
             out,

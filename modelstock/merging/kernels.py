@@ -72,7 +72,8 @@ class Updates:
             widen(self.origin.read(piece.start, piece.stop, self._stored), self.origin.dtype, base)
         for tensor, update in zip(self.tuned, updates, strict=True):
             widen(tensor.read(piece.start, piece.stop, self._stored), tensor.dtype, update)
-            np.subtract(update, base, out=update)
+            with np.errstate(invalid="ignore"):  # infinity minus itself: what becomes of it is the caller's to say
+                np.subtract(update, base, out=update)
         return base, updates
 
 

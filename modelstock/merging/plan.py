@@ -1,7 +1,7 @@
 """A merge that was checked and can be carried out, piece by piece."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ class Plan:
     """A merge that was checked and can be carried out: every refusal happens before this exists.
 
     `coefficients`: tensor -> (rows, N), the scale included, for methods in the span of the updates; `report`:
-    tensor -> JSON facts; `tuned`, `statistics`: in the order used; `chosen`: the tensors that are merged.
+    tensor -> JSON facts; `tuned`, `statistics`: in the order used; `chosen`: the tensors that the method merges.
+    BatchNorm's running statistics have coefficients without being chosen. `copied`: what is not the anchor's among the
+    tensors that are copied; all others are.
     """
 
     method: str
@@ -28,6 +30,7 @@ class Plan:
     report: Mapping[str, Mapping[str, Any]]
     chosen: frozenset[str]
     statistics: tuple[Checkpoint, ...] = ()
+    copied: Mapping[str, StoredTensor] = field(default_factory=dict)
     dtype: str | None = None  # of the merged floating tensors; None keeps each one's own
 
     def dtype_of(self, name: str) -> str:
@@ -59,13 +62,14 @@ class Plan:
 
     def _pieces(self, name: str, run: Sequence[Chunk]) -> Iterator[tuple[int, Array]]:
         origin, dtype = self.anchor.tensors[name], self.dtype_of(name)
-        others = [w.tensors[name] for w in self.tuned]
-        if name not in self.chosen:
-            for piece in run:
-                kept = origin.read(piece.start, piece.stop)
-                yield piece.start, kept if dtype == origin.dtype else narrow(widen(kept, origin.dtype), dtype)
-        elif name in self.coefficients:
+        others = [w.tensors[name] for w in self.tuned if name in w.tensors]  # what is copied need not be in all
+        if name in self.coefficients:
             yield from blended(origin, others, run, self.coefficients[name], dtype, of=METHODS[self.method].of)
+        elif name not in self.chosen:
+            source = self.copied.get(name, origin)
+            for piece in run:
+                kept = source.read(piece.start, piece.stop)
+                yield piece.start, kept if dtype == source.dtype else narrow(widen(kept, source.dtype), dtype)
         elif origin.size:
             yield 0, narrow(self._by_values(name, origin, others), dtype).reshape(-1)
 

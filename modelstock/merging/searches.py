@@ -27,9 +27,11 @@ class Trials:
         self.options = {name: value for name, value in plan.options.items() if name != "scale"}
 
     def with_shares(self, shares: Mapping[str, Float]) -> Plan:
-        """The plan that merges by these shares."""
+        """The plan that merges by these shares; running statistics are averaged over those that have one."""
         scale = self.plan.options["scale"]
-        return replace(self.plan, coefficients={name: scale * shares[name][None] for name in self.names})
+        used = np.any([shares[name] != 0 for name in self.names], axis=0)
+        averaged = dict.fromkeys(self.plan.coefficients, (used / max(1, used.sum()))[None])
+        return replace(self.plan, coefficients={**averaged, **{n: scale * shares[n][None] for n in self.names}})
 
     def merged(self, shares: Mapping[str, Float]) -> WeightSet:
         """The merge by these shares, in memory."""

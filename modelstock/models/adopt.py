@@ -1,7 +1,7 @@
 """Other people's fine-tuned checkpoints as weight sets that merge with an anchor."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +10,11 @@ import torch
 from modelstock.errors import WeightsError, few
 from modelstock.models.anchor import head_of
 from modelstock.models.heads import Prompts
-from modelstock.models.pretrained import WEIGHT_FILES
 from modelstock.models.towers import build_clip
+from modelstock.notices import collected, notice
 from modelstock.weights.checkpoints import open_checkpoint, weights_in
 from modelstock.weights.differences import differences
-from modelstock.weights.origin import made_by
+from modelstock.weights.origin import inherited, made_by, with_notices
 from modelstock.weights.tensors import FLOATS, Array, Checkpoint, StoredTensor
 from modelstock.weights.weight_set import WeightSet, load_weights
 
@@ -104,7 +104,7 @@ def _checked(weights: WeightSet, anchor: WeightSet) -> WeightSet:
     """A weight set of ours, if it merges with the anchor.
 
     Raises:
-        WeightsError: other tensors, or a head for other classes.
+        WeightsError: other tensors, a head for other classes, or weights that were made from another anchor.
     """
     if problems := differences(weights.tensors, anchor.tensors, whose="the anchor's"):
         raise WeightsError(
@@ -121,7 +121,43 @@ def _checked(weights: WeightSet, anchor: WeightSet) -> WeightSet:
             expected=f"the anchor's ({expected[:12]})",
             cure="fine-tune from an anchor with the same classes, in the same order",
         )
+    parents = weights.meta.get("parents") or []
+    if parents and anchor.identity not in (*parents, weights.identity):
+        raise WeightsError(
+            weights.source,
+            got=f"weights made from {few([str(parent)[:12] for parent in parents])}",
+            expected=f"from the anchor {anchor.source}, {anchor.identity[:12]}",
+            cure="name the anchor that they were fine-tuned from",
+        )
     return weights
+
+
+def _check_other_heads(checkpoint: Checkpoint, taken: Collection[str], anchor: WeightSet, *, layer: str | None) -> None:
+    """Refuse, or where a head was taken give a notice of, further tensors of the head's shape: any may be the head.
+
+    Raises:
+        WeightsError: such a tensor, and no head by its name.
+    """
+    with torch.device("meta"):
+        text = [name for name in build_clip(anchor.meta["architecture"]).state_dict() if not name.startswith("visual.")]
+    ends = tuple(f".{name}" for name in text)
+    others = [
+        name
+        for name, tensor in sorted(checkpoint.tensors.items())
+        if tensor.shape == anchor.tensors["head.weight"].shape
+        and name not in taken
+        # The text tower's, under whatever prefix.
+        and not f".{name}".endswith(ends)
+    ]
+    if others and layer is None:
+        raise WeightsError(
+            checkpoint.source,
+            got=f"{few(others)} of the head's shape, under no name of a head",
+            expected=f"a linear layer named {', '.join(_HEADS)}, or none",
+            cure=f"rename it to head.weight (and head.bias), or leave {'it' if len(others) == 1 else 'them'} out",
+        )
+    if others:
+        notice(checkpoint.source, f"the head is {layer}; {few(others)} of the same shape left aside")
 
 
 def _whole_clip(checkpoint: Checkpoint, prefix: str, anchor: WeightSet) -> WeightSet | None:
@@ -144,15 +180,31 @@ def adopt(path: Path, anchor: WeightSet, *, prompts: Prompts | None = None, devi
     prefix) the image tower is what carries the anchor's names. The head is the file's own linear layer (C, D) over
     normalised features; else zero-shot from its own text tower, if it has one, the anchor names its classes, and
     `prompts` are given; else the anchor's. `meta["made_by"]["options"]["head"]` says which: own, zero-shot or anchor.
+    Which of several models or heads was taken, and what is assumed of the head, is a notice, and in the metadata.
 
     Raises:
-        WeightsError: a pickle of more than tensors, a tower or a head that does not fit the anchor, NaN or infinity.
+        WeightsError: a pickle of more than tensors, a tower or a head that does not fit the anchor, a tensor that may
+            be the head under another name, weights of ours that were made from another anchor, NaN or infinity.
+        DamagedError: a weight set of ours that is not as it was written.
     """
     path = Path(path)
-    file = weights_in(path, WEIGHT_FILES) if path.is_dir() else path
-    checkpoint = open_checkpoint(file)
-    if "architecture" in checkpoint.meta and "head.weight" in checkpoint.tensors:
-        return _checked(load_weights(file), anchor)
+    with collected() as notices:
+        file = weights_in(path) if path.is_dir() else path
+        checkpoint = open_checkpoint(file)
+        if "architecture" in checkpoint.meta and "head.weight" in checkpoint.tensors:
+            return _checked(load_weights(file), anchor)
+        tensors, head = _adopted(checkpoint, anchor, prompts=prompts, device=device)
+    origin = made_by(stage="finetune", source=file.name, options={"head": head})
+    meta = {**inherited(anchor.meta), "parents": [anchor.identity], "made_by": origin, **with_notices(notices)}
+    weights = WeightSet(tensors, meta, str(path))
+    weights.check_finite()
+    return weights
+
+
+def _adopted(
+    checkpoint: Checkpoint, anchor: WeightSet, *, prompts: Prompts | None, device: str
+) -> tuple[dict[str, Array], str]:
+    """The tensors of a foreign checkpoint by the anchor's names, and whose head is among them; see `adopt`."""
     tower = [name.removeprefix("visual.") for name in anchor.tensors if name.startswith("visual.")]
     prefix = _prefix_of_tower(checkpoint, tower)
     names = {f"visual.{name}": prefix + name for name in tower}
@@ -161,20 +213,20 @@ def adopt(path: Path, anchor: WeightSet, *, prompts: Prompts | None = None, devi
         parameters = ("weight", "bias") if f"{layer}.bias" in checkpoint.tensors else ("weight",)
         names |= {f"head.{parameter}": f"{layer}.{parameter}" for parameter in parameters}
     _check_tower(checkpoint, prefix, names, anchor)
+    _check_other_heads(checkpoint, names.values(), anchor, layer=layer)
     tensors = {ours: _read(checkpoint.tensors[theirs]) for ours, theirs in names.items()}
     if layer is not None:
         head = "own"
+        notice(checkpoint.source, f"its head {layer} is taken as a layer over normalised features")
         tensors.setdefault("head.bias", np.zeros_like(anchor.tensors["head.bias"]))
     elif prompts is not None and "classes" in anchor.meta and (clip := _whole_clip(checkpoint, prefix, anchor)):
         head = "zero-shot"
         tensors |= head_of(clip, anchor.meta["classes"], prompts, device=device)
     else:
         head = "anchor"
+        notice(checkpoint.source, "no head in it that can be used: the anchor's is")
         tensors |= {name: anchor.tensors[name] for name in ("head.weight", "head.bias")}
-    origin = made_by(stage="finetune", source=file.name, options={"head": head})
-    weights = WeightSet(tensors, {**anchor.meta, "parents": [anchor.identity], "made_by": origin}, str(path))
-    weights.check_finite()
-    return weights
+    return tensors, head
 
 
 def adopt_seed(

@@ -3,9 +3,11 @@
 import json
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import huggingface_hub
@@ -20,23 +22,17 @@ from torch import nn
 
 from modelstock.errors import DataError, ParamsError, WeightsError, closest, few, nearest
 from modelstock.models.towers import build_clip, tensors_of
-from modelstock.notices import notice
-from modelstock.weights import checkpoints
+from modelstock.notices import collected, notice
 from modelstock.weights.checkpoints import open_checkpoint, weights_in
 from modelstock.weights.differences import differences
-from modelstock.weights.origin import made_by
+from modelstock.weights.format import write_arrays
+from modelstock.weights.origin import made_by, with_notices
 from modelstock.weights.tensors import Checkpoint, in_memory
 from modelstock.weights.weight_set import WeightSet
 
 CONFIG = "open_clip_config.json"
-# Downloaded repositories often hold other libraries' forms of the same weights too: open_clip's come first.
-WEIGHT_FILES = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    *checkpoints.WEIGHT_FILES,
-)
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
+_NUMPY = (".npz", ".npy")  # big_vision's files, which open_clip reads by itself
 _SECONDS = 5.0  # in which the hub must answer at all
 
 
@@ -83,7 +79,7 @@ def _source(architecture: str, pretrained: str) -> Source:
 
 def _local_source(architecture: str, path: Path, tags: Mapping[str, Mapping[str, Any]]) -> Source:
     """What a file or folder means: the config beside it, or the architecture's; its publisher's preprocessing."""
-    folder, file = (path, weights_in(path, WEIGHT_FILES)) if path.is_dir() else (path.parent, path)
+    folder, file = (path, weights_in(path)) if path.is_dir() else (path.parent, path)
     content = _folder_config(folder)
     if content is not None:
         config = _checked_config(architecture, folder / CONFIG, content["model_cfg"])
@@ -92,6 +88,8 @@ def _local_source(architecture: str, path: Path, tags: Mapping[str, Mapping[str,
     published = [tag for tag in tags.values() if str(tag.get("url") or "").rpartition("/")[2] == file.name]
     if published:
         _check_activation(architecture, config, file.name, published[0])
+    else:
+        _notice_activations(architecture, config, path, tags)
     return Source(config=config, file=file, preprocess=published[0] if published else _agreed(architecture, tags))
 
 
@@ -140,7 +138,7 @@ def _model_config(architecture: str) -> Mapping[str, Any]:
 
 
 def _checked_config(architecture: str, path: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A folder's own config; a warning where open_clip knows the architecture as something else."""
+    """A folder's own config; a notice where open_clip knows the architecture as something else."""
     named = _open_clip_config(architecture)
     keys = [] if named is None else sorted(named.keys() | config.keys())
     differing = [key for key in keys if named is not None and named.get(key) != config.get(key)]
@@ -153,7 +151,7 @@ def _checked_config(architecture: str, path: Path, config: Mapping[str, Any]) ->
 
 
 def _check_activation(architecture: str, config: Mapping[str, Any], weights: str, tag: Mapping[str, Any]) -> None:
-    """Warn where weights were trained with another activation than the architecture has."""
+    """Give a notice where weights were trained with another activation than the architecture has."""
     trained, built = bool(tag.get("quick_gelu", False)), bool(config.get("quick_gelu", False))
     if trained == built:
         return
@@ -164,6 +162,25 @@ def _check_activation(architecture: str, config: Mapping[str, Any], weights: str
         f"these weights were trained with {'QuickGELU' if trained else 'GELU'}, and {architecture} has "
         f"{'QuickGELU' if built else 'GELU'}: accuracy drops by points; {cure}",
     )
+
+
+def _notice_activations(
+    architecture: str, config: Mapping[str, Any], path: Path, tags: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Give a notice where a file of unknown origin may have been trained with another activation than it is built with.
+
+    A state dict does not tell: nothing but its ancestor does.
+    """
+    quick = bool(config.get("quick_gelu", False))
+    others = [name for name, tag in tags.items() if bool(tag.get("quick_gelu", False)) != quick]
+    if others:
+        other = architecture.removesuffix("-quickgelu") if quick else f"{architecture}-quickgelu"
+        notice(
+            path,
+            f"built with {'QuickGELU' if quick else 'GELU'}, as {architecture} says, while {len(others)} of its "
+            f"{len(tags)} published weights ({few(others)}) have {'GELU' if quick else 'QuickGELU'}: if this file "
+            f"descends from one of them, name {other}, or put its {CONFIG} beside it",
+        )
 
 
 def _agreed(architecture: str, tags: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -252,8 +269,9 @@ def _load_into(model: nn.Module, path: Path) -> None:
             computed = dict(model.named_buffers()).keys() - model.state_dict().keys()
             model.load_state_dict({name: tensor for name, tensor in scripted.items() if name not in computed})
         else:
-            load_checkpoint(model, str(path), strict=True, weights_only=True)
-            _warn_if_resized(model, path)
+            with _as_open_clip_reads(path) as readable:
+                load_checkpoint(model, str(readable), strict=True, weights_only=True)
+            _notice_if_resized(model, path)
     except Exception as error:  # open_clip, torch, pickle and safetensors each have their own
         checkpoint = open_checkpoint(path) if scripted is None else _as_checkpoint(scripted, path)
         problems = differences(checkpoint.tensors, model.state_dict(), whose="the architecture's")
@@ -265,15 +283,31 @@ def _load_into(model: nn.Module, path: Path) -> None:
         ) from error
 
 
+@contextmanager
+def _as_open_clip_reads(path: Path) -> Iterator[Path]:
+    """A checkpoint's file, or one beside it that has its model alone, where open_clip would not find it in there."""
+    if path.suffix in _NUMPY:
+        yield path
+        return
+    checkpoint = open_checkpoint(path)
+    if not checkpoint.taken_from and path.suffix != ".json":
+        yield path
+        return
+    with TemporaryDirectory() as folder:
+        alone = Path(folder) / "model.safetensors"
+        write_arrays(alone, {name: tensor.array() for name, tensor in checkpoint.tensors.items()})
+        yield alone
+
+
 def _as_checkpoint(state: Mapping[str, torch.Tensor], path: Path) -> Checkpoint:
     return in_memory({name: tensor.float().numpy() for name, tensor in state.items()}, {}, str(path))
 
 
-def _warn_if_resized(model: nn.Module, path: Path) -> None:
-    """Warn where open_clip has fitted position embeddings to another image size."""
+def _notice_if_resized(model: nn.Module, path: Path) -> None:
+    """Give a notice where open_clip has fitted position embeddings to another image size."""
     name = "visual.positional_embedding"
     built = model.state_dict().get(name)
-    if path.suffix in (".npz", ".npy") or built is None:
+    if path.suffix in _NUMPY or built is None:
         return
     loaded = open_checkpoint(path).tensors.get(name)
     if loaded is not None and loaded.shape != tuple(built.shape):
@@ -317,13 +351,14 @@ def load_clip(architecture: str, pretrained: str | Path, *, seed: int = 0) -> We
         WeightsError: a file that is damaged or of another architecture.
     """
     pretrained = str(pretrained)
-    source = _source(architecture, pretrained)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_clip(source.config)
-    preprocess = _preprocess(model.visual, source.preprocess, f"pretrain.architecture {architecture}")
-    if source.file is not None:
-        _load_into(model, source.file)
+    with collected() as notices:
+        source = _source(architecture, pretrained)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build_clip(source.config)
+        preprocess = _preprocess(model.visual, source.preprocess, f"pretrain.architecture {architecture}")
+        if source.file is not None:
+            _load_into(model, source.file)
     options = {"source": "open_clip", "architecture": architecture, "pretrained": pretrained, "seed": seed}
     meta = {
         "architecture": dict(source.config),
@@ -331,6 +366,7 @@ def load_clip(architecture: str, pretrained: str | Path, *, seed: int = 0) -> We
         "preprocess": preprocess,
         "parents": [],
         "made_by": made_by(stage="pretrain", options=options),
+        **with_notices(notices),
     }
     place = str(source.file or f"{architecture} with random weights")
     clip = WeightSet(tensors_of(model.float()), meta, place)

@@ -1,9 +1,10 @@
 """What differs between the tensors of two models, in words: what is missing, unknown, or of another shape or dtype."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from modelstock.errors import closest
+from modelstock.weights.layout import is_counter
 from modelstock.weights.tensors import FLOATS, StoredTensor
 
 
@@ -32,12 +33,19 @@ def differences(tensors: Mapping[str, Shaped], expected: Mapping[str, Shaped], *
 
 
 def stored_differences(
-    tensors: Mapping[str, StoredTensor], expected: Mapping[str, StoredTensor], *, whose: str
+    tensors: Mapping[str, StoredTensor],
+    expected: Mapping[str, StoredTensor],
+    *,
+    whose: str,
+    compared: Callable[[str], bool] = lambda name: True,
 ) -> list[str]:
-    """`differences`, and a line per tensor of another dtype or with other integers.
+    """`differences`, and a line per tensor of another dtype or with other integers, of the names that are `compared`.
 
-    Floating dtypes may differ among each other. Integer and boolean buffers must be equal: there is no mean of them.
+    Floating dtypes may differ among each other. Integer and boolean buffers must be equal, for there is no mean of
+    them; BatchNorm's counters may differ.
     """
+    tensors = {name: tensor for name, tensor in tensors.items() if compared(name)}
+    expected = {name: tensor for name, tensor in expected.items() if compared(name)}
     lines = differences(tensors, expected, whose=whose)
     for name in sorted(tensors.keys() & expected.keys()):
         got, wanted = tensors[name], expected[name]
@@ -45,6 +53,6 @@ def stored_differences(
             continue
         if got.dtype != wanted.dtype:
             lines.append(f"{name} is {got.dtype}, {whose} {wanted.dtype}")
-        elif not got.equals(wanted):
+        elif not is_counter(name) and not got.equals(wanted):
             lines.append(f"{name} is an integer buffer that differs from {whose}")
     return lines

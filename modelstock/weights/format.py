@@ -13,8 +13,9 @@ from typing import Any
 
 from modelstock.errors import WeightsError
 from modelstock.files import atomic_path
-from modelstock.weights.tensors import STORED, Array, stored_array
+from modelstock.weights.tensors import STORED, Array, checksum_of, dump_meta, identity_of, stored_array
 
+CHECKSUM = "modelstock.checksum"  # beside our metadata
 _MOST_HEADER = 100_000_000
 
 
@@ -24,7 +25,7 @@ def broken_file(path: Path, got: object, cure: str = "make or copy the file agai
 
 
 def _header_bytes(path: Path, size: int) -> bytes:
-    """The JSON at the beginning of a file."""
+    """The bytes of JSON at the beginning of a file."""
     with open(path, "rb") as file:
         start = file.read(8)
         if len(start) < 8:
@@ -35,6 +36,19 @@ def _header_bytes(path: Path, size: int) -> bytes:
                 raise broken_file(path, "a zip archive, as torch.save writes", cure="rename it to .pt")
             raise broken_file(path, f"a header of {length} bytes in a file of {size}")
         return file.read(length)
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are there once each: of two, readers take now the one and now the other.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+        raise ValueError(f"the key {twice!r} twice")
+    return entries
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
@@ -65,7 +79,7 @@ def parse_header(path: Path) -> tuple[dict[str, Any], int]:
     size = path.stat().st_size
     raw = _header_bytes(path, size)
     try:
-        header = json.loads(raw.decode("utf-8"))
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise broken_file(path, f"a header that is no JSON ({error})") from error
     if not isinstance(header, dict):
@@ -90,14 +104,18 @@ class Layout:
     size: int
 
 
-def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]], meta: Mapping[str, Any] | None) -> Layout:
-    """The file for tensors, name -> (stored dtype, shape), with our metadata, or without any.
+def lay_out(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], meta: Mapping[str, Any] | None, checksum: str | None = None
+) -> Layout:
+    """The file for tensors, name -> (stored dtype, shape), with our metadata and their checksum, or without any.
 
     `format: pt` tells other libraries that the names are those of a model of torch.
     """
     metadata = {"format": "pt"}
     if meta is not None:
-        metadata["modelstock"] = json.dumps(dict(meta), sort_keys=True)
+        metadata["modelstock"] = dump_meta(meta)
+    if checksum is not None:
+        metadata[CHECKSUM] = checksum
     header: dict[str, Any] = {"__metadata__": metadata}
     position, begins = 0, {}
     # Larger dtypes first, so that every tensor is aligned, then by name.
@@ -119,19 +137,24 @@ def write_arrays(path: Path, tensors: Mapping[str, Array], meta: Mapping[str, An
     Raises:
         WeightsError: a dtype that the format has no name for.
     """
-    described = {name: (stored_array(array, name).dtype, array.shape) for name, array in tensors.items()}
-    layout = lay_out(described, meta)
+    stored = {name: stored_array(array, name) for name, array in sorted(tensors.items())}
+    described = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}
+    checksum = None if meta is None else checksum_of(identity_of(stored.items()), meta)
+    layout = lay_out(described, meta, checksum)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(layout.start)
         for name in layout.begins:
-            for values in stored_array(tensors[name], name).pieces():
+            for values in stored[name].pieces():
                 file.write(values.data)
 
 
-def parse_meta(path: Path, header: dict[str, Any]) -> Any:
-    """Our metadata in a file's header; empty in other libraries' files."""
+def parse_meta(path: Path, header: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Our metadata in a file's header, and the checksum written with them; both empty in other libraries' files."""
     metadata = header.get("__metadata__") or {}
     try:
-        return json.loads(metadata.get("modelstock", "{}"))
-    except (AttributeError, TypeError, ValueError) as error:
+        meta, checksum = json.loads(metadata.get("modelstock", "{}")), metadata.get(CHECKSUM)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise broken_file(path, f"metadata {str(metadata)[:80]}") from error
+    if not isinstance(meta, dict):
+        raise broken_file(path, f"metadata that are a {type(meta).__name__}")
+    return meta, checksum

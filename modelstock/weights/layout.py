@@ -1,4 +1,4 @@
-"""What the names of a model's tensors say: in which block of the network each of them is."""
+"""What the names of a model's tensors say: in which block each of them is, and what BatchNorm keeps in it."""
 
 import re
 from collections.abc import Sequence
@@ -6,6 +6,16 @@ from collections.abc import Sequence
 _BLOCK = re.compile(r"(?:^|\.)(?:(\d+)|((?:layer|stage|block)s?)_?(\d+))(?=\.|$)")
 _BEFORE = re.compile(r"embed|conv\d|bn\d|ln_pre|norm_pre|pre_?layer_?norm|stem|patch|cls_token|(^|\.)w[tp]e\.")
 _POOL = re.compile(r"attn_?pool")  # it has embeddings of its own
+
+
+def is_running_statistic(name: str) -> bool:
+    """Whether a tensor is BatchNorm's mean or variance of activations, which no gradient has trained."""
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+
+def is_counter(name: str) -> bool:
+    """Whether a tensor is BatchNorm's count of the batches it has seen."""
+    return name.rpartition(".")[2] == "num_batches_tracked"
 
 
 def blocks(names: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -4,6 +4,7 @@ A tensor is a place that gives a slice of its values when asked, so a model need
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstock.errors import WeightsError
+from modelstock.errors import DamagedError, WeightsError
 
 Array = NDArray[Any]
 # safetensors' names for dtypes -> how numpy holds the bytes; bfloat16 is the upper half of a float32.
@@ -67,6 +68,11 @@ def narrow(values: NDArray[np.float64], dtype: str, out: Array | None = None) ->
     return out
 
 
+def as_arrays(stored: Array, dtype: str) -> Array:
+    """Stored numbers as numpy computes with them: bfloat16, which it does not know, as float32."""
+    return widen(stored, dtype).astype(np.float32) if dtype == "BF16" else stored
+
+
 class Reader(Protocol):
     """Reads values [start, stop) of a tensor in C order, (stop - start,), into `scratch` if that saves memory."""
 
@@ -93,8 +99,8 @@ class StoredTensor:
         return self.size * STORED[self.dtype].itemsize
 
     def array(self) -> Array:
-        """All stored values, in their shape."""
-        return self.read(0, self.size).reshape(self.shape)
+        """All values in their shape, as they are stored; bfloat16 as float32, which holds it exactly."""
+        return as_arrays(self.read(0, self.size), self.dtype).reshape(self.shape)
 
     def values(self, start: int = 0, stop: int | None = None) -> Array:
         """Values [start, stop) in a dtype that numpy computes with: float64 for floating dtypes, else the stored."""
@@ -107,9 +113,10 @@ class StoredTensor:
             yield self.read(start, min(start + CHUNK, self.size))
 
     def equals(self, other: "StoredTensor") -> bool:
-        """Whether another tensor of the same shape holds the same values; dtypes may differ."""
+        """Whether another tensor of the same shape holds the same values, NaN in the same places; dtypes may differ."""
         bounds = ((start, min(start + CHUNK, self.size)) for start in range(0, self.size, CHUNK))
-        return all(np.array_equal(self.values(*piece), other.values(*piece)) for piece in bounds)
+        both_float = self.dtype in FLOATS and other.dtype in FLOATS
+        return all(np.array_equal(self.values(*piece), other.values(*piece), equal_nan=both_float) for piece in bounds)
 
     def count_non_finite(self) -> int:
         """How many of the values are NaN or infinite."""
@@ -122,27 +129,60 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Named tensors of one model, and the metadata that its file carries."""
+    """Named tensors of one model, and the metadata that its file carries.
+
+    `checksum`: what was written with them (see `checksum_of`), None where nothing was. `taken_from`: where in its file
+    they were, if not at the top: the entries and prefixes that were taken off their names.
+    """
 
     tensors: Mapping[str, StoredTensor]
     meta: Mapping[str, Any] = field(default_factory=dict)
     source: str = "weights in memory"
+    checksum: str | None = None
+    taken_from: str = ""
 
     @cached_property
     def identity(self) -> str:
         """The sha256 of its tensors; see `identity_of`."""
         return identity_of(sorted(self.tensors.items()))
 
+    def check_whole(self) -> None:
+        """Compare tensors and metadata with the checksum that was written with them, where one was.
+
+        Raises:
+            DamagedError: they differ.
+        """
+        if self.checksum is not None and self.checksum != checksum_of(self.identity, self.meta):
+            raise DamagedError(
+                self.source,
+                got=f"tensors {self.identity[:12]} or metadata that are not those it was written with",
+                expected=f"checksum {self.checksum[:12]}",
+                cure="remove it and make it again, or copy it again",
+            )
+
 
 def identity_of(tensors: Iterable[tuple[str, StoredTensor]]) -> str:
-    """sha256 over tensors, given in the order of their names: name, dtype, shape, bytes. Metadata does not count."""
+    """sha256 over tensors, given in the order of their names: name, dtype, shape, bytes. Metadata does not count.
+
+    bfloat16 counts as the float32 that holds it: what is computed with is the same.
+    """
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        dtype = "bfloat16" if tensor.dtype == "BF16" else STORED[tensor.dtype].str
+        dtype = STORED["F32" if tensor.dtype == "BF16" else tensor.dtype].str
         digest.update(f"{name}\0{dtype}\0{tensor.shape}\0".encode())
         for stored in tensor.pieces():
-            digest.update(np.ascontiguousarray(stored).data)
+            digest.update(np.ascontiguousarray(as_arrays(stored, tensor.dtype)).data)
     return digest.hexdigest()
+
+
+def checksum_of(identity: str, meta: Mapping[str, Any]) -> str:
+    """sha256 over a weight set's identity and its metadata: what a file's own damage changes."""
+    return hashlib.sha256(f"{identity}\0{dump_meta(meta)}".encode()).hexdigest()
+
+
+def dump_meta(meta: Mapping[str, Any]) -> str:
+    """A weight set's metadata as they stand in its file."""
+    return json.dumps(dict(meta), sort_keys=True)
 
 
 def check_finite(tensors: Iterable[tuple[str, StoredTensor]], source: str) -> None:

@@ -30,11 +30,12 @@ class WeightSet:
     tensors: Mapping[str, Array]
     meta: Mapping[str, Any] = field(default_factory=dict)
     source: str = "weights in memory"
+    checked_identity: str | None = field(default=None, compare=False, repr=False)  # computed while it was read
 
     @cached_property
     def identity(self) -> str:
         """The sha256 of its tensors, of whatever metadata; see `identity_of`."""
-        return identity_of(self._stored())
+        return self.checked_identity or identity_of(self._stored())
 
     @property
     def nbytes(self) -> int:
@@ -45,6 +46,8 @@ class WeightSet:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all; equal weight sets give equal bytes.
+
+        A checksum of tensors and metadata is written with them, and compared when they are read.
 
         Raises:
             WeightsError: a tensor holds NaN or infinity.
@@ -89,12 +92,13 @@ def classes_sha256(names: Sequence[str]) -> str:
 
 
 def load_weights(path: Path, *, lazy: bool = False) -> WeightSet:
-    """Read a weight set, or any safetensors file (its `meta` is then empty).
+    """Read a weight set, or any safetensors file (its `meta` is then empty); bfloat16 becomes float32.
 
     `lazy`: tensors are checked now, one at a time, and read again whenever they are asked for.
 
     Raises:
         WeightsError: the file is missing, is not safetensors, is truncated, or holds NaN or infinity.
+        DamagedError: tensors or metadata are not those that the file was written with.
     """
     path = Path(path)
     if not path.is_file():
@@ -106,15 +110,9 @@ def load_weights(path: Path, *, lazy: bool = False) -> WeightSet:
         )
     # A process may use as many lazily as there are subsets to compare, more than it may have files open.
     checkpoint = open_safetensors(path, keep_open=not lazy)
-    for name, tensor in checkpoint.tensors.items():
-        if tensor.dtype == "BF16":
-            raise WeightsError(
-                f"{path}, tensor {name}",
-                got="dtype BF16, which numpy has no arrays of",
-                expected="another",
-                cure="merge with --dtype float32",
-            )
+    checkpoint.check_whole()
     arrays = LazyArrays(checkpoint)
-    weights = WeightSet(arrays if lazy else dict(arrays), checkpoint.meta, str(path))
+    identity = checkpoint.identity if checkpoint.checksum else None
+    weights = WeightSet(arrays if lazy else dict(arrays), checkpoint.meta, str(path), identity)
     weights.check_finite()
     return weights

@@ -10,8 +10,11 @@ from modelstock.merging.methods.blend import Float
 
 
 def _largest(update: Float, share: float) -> NDArray[np.bool_]:
-    """Which values belong to the `share` of largest magnitude; ties go to the earlier value."""
-    count, size = round(share * update.size), np.abs(update)
+    """Which values belong to the `share` of largest magnitude; ties go to the earlier value.
+
+    A share above zero is one value at least: tensors of one or two values would never move.
+    """
+    count, size = max(round(share * update.size), 1 if share > 0 else 0), np.abs(update)
     if not 0 < count < update.size:
         return np.full(update.size, count > 0)
     least = np.partition(size, update.size - count)[update.size - count]
