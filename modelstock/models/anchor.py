@@ -10,7 +10,7 @@ from torch import nn
 
 from modelstock.data.classes import prompts_key
 from modelstock.devices import device_model
-from modelstock.errors import WeightsError
+from modelstock.errors import DamagedError, WeightsError
 from modelstock.files import sha256_of
 from modelstock.models.heads import Prompts, tokenizer, zero_shot_head
 from modelstock.models.towers import build_clip, set_tensors
@@ -64,7 +64,7 @@ def head_of(
     if path is not None and path.is_file():
         try:
             return dict(load_weights(path).tensors)
-        except WeightsError:
+        except (WeightsError, DamagedError):
             path.unlink()  # damaged: it is only a cache
     weight, bias = zero_shot_head(*_build(clip, device), names, prompts)
     head = {"head.weight": weight.numpy(), "head.bias": bias.numpy()}
