@@ -7,7 +7,7 @@ can list everything unusual that it rests on. What makes a result wrong is refus
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -33,6 +33,13 @@ def notice(place: object, text: str) -> None:
 def remark(place: object, text: str) -> None:
     """A notice that no result rests on, such as what a resumed run found: given, and not collected."""
     warnings.warn(" ".join(f"{place}: {text}".split()), Notice, stacklevel=3)
+
+
+def repeat(lines: Iterable[str]) -> None:
+    """Give notices again that were kept with what is read now."""
+    for line in lines:
+        place, _, text = line.partition(": ")
+        notice(place, text)
 
 
 @contextmanager

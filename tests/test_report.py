@@ -395,3 +395,21 @@ def test_scored_weights_without_a_file_are_refused_before_anything_is_written(ow
     with pytest.raises(WeightsError, match="models: got no file with the weights of uniform/0-1; expected"):
         compare_stage(Path("results"), Path("models"), Path("reports"))
     assert not (own / "reports").exists()
+
+
+def test_the_report_lists_each_notice_once_with_all_that_it_is_about():
+    parts = results()
+    rows = [row.name for row in parts[0].rows]
+    shared = [f"{row}: a.pt: its entry model_ema is taken" for row in rows[:2]]
+    parts = [dataclasses.replace(one, notices=(f"{one.benchmark}: 3 images | turned", *shared)) for one in parts]
+    comparison = compare(parts, draws=100)
+    section = as_markdown(comparison, {}, {}).split("## Notices\n", 1)[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("- ")]
+    assert len(lines) == 2
+    assert lines[0].startswith(r"- 3 images \| turned (")
+    assert all(name in lines[0] for name in comparison.benchmarks[:6])
+    assert lines[1] == rf"- a.pt: its entry model\_ema is taken ({rows[0]}, {rows[1]})"
+
+
+def test_a_report_without_anything_unusual_says_so(comparison):
+    assert "## Notices\n\nNothing unusual was found" in as_markdown(comparison, {}, {})

@@ -8,6 +8,7 @@ import typer
 from modelstock.cli.options import AsJson, BatchSize, Device, Precision, Workers, check_choice
 from modelstock.cli.output import show
 from modelstock.errors import ParamsError
+from modelstock.notices import repeat
 
 if TYPE_CHECKING:
     from modelstock.scoring.results import Scores
@@ -38,6 +39,7 @@ def evaluate(
     from modelstock.scoring.one_pass import ScoringOptions, collect, score
     from modelstock.scoring.results import Row, save_scores
     from modelstock.scoring.score_cache import ensemble_identity
+    from modelstock.weights.origin import notices_of
     from modelstock.weights.weight_set import load_weights
 
     origin = load_weights(anchor) if anchor else None
@@ -46,6 +48,9 @@ def evaluate(
     for dataset in datasets:
         for one in candidates:  # of all benchmarks, before the first is scored
             dataset.check_classes(one)
+        repeat(f"{dataset.manifest.benchmark}: {line}" for line in dataset.manifest.notices)
+    for one in candidates:
+        repeat(notices_of(one.meta))
     rows = [
         Row(name=str(weights[i]), identity=one.identity, kind="checkpoint", members=(i,), options={})
         for i, one in enumerate(candidates)

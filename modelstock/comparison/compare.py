@@ -72,6 +72,7 @@ class Comparison:
     median_seed: str
     champion: str
     draws: int
+    notices: tuple[str, ...]  # "weight set or benchmark: what is unusual about it"
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -185,6 +186,7 @@ class _Comparing:
             median_seed=self.rows[self.median_seed].name,
             champion=champion(self.results).name,
             draws=self.draws,
+            notices=tuple(dict.fromkeys(line for scores in self.results for line in scores.notices)),
         )
 
     def lines(self) -> list[Line]:

@@ -19,6 +19,7 @@ from modelstock.comparison.intervals import Estimate
 from modelstock.comparison.metrics import METRICS, Metric
 from modelstock.comparison.paired_tests import Test
 from modelstock.comparison.published import Ours, matching, side_by_side
+from modelstock.errors import few
 from modelstock.files import atomic_path, write_json
 from modelstock.merging.methods.table import METHODS
 
@@ -218,6 +219,15 @@ def headline(comparison: Comparison) -> str:
     return _table(["top-1 accuracy, %", comparison.in_distribution, *means], body)
 
 
+def _notices(comparison: Comparison) -> str:
+    """What is unusual, each once, with what it is about."""
+    subjects: dict[str, list[str]] = {}
+    for line in comparison.notices:
+        subject, _, text = line.partition(": ")
+        subjects.setdefault(text, []).append(subject)
+    return "\n".join(f"- {_literal(text)} ({_literal(few(names, 6))})" for text, names in subjects.items())
+
+
 def as_markdown(comparison: Comparison, facts: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     """The report's text; `pictures`: file -> title."""
     sizes = ", ".join(f"{name} {count:,}" for name, count in comparison.examples.items())
@@ -261,6 +271,13 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any], pictures: Mapp
         f"{len(comparison.classes[comparison.in_distribution].labels):,}. They are extremes of small samples, so "
         f"chance makes them larger. `per_class.csv` has every class for {listed}.",
         _class_changes(comparison),
+    ]
+    parts += [
+        "## Notices",
+        "Everything unusual that this comparison rests on, with the weight sets and benchmarks that it is about."
+        if comparison.notices
+        else "Nothing unusual was found in data and weight sets.",
+        *([_notices(comparison)] if comparison.notices else []),
     ]
     if facts.get("published"):
         parts += [

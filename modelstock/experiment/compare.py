@@ -8,6 +8,7 @@ from modelstock.comparison.compare import Comparison, compare
 from modelstock.comparison.report import published_figures, write_report
 from modelstock.errors import WeightsError, few
 from modelstock.experiment.updates import update_cosines
+from modelstock.notices import repeat
 from modelstock.scoring.results import Scores
 from modelstock.tracking.history import read_history
 from modelstock.weights.weight_set import WeightSet, load_weights
@@ -51,6 +52,9 @@ def compare_results(
         DataError: results without a held-out and an in-distribution benchmark, or of different rows.
     """
     comparison = compare(results, draws=draws, seed=seed)
+    for line in comparison.notices:
+        subject, _, text = line.partition(": ")
+        repeat([line if subject in comparison.benchmarks else text])  # a weight set's own say what they are about
     facts: dict[str, Any] = {
         "champion": comparison.champion,
         "cosines": update_cosines(anchor, seeds),

@@ -30,7 +30,7 @@ from modelstock.merging.searches import Gradient, Scorer, search
 from modelstock.merging.unusual import notice_unusual, sort_tensors
 from modelstock.notices import collected, notice
 from modelstock.weights.layout import depths
-from modelstock.weights.origin import inherited, made_by, with_notices
+from modelstock.weights.origin import kept_notices, made_by, notices_of
 from modelstock.weights.tensors import Checkpoint, in_memory
 from modelstock.weights.weight_set import WeightSet
 
@@ -245,9 +245,9 @@ def merge(
             dtype=dtype,
         )
     metadata = {
-        **inherited(anchor.meta),
+        **anchor.meta,
         "parents": [anchor.identity, *sorted(weights.identity for weights in tuned)],
         "made_by": made_by(stage="merge", method=method, options=options or {}, granularity=granularity),
-        **with_notices(notices),
+        **kept_notices(*(notices_of(weights.meta) for weights in (anchor, *tuned)), notices),
     }
     return WeightSet(plan.tensors(), metadata, f"{method} of {len(tuned)}"), dict(plan.report)

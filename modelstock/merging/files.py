@@ -20,7 +20,7 @@ from modelstock.merging.searches import Gradient, Scorer
 from modelstock.notices import collected
 from modelstock.weights.checkpoints import open_checkpoint, open_safetensors
 from modelstock.weights.format import Layout, lay_out
-from modelstock.weights.origin import inherited, made_by, with_notices
+from modelstock.weights.origin import kept_notices, made_by, notices_of
 from modelstock.weights.tensors import STORED, Checkpoint, checksum_of
 
 SYNC = 1 << 26  # values after which what was written is sent to disk
@@ -108,7 +108,8 @@ def merge_files(
             progress=advance,
         )
     metadata = {
-        **inherited(origin.meta),
+        **origin.meta,
+        **kept_notices(*(notices_of(checkpoint.meta) for checkpoint in (origin, *others)), notices),
         "made_by": made_by(
             stage="merge",
             method=method,
@@ -123,7 +124,7 @@ def merge_files(
         with ThreadPoolExecutor(workers) as pool:
             parent, *rest = pool.map(lambda checkpoint: checkpoint.identity, [origin, *others])
         metadata["parents"] = [parent, *sorted(rest)]
-    write_plan(plan, out, metadata | with_notices(notices), checksum=ours, workers=workers, progress=advance)
+    write_plan(plan, out, metadata, checksum=ours, workers=workers, progress=advance)
     if report is not None:
         write_json(report, plan.report)
     return plan

@@ -14,7 +14,7 @@ from modelstock.models.towers import build_clip
 from modelstock.notices import collected, notice
 from modelstock.weights.checkpoints import open_checkpoint, weights_in
 from modelstock.weights.differences import differences
-from modelstock.weights.origin import inherited, made_by, with_notices
+from modelstock.weights.origin import kept_notices, made_by, notices_of
 from modelstock.weights.tensors import FLOATS, Array, Checkpoint, StoredTensor
 from modelstock.weights.weight_set import WeightSet, load_weights
 
@@ -195,7 +195,8 @@ def adopt(path: Path, anchor: WeightSet, *, prompts: Prompts | None = None, devi
             return _checked(load_weights(file), anchor)
         tensors, head = _adopted(checkpoint, anchor, prompts=prompts, device=device)
     origin = made_by(stage="finetune", source=file.name, options={"head": head})
-    meta = {**inherited(anchor.meta), "parents": [anchor.identity], "made_by": origin, **with_notices(notices)}
+    meta = {**anchor.meta, "parents": [anchor.identity], "made_by": origin}
+    meta |= kept_notices(notices_of(anchor.meta), notices)
     weights = WeightSet(tensors, meta, str(path))
     weights.check_finite()
     return weights

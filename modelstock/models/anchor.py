@@ -15,7 +15,7 @@ from modelstock.files import sha256_of
 from modelstock.models.heads import Prompts, tokenizer, zero_shot_head
 from modelstock.models.towers import build_clip, set_tensors
 from modelstock.provenance import key_of
-from modelstock.weights.origin import made_by, with_notices
+from modelstock.weights.origin import kept_notices, made_by, notices_of
 from modelstock.weights.tensors import Array
 from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
 
@@ -105,8 +105,7 @@ def anchor_of(
         "classes_sha256": classes_sha256(names),
         "parents": [clip.identity],
         "made_by": made_by(stage="anchor", options={"templates": len(prompts)}),
-        # What is unusual about the CLIP is so about its image tower.
-        **with_notices(clip.meta.get("notices", [])),
+        **kept_notices(notices_of(clip.meta)),
     }
     return WeightSet(tower | head_of(clip, names, prompts, cache=cache, device=device), meta, "anchor")
 

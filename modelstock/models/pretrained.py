@@ -26,7 +26,7 @@ from modelstock.notices import collected, notice
 from modelstock.weights.checkpoints import open_checkpoint, weights_in
 from modelstock.weights.differences import differences
 from modelstock.weights.format import write_arrays
-from modelstock.weights.origin import made_by, with_notices
+from modelstock.weights.origin import kept_notices, made_by
 from modelstock.weights.tensors import Checkpoint, in_memory
 from modelstock.weights.weight_set import WeightSet
 
@@ -366,7 +366,7 @@ def load_clip(architecture: str, pretrained: str | Path, *, seed: int = 0) -> We
         "preprocess": preprocess,
         "parents": [],
         "made_by": made_by(stage="pretrain", options=options),
-        **with_notices(notices),
+        **kept_notices(notices),
     }
     place = str(source.file or f"{architecture} with random weights")
     clip = WeightSet(tensors_of(model.float()), meta, place)

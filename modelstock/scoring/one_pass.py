@@ -29,6 +29,7 @@ from modelstock.scoring.decoding import DecodedBatches, Pixels
 from modelstock.scoring.outcome import COLUMNS, Outcome
 from modelstock.scoring.results import Row, Scores
 from modelstock.scoring.score_cache import DESCRIBED, Progress, ScoreCache, ensemble_identity
+from modelstock.weights.origin import notices_of
 from modelstock.weights.weight_set import WeightSet
 
 SAVE_EVERY_S = 60.0
@@ -283,9 +284,9 @@ def collect(
     `weights`: those of the first rows, in their order; the other rows are ensembles.
     """
     manifest, chosen = dataset.manifest, [outcomes[row.identity] for row in rows]
-    notices = [f"{manifest.benchmark}: {line}" for line in getattr(manifest, "notices", ())]
+    notices = [f"{manifest.benchmark}: {line}" for line in manifest.notices]
     for row, of_row in zip(rows, weights, strict=False):
-        notices += [f"{row.name}: {line}" for line in of_row.meta.get("notices", ())]
+        notices += [f"{row.name}: {line}" for line in notices_of(of_row.meta)]
     return Scores(
         benchmark=manifest.benchmark,
         role=manifest.role,

@@ -22,7 +22,7 @@ from modelstock.provenance import key_of
 from modelstock.tracking.mirror import Mirror
 from modelstock.tracking.tracker import NullTracker, Tracker, open_tracker, params_of
 from modelstock.training.distributed import ALONE, World, processes
-from modelstock.weights.origin import inherited, made_by
+from modelstock.weights.origin import made_by
 from modelstock.weights.weight_set import WeightSet
 
 
@@ -93,9 +93,7 @@ class Job:
     ) -> WeightSet:
         """Tensors that the job made from the anchor; `changes`: of `made_by`, for what is not its final result."""
         origin = made_by(**{**self.made_by, **({"key": self.key} if changes is None else changes)})
-        return WeightSet(
-            tensors, {**inherited(anchor.meta), "parents": [anchor.identity], "made_by": origin}, self.name
-        )
+        return WeightSet(tensors, {**anchor.meta, "parents": [anchor.identity], "made_by": origin}, self.name)
 
     def finish(self) -> None:
         """Remove the folder, its outputs being written: the same job run again trains again."""

@@ -1,6 +1,6 @@
 """How a weight set was made, for its metadata: the one place that spells its keys."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from modelstock import __version__
@@ -14,11 +14,12 @@ def made_by(*, stage: str, options: Mapping[str, Any], **facts: Any) -> dict[str
     return {"stage": stage, **facts, "options": dict(options), "version": __version__}
 
 
-def with_notices(notices: Sequence[str]) -> dict[str, list[str]]:
-    """The metadata entry for what was unusual while a weight set was made; nothing where nothing was."""
-    return {"notices": list(notices)} if notices else {}
+def kept_notices(*groups: Iterable[str]) -> dict[str, list[str]]:
+    """The metadata entry for what was unusual about a weight set and its ancestors; nothing where nothing was."""
+    lines = list(dict.fromkeys(line for group in groups for line in group))
+    return {"notices": lines} if lines else {}
 
 
-def inherited(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What a descendant takes over of a weight set's metadata: all but the notices, which are about that one."""
-    return {key: value for key, value in meta.items() if key != "notices"}
+def notices_of(meta: Mapping[str, Any]) -> list[str]:
+    """What was unusual about a weight set and its ancestors."""
+    return list(meta.get("notices", []))
