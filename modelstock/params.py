@@ -325,9 +325,13 @@ def standard_section(method: Method) -> MethodParams:
 
 
 class _Merge(Section):
-    """The methods that run, and a section for each; one that is not named may have its section too."""
+    """The methods that run, and a section for each; one that is not named may have its section too.
+
+    `batch_norm`: training images on which a merge's BatchNorm statistics are estimated again; 0: they are averaged.
+    """
 
     methods: list[str] = Field(min_length=1)
+    batch_norm: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -29,7 +29,8 @@ def main(method: str, anchor: Path, tuned: Path, train: Path, held_out: Path, ou
         anchor=load_weights(anchor),
         seeds=load_seeds(tuned, params.seeds),
         held_out=open_dataset(held_out),
-        train=open_dataset(train) if METHODS[method].reads_statistics else None,
+        train=open_dataset(train) if METHODS[method].reads_statistics or params.merge.batch_norm else None,
+        batch_norm=params.merge.batch_norm,
         scoring=ScoringOptions(device=device_kind(params.device), cache=SCORES, **options),
     )
     files = merge_method(merges, out)

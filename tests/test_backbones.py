@@ -22,6 +22,7 @@ from modelstock.models import towers as models
 from modelstock.models.adopt import adopt, adopt_seed
 from modelstock.models.anchor import anchor_of
 from modelstock.models.pretrained import load_clip
+from modelstock.notices import Notice
 from modelstock.params import ClassesParams, OpenClipPretraining
 from modelstock.weights.origin import made_by
 from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
@@ -212,7 +213,10 @@ def test_random_weights_repeat_by_seed_and_leave_the_generator_alone(tiny):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("form", ["training checkpoint", "state dict", "safetensors", "TorchScript", "half"])
+@pytest.mark.parametrize(
+    "form",
+    ["training checkpoint", "tutorial", "compiled", "index", "state dict", "safetensors", "TorchScript", "half"],
+)
 def test_every_form_of_file_gives_the_same_weights(tmp_path, tiny, form):
     model, expected = clip_of(TINY)
     state = model.state_dict()
@@ -220,6 +224,17 @@ def test_every_form_of_file_gives_the_same_weights(tmp_path, tiny, form):
     if form == "training checkpoint":
         prefixed = {f"module.{k}": v for k, v in state.items()}
         torch.save({"epoch": 3, "name": "run", "state_dict": prefixed, "optimizer": {"state": {}}}, path)
+    elif form == "tutorial":
+        torch.save({"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {}}, path)
+    elif form == "compiled":
+        path = path.with_suffix(".safetensors")
+        save_file({f"_orig_mod.{k}": v for k, v in state.items()}, path)
+    elif form == "index":
+        path = tmp_path / "folder"
+        path.mkdir()
+        save_file(state, path / "part.safetensors")
+        index = {"weight_map": dict.fromkeys(state, "part.safetensors")}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
     elif form == "state dict":
         torch.save(state, path)
     elif form == "safetensors":
@@ -305,6 +320,26 @@ def test_weights_of_another_activation_are_warned_of_with_the_right_architecture
         load_clip(names[built], "tag")
     with pytest.warns(UserWarning, match=rf"Tiny\.pt: .*set pretrain.architecture to {names[trained]}$"):
         load_clip(names[built], tmp_path / "Tiny.pt")
+
+
+@pytest.mark.parametrize("built", ["T", "T-quickgelu"])
+def test_a_file_of_unknown_origin_whose_published_relatives_have_another_activation_is_a_notice(
+    tmp_path, monkeypatch, built
+):
+    torch.save(clip_of(TINY)[0].state_dict(), tmp_path / "epoch_1.pt")
+    tags = {"openai": {"quick_gelu": True}, "laion": {"quick_gelu": False}}
+    for name in ("T", "T-quickgelu"):
+        config = {**TINY, **({"quick_gelu": True} if name != "T" else {})}
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, tags)
+    other, tag = ("T-quickgelu", "openai") if built == "T" else ("T", "laion")
+    line = (
+        rf"epoch_1\.pt: built with \w+, as {built} says, while 1 of its 2 published weights \({tag}\) .* name {other},"
+    )
+    with pytest.warns(Notice, match=line):
+        found = load_clip(built, tmp_path / "epoch_1.pt")
+    anchor = anchor_of(found, ["cat", "dog"], PROMPTS)
+    assert anchor.meta["notices"] == found.meta["notices"] != []
 
 
 def test_weights_of_the_right_activation_are_not_warned_of(tmp_path, recwarn):
@@ -560,6 +595,46 @@ def test_a_pickled_module_is_refused_with_the_cure(tmp_path, own_anchor):
 
 
 # --- in the pipeline
+
+
+@pytest.mark.parametrize("name", ["linear", "probe", "cls_head", "model.head.1", "zeroshot_head"])
+def test_a_tensor_of_the_heads_shape_under_no_name_of_a_head_is_refused(tmp_path, own_anchor, name):
+    state, layer = tuned()
+    torch.save(visual_of(state) | {f"{name}.{k}": v for k, v in layer.items()}, tmp_path / "tuned.pt")
+    with pytest.raises(WeightsError, match=rf"got {name}\.weight of the head's shape, .*; rename it to head\.weight"):
+        adopt(tmp_path / "tuned.pt", own_anchor)
+
+
+def test_what_was_taken_and_what_is_assumed_of_it_is_a_notice_that_stays_with_the_weights(tmp_path, own_anchor):
+    state, layer = tuned()
+    raw = visual_of(state) | {f"head.{k}": v for k, v in layer.items()} | {"aux.weight": layer["weight"] + 1}
+    average = {k: v + 1 for k, v in raw.items()}
+    torch.save({"state_dict": raw, "state_dict_ema": average}, tmp_path / "tuned.pt")
+    with pytest.warns(Notice) as given:
+        found = adopt(tmp_path / "tuned.pt", own_anchor)
+    assert found.meta["notices"] == [str(one.message) for one in given]
+    assert [line.removeprefix(f"{tmp_path / 'tuned.pt'}: ") for line in found.meta["notices"]] == [
+        "its entry state_dict is taken, a model; state_dict_ema left aside: to take it, save it in a file of its own",
+        "the head is head; aux.weight of the same shape left aside",
+        "its head head is taken as a layer over normalised features",
+    ]
+    torch.save(visual_of(state), tmp_path / "headless.pt")
+    with pytest.warns(Notice, match="no head in it that can be used: the anchor's is"):
+        headless = adopt(tmp_path / "headless.pt", own_anchor)
+    merged, _ = merge_with("uniform", own_anchor, [found, headless])
+    assert [line for line in merged.meta["notices"] if "state_dict_ema" in line]
+
+
+def test_our_own_weights_of_another_anchor_are_refused_and_the_anchor_itself_is_not(tmp_path, own_anchor):
+    other = anchor_of(clip_of(TINY, 1)[1], ["cat", "dog"], PROMPTS)
+    seed = WeightSet(
+        {n: t + 1 for n, t in own_anchor.tensors.items()}, {**own_anchor.meta, "parents": [other.identity]}
+    )
+    for weights, name in ((seed, "seed"), (own_anchor, "anchor")):
+        weights.save(tmp_path / f"{name}.safetensors")
+    with pytest.raises(WeightsError, match=rf"got weights made from {other.identity[:12]}; expected from the anchor"):
+        adopt(tmp_path / "seed.safetensors", own_anchor)
+    assert adopt(tmp_path / "anchor.safetensors", own_anchor).identity == own_anchor.identity
 
 
 def test_a_checkpoint_adopted_for_a_seed_is_that_seed_in_every_table(tmp_path, own_anchor):

@@ -27,6 +27,10 @@ def compare(
     train: Annotated[
         Path | None, typer.Option(help="Training shards, for methods that weigh by statistics of the data.")
     ] = None,
+    batch_norm: Annotated[
+        int,
+        typer.Option(min=0, help="Images of --train on which BatchNorm's statistics are estimated again; 0: averaged."),
+    ] = 0,
     device: Device = "auto",
     precision: Precision = "float32",
     batch_size: BatchSize = 256,
@@ -42,14 +46,16 @@ def compare(
     from modelstock.experiment.evaluate import Candidates, score_benchmark
     from modelstock.experiment.merge import SubsetMerges, merge_method
     from modelstock.experiment.paths import results_file
+    from modelstock.params import load_merge
     from modelstock.scoring.one_pass import ScoringOptions
     from modelstock.scoring.results import save_scores
     from modelstock.weights.weight_set import load_weights
 
     sections = _sections(params, method or [])
+    batch_norm = batch_norm or (load_merge(params).batch_norm if params else 0)
     datasets = {folder: open_dataset(folder) for folder in [*benchmark, *([train] if train else [])]}
     benchmarks = [datasets[folder] for folder in benchmark]
-    _check_enough(len(weights), benchmarks, sections, has_train=train is not None)
+    _check_enough(len(weights), benchmarks, sections, has_train=train is not None, batch_norm=batch_norm)
     origin = load_weights(anchor)
     for dataset in datasets.values():
         dataset.check_classes(origin)
@@ -71,6 +77,7 @@ def compare(
             held_out=next(one for one in benchmarks if one.manifest.role == "held-out"),
             train=datasets[train] if train else None,
             scoring=scoring,
+            batch_norm=batch_norm,
         )
         files += merge_method(merges, out / "merged" / name)
         print(f"{name}: merged")
@@ -108,13 +115,13 @@ def _sections(params: Path | None, methods: Sequence[str]) -> dict[str, "MethodP
 
 
 def _check_enough(
-    checkpoints: int, benchmarks: Sequence["Dataset"], methods: Iterable[str], *, has_train: bool
+    checkpoints: int, benchmarks: Sequence["Dataset"], methods: Iterable[str], *, has_train: bool, batch_norm: int
 ) -> None:
     """Refuse what cannot be compared: too few checkpoints, benchmarks or training data."""
     from modelstock.merging.methods.table import METHODS
 
     roles = [dataset.manifest.role for dataset in benchmarks]
-    weighing = [name for name in methods if METHODS[name].reads_statistics]
+    weighing = [name for name in methods if METHODS[name].reads_statistics] + ["--batch-norm"] * (batch_norm > 0)
     has_roles = roles.count("held-out") == 1 and roles.count("in-distribution") == 1
     if checkpoints < 2 or not has_roles or (weighing and not has_train):
         expected = "two checkpoints or more, one benchmark held-out, one in-distribution, shifts if there are any"

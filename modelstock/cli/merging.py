@@ -33,6 +33,9 @@ def merge(
     held_out: Annotated[
         Path | None, typer.Option(help="Held-out shards that merges are scored on, for methods that search.")
     ] = None,
+    batch_norm: Annotated[
+        Path | None, typer.Option(help="Training shards on which BatchNorm's statistics are estimated again.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write each tensor's cosine, ratio, norms and flags.")] = None,
     overwrite: Overwrite = False,
     identify: Annotated[bool, typer.Option("--identify", help="Record the inputs' sha256 in the output.")] = False,
@@ -47,6 +50,8 @@ def merge(
         check_choice("--dtype", dtype, list(DTYPES))
     options = method_options(settings or [])
     find_method(method, options)  # before an option could be taken for something else
+    if batch_norm is not None:
+        _check_batch_norm(anchor)
     with progress_bar("merging") as progress:
         plan = merge_files(
             method,
@@ -65,11 +70,37 @@ def merge(
             options=options,
             **_search_inputs(method, anchor, held_out),
         )
+    if batch_norm is not None:
+        _estimate_batch_norm(out, batch_norm)
     summary = {"out": str(out), "method": method, "checkpoints": len(weights), "tensors": len(plan.report)}
     summary["dtype"] = ", ".join(
         name for name, stored in DTYPES.items() if stored in set(map(plan.dtype_of, plan.report))
     )
     show("merged", [{**summary, **_flag_counts(plan.report)}], as_json)
+
+
+def _check_batch_norm(anchor: Path) -> None:
+    """Refuse what has no BatchNorm, or no architecture to run; needs torch."""
+    from modelstock.scoring.batch_norm import has_running_statistics
+    from modelstock.weights.weight_set import load_weights
+
+    weights = load_weights(anchor, lazy=True)
+    if "architecture" not in weights.meta or not has_running_statistics(weights):
+        raise MergeError(
+            "--batch-norm",
+            got=f"{anchor}, without architecture or running statistics",
+            expected="a weight set of ours with BatchNorm",
+            cure="leave it out",
+        )
+
+
+def _estimate_batch_norm(out: Path, shards: Path) -> None:
+    """Estimate the running statistics of the merge in `out` again."""
+    from modelstock.data.dataset import open_dataset
+    from modelstock.scoring.batch_norm import estimated
+    from modelstock.weights.weight_set import load_weights
+
+    estimated(load_weights(out), open_dataset(shards), examples=1000).save(out)
 
 
 def _flag_counts(report: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from modelstock.merging.methods.rows import Choice
 from modelstock.merging.methods.table import METHODS
 from modelstock.params import MethodParams
 from modelstock.scoring import data_statistics
+from modelstock.scoring.batch_norm import estimated, has_running_statistics
 from modelstock.scoring.one_pass import ScoringOptions, accuracies
 from modelstock.weights.weight_set import WeightSet
 
@@ -39,7 +40,7 @@ class SubsetMerges:
     to the first; where the row asks for it, every value is kept for all seeds together, for its curve.
 
     `scoring`: how merges are scored, and where. `train`: the split that statistics are measured on, for a method that
-    reads them.
+    reads them, and on which BatchNorm's are estimated again, where `batch_norm` says of how many images.
     """
 
     method: str
@@ -49,6 +50,7 @@ class SubsetMerges:
     held_out: Dataset
     scoring: ScoringOptions
     train: Dataset | None = None
+    batch_norm: int = 0
 
     def __iter__(self) -> Iterator[Merge]:
         """One after the other, each made when it is asked for.
@@ -82,7 +84,7 @@ class SubsetMerges:
             yield _named(trials[place], members, report, chosen=choice.option)
 
     def _merged(self, members: Sequence[int], chosen: Mapping[str, Any] | None = None) -> tuple[WeightSet, Any]:
-        return merge(
+        weights, report = merge(
             self.method,
             self.anchor,
             [self.seeds[member] for member in members],
@@ -92,6 +94,21 @@ class SubsetMerges:
             score=self._score,
             gradient=self._gradient,
         )
+        return self._estimated(weights), report
+
+    def _estimated(self, weights: WeightSet) -> WeightSet:
+        """The weights with BatchNorm's statistics of their own, where that is asked for."""
+        if not self.batch_norm or not has_running_statistics(weights):
+            return weights
+        return estimated(weights, self._training_split, examples=self.batch_norm, device=self.scoring.device)
+
+    @property
+    def _training_split(self) -> Dataset:
+        if self.train is None:
+            raise MergeError(
+                f"method {self.method}", got="no training split", expected="one to measure on", cure="name it"
+            )
+        return self.train
 
     @cached_property
     def _fields(self) -> Mapping[str, Any]:
@@ -107,12 +124,8 @@ class SubsetMerges:
         row = METHODS[self.method]
         if not row.reads_statistics:
             return {}
-        if self.train is None:
-            raise MergeError(
-                f"method {self.method}", got="no training split", expected="one to measure on", cure="name it"
-            )
         measure = data_statistics.fisher if row.needs == "fisher" else data_statistics.inner
-        images, _ = data_statistics.sample(self.train, self.anchor, examples=self._fields["examples"])
+        images, _ = data_statistics.sample(self._training_split, self.anchor, examples=self._fields["examples"])
         device = self.scoring.device
         return {seed: measure(weights, images, device=device) for seed, weights in self.seeds.items()}
 
@@ -121,7 +134,7 @@ class SubsetMerges:
         """The accuracies that a searching method looks at."""
         if METHODS[self.method].needs != "score":
             return None
-        return lambda weights: accuracies(self.held_out, weights, self.scoring)
+        return lambda weights: accuracies(self.held_out, list(map(self._estimated, weights)), self.scoring)
 
     @cached_property
     def _gradient(self) -> Callable[[WeightSet], Any] | None:
