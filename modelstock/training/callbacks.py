@@ -1,13 +1,15 @@
 """Callbacks of the training loop: the log, averages of the weights along the run, and snapshots."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from modelstock.training.loop import Callback, Run
+from modelstock.files import sha256_of
+from modelstock.training.loop import Callback, DamagedPoint, Run
 
 
 def floating(run: Run) -> dict[str, Tensor]:
@@ -107,15 +109,32 @@ class Lawa(Average):
 
 
 class Snapshots(Callback):
-    """`write(epoch)` at every epoch's end but the run's last, which is the run's result.
+    """`write(epoch)` at every epoch's end but the run's last, which is the run's result; it returns the file, if any.
 
-    It writes a file of its own, the same whenever the epoch is done again; so there is no state.
+    The file is the same whenever the epoch is done again. A resume point holds the files' sha256: with a snapshot that
+    is not what was written, the run goes on from before it.
     """
 
-    def __init__(self, epoch: int, write: Callable[[int], None]) -> None:
+    def __init__(self, epoch: int, write: Callable[[int], Path | None]) -> None:
         self.epoch, self.write = epoch, write
+        self._written: dict[str, str] = {}
 
     def after_step(self, run: Run) -> None:
         """Write, where an epoch ends."""
         if run.step % self.epoch == 0 and run.step < run.steps and run.world.rank == 0:
-            self.write(run.step // self.epoch)
+            file = self.write(run.step // self.epoch)
+            self._written |= {str(file): sha256_of(file)} if file else {}
+
+    def state(self) -> dict[str, Any]:
+        """The files, and their sha256."""
+        return {"files": dict(self._written)}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise DamagedPoint where a file is not as it was written."""
+        for file, sha256 in state["files"].items():
+            if not Path(file).is_file() or sha256_of(Path(file)) != sha256:
+                raise DamagedPoint(f"{file} is not the snapshot that was written")
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back which files there are."""
+        self._written = dict(state["files"])

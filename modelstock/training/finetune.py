@@ -32,13 +32,13 @@ def finetune(
     folder: Path,
     workers: int = 0,
     world: World = ALONE,
-    snapshot: Callable[[int], None] | None = None,
+    snapshot: Callable[[int], Path | None] | None = None,
 ) -> tuple[list[HistoryRow], list[Average]]:
     """Fine-tune tower and head in place; returns the history, and the averages along the run.
 
     `held_out`: scored each epoch and never trained on. `folder`: where the resume point is kept, one folder per job.
-    `workers`: processes that make batches ahead. `snapshot`: called with the number of every epoch but the last. The
-    model is on the world's device.
+    `workers`: processes that make batches ahead. `snapshot`: called with the number of every epoch but the last;
+    returns the file that it wrote. The model is on the world's device.
 
     Raises:
         TrainingError: fewer examples than a batch, a loss that is not finite, or memory that does not suffice.
@@ -123,6 +123,8 @@ def _snapshot_name(epoch: int) -> str:
     return f"epoch-{epoch}.safetensors"
 
 
-def _save_snapshot(job: Job, model: Classifier, anchor: WeightSet, epoch: int) -> None:
+def _save_snapshot(job: Job, model: Classifier, anchor: WeightSet, epoch: int) -> Path:
     changes = {"average": "snapshot", "options": {**job.made_by["options"], "epoch": epoch}}
-    job.weight_set(anchor, tensors_of(model), changes).save(job.folder / _snapshot_name(epoch))
+    file = job.folder / _snapshot_name(epoch)
+    job.weight_set(anchor, tensors_of(model), changes).save(file)
+    return file

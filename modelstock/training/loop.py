@@ -67,6 +67,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+class DamagedPoint(Exception):
+    """A resume point from which nothing is taken; the run does without it, and no user sees this."""
+
+
 class Callback:
     """What happens beside the steps. Its state is part of the resume point, so that it resumes as exactly as they."""
 
@@ -79,6 +83,9 @@ class Callback:
     def state(self) -> dict[str, Any]:
         """What must survive a stop: tensors, numbers, strings and containers of them."""
         return {}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise DamagedPoint where what `state` speaks of is not there as it was."""
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` gave."""
@@ -139,6 +146,11 @@ class Run:
             "micro_batch": self._fitting,
             "callbacks": [callback.state() for callback in self.callbacks],
         }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise DamagedPoint where something beside a resume point that it needs is not there as it was."""
+        for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
+            callback.check_state(saved)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a resume point."""

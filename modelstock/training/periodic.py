@@ -3,8 +3,9 @@
 In one process the seeds take turns and share the decoded data; several processes train one seed each.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,20 +15,47 @@ import numpy as np
 import torch
 
 from modelstock.errors import TrainingError
-from modelstock.files import write_json
+from modelstock.files import dump_json, write_json
 from modelstock.models.towers import Classifier, build_classifier, tensors_of
+from modelstock.notices import remark
 from modelstock.params import FinetuneParams, PeriodicParams
 from modelstock.tracking.history import write_history, write_rows
 from modelstock.training.callbacks import Log
 from modelstock.training.distributed import ALONE, World
 from modelstock.training.inputs import Inputs
 from modelstock.training.job import Job, Setting
-from modelstock.training.loop import HistoryRow, Run
+from modelstock.training.loop import DamagedPoint, HistoryRow, Run
 from modelstock.training.parallel_merge import Report, merge_models
 from modelstock.training.recipe import new_run, steps_per_epoch
 from modelstock.training.resume import Clock, read_state, write_state
 from modelstock.training.validation import accuracy
 from modelstock.weights.weight_set import WeightSet
+
+
+def write_pointer(path: Path, point: Mapping[str, Any], *, of: str) -> None:
+    """Write what all seeds share of a resume point, with its sha256. `of`: whose it is."""
+    write_json(path, {"point": point, "sha256": _sha256(path, point, of)})
+
+
+def read_pointer(path: Path, *, of: str) -> dict[str, Any]:
+    """What all seeds share of the resume point of `of`.
+
+    Raises:
+        DamagedPoint: it is not what was written for `of`.
+    """
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        point: dict[str, Any] = written["point"]
+        intact = written["sha256"] == _sha256(path, point, of)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedPoint(f"{type(error).__name__}: {error}") from error
+    if not intact:
+        raise DamagedPoint("not the bytes that this run wrote")
+    return point
+
+
+def _sha256(path: Path, point: Mapping[str, Any], of: str) -> str:
+    return hashlib.sha256(f"{of}/{path.name}\0{dump_json(point)}".encode()).hexdigest()
 
 
 @dataclass(kw_only=True)
@@ -46,48 +74,90 @@ class Periodic:
     measure: Callable[[], float]
     world: World = ALONE
     merged: int = 0
-    saves: int = 0  # how often all seeds were saved: in the names of their states, so that a new one replaces none
+    saves: int = 0  # how often all seeds were saved: the number of the last resume point
     history: list[HistoryRow] = field(default_factory=list)
     reports: dict[str, Report] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
 
     def resume(self) -> None:
-        """Go on from the last resume point that all seeds have."""
+        """Go on from the last resume point that is what was written, for all seeds."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self._pointer.exists():
-            point = json.loads(self._pointer.read_text(encoding="utf-8"))
-            self.saves, self.merged = point["saves"], point["merged"]
-            self.history, self.reports = point["history"], point["reports"]
-            for run in self.runs:
-                run.load_state(read_state(self._state(run)))
+        saves = self._numbers("point", "json")
+        unusable = []
+        while saves:
+            point, states, wrong = self._read(saves[-1])
+            if not wrong:
+                self.saves, self.merged = saves[-1], point["merged"]
+                self.history, self.reports = point["history"], point["reports"]
+                for run, state in zip(self.runs, states, strict=True):
+                    run.load_state(state)
+                break
+            unusable.append((saves.pop(), wrong))
         # No process goes on, and so none can finish and remove the point, before all have read it.
         self.world.barrier()
+        for number, wrong in unusable:
+            if self.world.rank == 0:
+                place = self._pointer(number)
+                remark(place, f"not used: {wrong}; the run goes on from step {self.runs[0].step}, to the same end")
+            self._remove(number, number)
         if self.world.rank == 0:
             write_rows(self.folder / "history.jsonl", self.history)
 
+    def _read(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+        """A resume point: what all seeds share, this process's states, and what is wrong with any process's."""
+        point, states, wrong = {}, [], ""
+        try:
+            point = read_pointer(self._pointer(number), of=self.folder.name)
+            states = [read_state(self._state(run, number), of=self._name(run, number)) for run in self.runs]
+        except (FileNotFoundError, DamagedPoint) as error:
+            wrong = str(error)
+        intact = self.world.gather(torch.tensor([float(not wrong)], device=self.world.device))
+        return point, states, wrong or ("" if all(map(bool, intact)) else "another process's state is damaged")
+
     def save(self) -> None:
-        """Every seed's state first, then the pointer that makes them the resume point: all or none of them count."""
-        replaced = [self._state(run) for run in self.runs]
+        """Every seed's state first, then the pointer that makes them the resume point: all or none of them count.
+
+        The point before is kept.
+        """
         self.saves += 1
         for run in self.runs:
-            write_state(self._state(run), run.state())
+            write_state(self._state(run, self.saves), run.state(), of=self._name(run, self.saves))
             run.saved_step = run.step
         self.world.barrier()
         if self.world.rank == 0:
-            point = {"saves": self.saves, "merged": self.merged, "history": self.history, "reports": self.reports}
-            write_json(self._pointer, point)
+            point = {"merged": self.merged, "history": self.history, "reports": self.reports}
+            write_pointer(self._pointer(self.saves), point, of=self.folder.name)
             write_rows(self.folder / "history.jsonl", self.history)
         self.world.barrier()
-        for state in replaced:
-            state.unlink(missing_ok=True)
+        self._remove(0, self.saves - 2)
+
+    def _remove(self, first: int, last: int) -> None:
+        """Remove resume points, pointers before states, in all processes."""
+        if self.world.rank == 0:
+            for number in self._numbers("point", "json"):
+                if first <= number <= last:
+                    self._pointer(number).unlink(missing_ok=True)
+        self.world.barrier()
+        for run in self.runs:
+            for number in self._numbers(run.name, "pt"):
+                if first <= number <= last:
+                    self._state(run, number).unlink(missing_ok=True)
         self.world.barrier()
 
-    @property
-    def _pointer(self) -> Path:
-        return self.folder / "point.json"
+    def _numbers(self, name: str, suffix: str) -> list[int]:
+        """The numbers of the files `name.<number>.suffix`, in their order."""
+        parts = (path.name.split(".") for path in self.folder.glob(f"{name}.*.{suffix}"))
+        return sorted(int(part[1]) for part in parts if len(part) == 3 and part[1].isdecimal())
 
-    def _state(self, run: Run) -> Path:
-        return self.folder / f"{run.name}.{self.saves}.pt"
+    def _pointer(self, number: int) -> Path:
+        return self.folder / f"point.{number}.json"
+
+    def _state(self, run: Run, number: int) -> Path:
+        return self.folder / f"{run.name}.{number}.pt"
+
+    def _name(self, run: Run, number: int) -> str:
+        """Whose state it is: the job's key is its folder's name."""
+        return f"{self.folder.name}/{run.name}/{number}"
 
     def train(self) -> None:
         """Train to the next merge, merge, and so on to the end."""
