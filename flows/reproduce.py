@@ -8,9 +8,11 @@ import os
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,11 +28,15 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict, Field
 
+from flows.services import HOST, answers
 from modelstock.errors import ModelstockError, redacted
+
+GUARD = [sys.executable, str(Path(__file__).with_name("guard.py"))]
 
 
 class FlowError(ModelstockError):
@@ -125,7 +131,7 @@ def devices(slots: int) -> list[dict[str, str]]:
 
 @dataclass
 class Children:
-    """The processes of the stages, each in a session of its own, so that all of them can be ended."""
+    """The processes of the stages, each with a guard in a session of its own: none outlives this process."""
 
     running: set["subprocess.Popen[str]"] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -138,9 +144,10 @@ class Children:
             if self.closed:
                 raise FlowError("stage", got="a flow that is ending", expected="a running flow", cure="run it again")
             process = subprocess.Popen(
-                command,
+                [*GUARD, *command],
                 cwd=cwd,
                 env=dict(env),
+                stdin=subprocess.PIPE,  # the guard reads its end, which comes when this process is gone
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -149,7 +156,8 @@ class Children:
             )
             self.running.add(process)
         try:
-            yield process
+            with process:
+                yield process
         finally:
             with self.lock:
                 self.running.discard(process)
@@ -263,6 +271,34 @@ def reproduce(params: ReproduceParams = ReproduceParams()) -> str:  # noqa: B008
     return _show(root / "reports" / "comparison.md")
 
 
+@contextmanager
+def _server() -> Iterator[None]:
+    """A Prefect server for this run, where none is named; it ends with this process, however that ends.
+
+    Raises:
+        FlowError: it does not start.
+    """
+    if PREFECT_API_URL.value():
+        yield
+        return
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    command = [*GUARD, sys.executable, "-m", "uvicorn", "--host", HOST]
+    command += ["--port", str(port), "--log-level", "error", "--factory", "prefect.server.api.server:create_app"]
+    url, deadline = f"http://{HOST}:{port}/api", time.monotonic() + 90
+    with subprocess.Popen(command, env={**os.environ, "PREFECT_UI_ENABLED": "0"}, stdin=subprocess.PIPE) as server:
+        try:
+            while not answers(f"{url}/health"):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise FlowError("Prefect", got="no answer", expected=f"a server at {url}", cure="run it again")
+                time.sleep(0.2)
+            with temporary_settings({PREFECT_API_URL: url}):
+                yield
+        finally:
+            server.terminate()
+
+
 def main(
     target: Annotated[list[str] | None, typer.Argument(help="Stages; none: all.")] = None,
     slots: Annotated[int, typer.Option(min=0, help="Stages on devices at once; 0: one per GPU, or one.")] = 0,
@@ -270,7 +306,8 @@ def main(
 ) -> None:
     """Run the experiment's stages in parallel, as Prefect tasks."""
     try:
-        print(reproduce(ReproduceParams(targets=target or [], slots=slots, force=force)))
+        with _server():
+            print(reproduce(ReproduceParams(targets=target or [], slots=slots, force=force)))
     except ModelstockError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2 if "targets" in error.place or error.place == str(Path.cwd()) else 1) from error

@@ -1,5 +1,6 @@
 """The flow over real DVC projects: order, slots, caching, failure, and an end that leaves nothing running."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,9 +11,10 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
-from flows.reproduce import FlowError, devices, plan
+from flows.reproduce import GUARD, FlowError, devices, plan
 
 ROOT = Path(__file__).parent.parent
 PIPELINE = """
@@ -184,29 +186,65 @@ def test_a_failed_stage_stops_what_needs_it_and_nothing_else(project, server):
     assert not (project / "d.txt").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_ended_flow_leaves_no_process(project, server, number):
-    (project / "dvc.yaml").write_text(
-        PIPELINE.replace("log.py b 1.0", "log.py b 60").replace("log.py c 1.0", "log.py c 60")
-    )
+# A stage with a process below it that has a session of its own, as torchrun's workers have.
+DEEP = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+open("begun", "w").close()
+time.sleep(300)
+"""
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """The processes that have this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if mark in process.environ().values() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def within(seconds: float, check) -> bool:
+    deadline = time.monotonic() + seconds
+    while not check() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return check()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_nothing_outlives_a_flow_neither_its_stages_nor_its_own_server(project, tmp_path, number):
+    (project / "dvc.yaml").write_text("stages: {deep: {cmd: python deep.py, outs: [never]}}")
+    (project / "deep.py").write_text(DEEP)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")}
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.reproduce"],
         cwd=project,
-        env={**server, "LOG": str(project / "log")},
+        env={**env, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect"), "MARK": str(tmp_path)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         # Where the tests run in a shell's background, SIGINT is ignored, and children would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not {("b", "begin"), ("c", "begin")} & (
-        set(moments(project)) if (project / "log").exists() else set()
-    ):
-        time.sleep(0.1)
-    process.send_signal(number)
-    assert process.wait(timeout=60) != 0
-    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"log.py" in read(p) and str(project) in cwd(p)]
-    assert left == []
+    try:
+        assert within(120, (project / "begun").exists)
+        commands = [" ".join(p.cmdline()) for p in marked(str(tmp_path))]
+        assert any("uvicorn" in command for command in commands)
+        assert any("time.sleep(300)" in command for command in commands)
+        process.send_signal(number)
+        assert process.wait(timeout=60) != 0
+        assert within(15, lambda: not marked(str(tmp_path))), [p.cmdline() for p in marked(str(tmp_path))]
+    finally:
+        for left in marked(str(tmp_path)):
+            left.kill()
+
+
+def test_a_guard_gives_its_commands_exit_code_and_ends_what_the_command_leaves_running(tmp_path):
+    script = "import subprocess, sys; subprocess.Popen(['sleep', '300'], start_new_session=True); sys.exit(7)"
+    env = {**os.environ, "MARK": str(tmp_path)}
+    with subprocess.Popen([*GUARD, sys.executable, "-c", script], env=env, stdin=subprocess.PIPE) as guard:
+        assert guard.wait(timeout=60) == 7
+    assert marked(str(tmp_path)) == []
 
 
 def read(file: Path) -> bytes:
@@ -214,13 +252,6 @@ def read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError:
         return b""
-
-
-def cwd(file: Path) -> str:
-    try:
-        return os.readlink(file.with_name("cwd"))
-    except OSError:
-        return ""
 
 
 def test_a_stores_password_is_not_shown_by_the_services_and_their_folder_is_private(tmp_path):
