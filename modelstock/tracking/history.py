@@ -3,11 +3,15 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelstock.damage import cure_of
+from modelstock.errors import DataError
 from modelstock.files import atomic_path
+from modelstock.notices import notice
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -36,5 +40,39 @@ def write_table(path: Path, rows: Rows) -> None:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `history.jsonl`."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The rows of a `history.jsonl`; half a last line, as a killed writer leaves it, is no row.
+
+    Raises:
+        DataError: a line that is no row of finite numbers, or whose step is not after the one before.
+    """
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest:
+        notice(path, "ends with half a line, which is left out")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        wrong = _add(rows, line)
+        if wrong:
+            raise DataError(
+                f"{path}, line {number}",
+                got=wrong,
+                expected="one JSON object of finite numbers per line, steps ascending",
+                cure=cure_of(path, "run the training again, or remove the file: the report is then without its curve"),
+            )
+    return rows
+
+
+def _add(rows: list[dict[str, Any]], line: bytes) -> str:
+    """Add a line's row to those before it; returns what is wrong with it, if anything."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return f"no JSON ({line[:40].decode('utf-8', 'replace')!r})"
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return "no object with a whole number `step`"
+    for name, value in row.items():
+        if type(value) not in (int, float) or not abs(value) < math.inf:
+            return f"{name} {value!r}"
+    if rows and row["step"] <= rows[-1]["step"]:
+        return f"step {row['step']} after step {rows[-1]['step']}"
+    rows.append(row)
+    return ""

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlparse
 
 from filelock import FileLock
 
-from modelstock.errors import TrackingError, redacted
+from modelstock.errors import ModelstockError, TrackingError, redacted
 from modelstock.files import atomic_path, link_or_copy
 from modelstock.tracking.history import read_history
 from modelstock.tracking.tracker import Measurements, params_of
@@ -137,8 +137,8 @@ class MlflowTracker:
         """Turn whatever MLflow raises into one line."""
         try:
             yield
-        except TrackingError:
-            raise
+        except ModelstockError:
+            raise  # what is wrong with a file of ours is not the server's
         except Exception as error:
             text = " ".join(redacted(str(error)).split())[:300]
             cure = "start it or correct MLFLOW_TRACKING_URI; `dvc repro -f compare` then sends what is missing"
