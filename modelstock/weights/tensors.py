@@ -9,11 +9,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from modelstock.damage import cure_of
 from modelstock.errors import DamagedError, WeightsError
 
 Array = NDArray[Any]
@@ -157,7 +159,7 @@ class Checkpoint:
                 self.source,
                 got=f"tensors {self.identity[:12]} or metadata that are not those it was written with",
                 expected=f"checksum {self.checksum[:12]}",
-                cure="remove it and make it again, or copy it again",
+                cure=cure_of(Path(self.source), "make it again, or copy it again"),
             )
 
 
