@@ -64,7 +64,7 @@ def export(
     if report is not None:
         try:
             comparison = json.loads(report.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             line = " ".join(str(error).split())
             raise DataError(report, got=line, expected="reports/comparison.json", cure="check the path") from error
     write(load_weights(weights), load_weights(clip), out, report=comparison, licence=license, overwrite=overwrite)

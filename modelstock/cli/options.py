@@ -46,7 +46,7 @@ def method_options(settings: Sequence[str]) -> dict[str, Any]:
             raise MergeError("--set", got=repr(setting), expected="option=value", cure="write it so")
         try:
             options[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[name] = value
     return options
 
@@ -56,7 +56,10 @@ def _listed(text: str, what: str) -> Any:
     path = Path(text)
     if not path.is_file():
         return None
-    raw = path.read_text(encoding="utf-8")
+    try:
+        raw = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParamsError(path, got=f"no text ({error})", expected=f"{what} in UTF-8", cure="correct it") from error
     if path.suffix != ".json":
         lines = [line.strip() for line in raw.splitlines() if line.strip()]
         if all("\t" in line for line in lines):
@@ -64,7 +67,7 @@ def _listed(text: str, what: str) -> Any:
         return lines
     try:
         return json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ParamsError(path, got=f"no JSON ({error})", expected=f"a list of {what}", cure="correct it") from error
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from modelstock.errors import WeightsError
 from modelstock.scoring.results import Row
 from modelstock.scoring.score_cache import ensemble_identity
 from modelstock.weights.weight_set import WeightSet
@@ -12,8 +13,24 @@ AVERAGES = {"ema": "ema_decay", "lawa": "lawa_last", "snapshot": "epoch"}
 
 
 def row_of(weights: WeightSet) -> Row:
-    """The row of a weight set: its name, kind, members and options."""
-    made_by: Mapping[str, Any] = weights.meta["made_by"]
+    """The row of a weight set: its name, kind, members and options.
+
+    Raises:
+        WeightsError: metadata that do not say how it was made.
+    """
+    made_by: Mapping[str, Any] = weights.meta.get("made_by", {})
+    try:
+        return _row(weights, made_by)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            weights.source,
+            got=f"made_by {str(dict(made_by))[:80]} ({type(error).__name__}: {error})",
+            expected="what a stage writes of how it made a weight set",
+            cure="make it again with its stage",
+        ) from error
+
+
+def _row(weights: WeightSet, made_by: Mapping[str, Any]) -> Row:
     describe = {"anchor": _anchor, "finetune": _seed, "longer": _longer}.get(made_by["stage"], _merge)
     name, kind, members, options = describe(made_by)
     return Row(name=name, identity=weights.identity, kind=kind, members=members, options=options)

@@ -102,7 +102,7 @@ def _folder_config(folder: Path) -> Mapping[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         config = {"model_cfg": dict(content["model_cfg"]), "preprocess_cfg": dict(content.get("preprocess_cfg") or {})}
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - config["model_cfg"].keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             path,
             got=f"{type(error).__name__}: {error}",

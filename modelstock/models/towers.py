@@ -83,10 +83,24 @@ def build_visual(config: Mapping[str, Any]) -> nn.Module:
     return visual
 
 
-def _blank_visual(config: Mapping[str, Any]) -> nn.Module:
-    """The image tower on the CPU, for weights to be loaded into; what the weights do not hold is right already."""
-    with torch.device("meta"):
-        visual = build_visual(config)
+def _blank_visual(weights: WeightSet) -> nn.Module:
+    """The image tower on the CPU, for weights to be loaded into; what the weights do not hold is right already.
+
+    Raises:
+        WeightsError: an architecture that cannot be built, or that has other tensors; before it takes any memory.
+    """
+    config = weights.meta["architecture"]
+    try:
+        with torch.device("meta"):
+            visual = build_visual(config)
+    except Exception as error:  # a file may say anything
+        raise WeightsError(
+            weights.source,
+            got=f"an architecture that open_clip does not build ({type(error).__name__}: {str(error)[:120]})",
+            expected="the config of one of its models",
+            cure="make the weight set again from this anchor",
+        ) from error
+    _check_tensors(weights, {f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}, "visual.")
     loaded = visual.state_dict().keys()
     if all(name in loaded for name, _ in visual.named_buffers()):
         return visual.to_empty(device="cpu")
@@ -118,25 +132,31 @@ class Classifier(nn.Module):
         return logits
 
 
+def check_classifier(weights: WeightSet) -> None:
+    """Raise WeightsError unless a weight set says what to build, how its images are preprocessed, and has a head."""
+    missing = [name for name in ("architecture", "preprocess") if name not in weights.meta]
+    missing += [name for name in ("head.weight", "head.bias") if name not in weights.tensors]
+    if missing or len(weights.tensors["head.weight"].shape) != 2:
+        raise WeightsError(
+            weights.source,
+            got=f"a file without {', '.join(missing) or 'a linear head'}",
+            expected="a weight set made by modelstock",
+            cure="make it with the stages anchor, finetune or merge; for others' checkpoints, name the --anchor",
+        )
+
+
 def build_classifier(weights: WeightSet) -> Classifier:
     """The classifier that a weight set describes, in evaluation mode.
 
     Raises:
         WeightsError: no architecture in the metadata, or tensors that do not fit it.
     """
-    config = weights.meta.get("architecture")
-    if not isinstance(config, Mapping) or "head.weight" not in weights.tensors:
-        raise WeightsError(
-            weights.source,
-            got="a file without architecture or head",
-            expected="a weight set made by modelstock",
-            cure="make it with the stages anchor, finetune or merge",
-        )
+    check_classifier(weights)
     classes, width = weights.tensors["head.weight"].shape
     with torch.device("meta"):
         model = Classifier(nn.Identity(), classes, width)
     model.head.to_empty(device="cpu")
-    model.visual = _blank_visual(config)
+    model.visual = _blank_visual(weights)
     set_tensors(model, weights)
     return model.eval()
 
@@ -147,7 +167,14 @@ def set_tensors(model: nn.Module, weights: WeightSet) -> None:
     Raises:
         WeightsError: names or shapes that differ from the model's.
     """
-    problems = differences(weights.tensors, model.state_dict(), whose="the model's")
+    _check_tensors(weights, model.state_dict())
+    model.load_state_dict({k: torch.from_numpy(np.asarray(v, order="C")) for k, v in weights.tensors.items()})
+
+
+def _check_tensors(weights: WeightSet, expected: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Raise WeightsError unless the weights whose names begin with `prefix` have these names and shapes."""
+    tensors = {name: tensor for name, tensor in weights.tensors.items() if name.startswith(prefix)}
+    problems = differences(tensors, expected, whose="the model's")
     if problems:
         raise WeightsError(
             weights.source,
@@ -155,7 +182,6 @@ def set_tensors(model: nn.Module, weights: WeightSet) -> None:
             expected="the tensors of its architecture",
             cure="make the weight set again from this anchor",
         )
-    model.load_state_dict({k: torch.from_numpy(np.asarray(v, order="C")) for k, v in weights.tensors.items()})
 
 
 def tensors_of(model: nn.Module) -> dict[str, NDArray[Any]]:

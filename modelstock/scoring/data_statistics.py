@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modelstock.data.dataset import Dataset
 from modelstock.data.images import Framing, normalise
-from modelstock.models.towers import build_classifier
+from modelstock.models.towers import build_classifier, check_classifier
 from modelstock.weights.origin import made_by
 from modelstock.weights.weight_set import WeightSet
 
@@ -31,6 +31,7 @@ def sample(dataset: Dataset, weights: WeightSet, *, examples: int, seed: int = 0
         DataError: labels that are not the head's.
         WeightsError: a head for other classes.
     """
+    check_classifier(weights)
     dataset.check_classes(weights)
     dataset.check_labels()
     manifest = dataset.manifest

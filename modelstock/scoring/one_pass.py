@@ -24,7 +24,7 @@ from modelstock.data.dataset import Dataset
 from modelstock.data.images import Framing
 from modelstock.devices import device_kind, device_model
 from modelstock.errors import WeightsError
-from modelstock.models.towers import Classifier, build_classifier
+from modelstock.models.towers import Classifier, build_classifier, check_classifier
 from modelstock.scoring.decoding import DecodedBatches, Pixels
 from modelstock.scoring.outcome import COLUMNS, Outcome
 from modelstock.scoring.results import Row, Scores
@@ -112,6 +112,7 @@ def score(
     # Sums round: an ensemble's do in one order, in whichever its members are named.
     groups = {ensemble_identity(members): sorted(members) for members in ensembles}
     for w in by_identity.values():
+        check_classifier(w)
         dataset.check_classes(w)
     _check_members(groups, by_identity)
     cache = ScoreCache(options.cache, dataset.manifest.sha256, options.settings(device))

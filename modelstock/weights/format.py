@@ -13,6 +13,7 @@ from typing import Any
 
 from modelstock.errors import WeightsError
 from modelstock.files import atomic_path
+from modelstock.weights.metadata import problem_of
 from modelstock.weights.tensors import STORED, Array, checksum_of, dump_meta, identity_of, stored_array
 
 CHECKSUM = "modelstock.checksum"  # beside our metadata
@@ -150,11 +151,14 @@ def write_arrays(path: Path, tensors: Mapping[str, Array], meta: Mapping[str, An
 
 def parse_meta(path: Path, header: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """Our metadata in a file's header, and the checksum written with them; both empty in other libraries' files."""
-    metadata = header.get("__metadata__") or {}
+    metadata = header.get("__metadata__", {})
     try:
         meta, checksum = json.loads(metadata.get("modelstock", "{}")), metadata.get(CHECKSUM)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise broken_file(path, f"metadata {str(metadata)[:80]}") from error
-    if not isinstance(meta, dict):
-        raise broken_file(path, f"metadata that are a {type(meta).__name__}")
+    problem = problem_of(meta)
+    if problem is None and not isinstance(checksum, str | None):
+        problem = f"a checksum that is a {type(checksum).__name__}"
+    if problem is not None:
+        raise broken_file(path, problem, cure="make it again; metadata of ours are written by nothing else")
     return meta, checksum
