@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-from modelstock.errors import MergeError, ModelstockError, WeightsError
+from modelstock.errors import MergeError, ModelstockError, RoomError, WeightsError
 from modelstock.merging import kernels
 from modelstock.merging.files import merge_files
 from modelstock.merging.methods.table import METHODS
@@ -326,7 +326,7 @@ def test_paths_that_cannot_be_merged_are_refused(files, tmp_path):
 
 def test_a_full_disk_is_found_before_writing(files, tmp_path, monkeypatch):
     monkeypatch.setattr("modelstock.merging.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
-    with pytest.raises(MergeError, match=r"got 100 free bytes; expected \d"):
+    with pytest.raises(RoomError, match=r"got 100 free bytes; expected \d"):
         merge_files("uniform", files[0], files[1:], tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 
@@ -336,7 +336,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing_behind(files, tmp_path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("modelstock.merging.files.os.pwrite", full)
-    with pytest.raises(MergeError, match=r"out\.safetensors: got No space left on device; expected .* make room"):
+    with pytest.raises(RoomError, match=r"got No space left on device, .* bytes free; expected room for it; make room"):
         merge_files("uniform", files[0], files[1:], tmp_path / "out.safetensors")
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in files}
 

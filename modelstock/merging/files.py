@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from modelstock.errors import MergeError, WeightsError
+from modelstock.errors import MergeError, RoomError, WeightsError
 from modelstock.files import atomic_path, write_json
 from modelstock.merging.checks import Granularity, check_measured, check_options, check_parents
 from modelstock.merging.engine import plan_merge
@@ -77,7 +77,8 @@ def merge_files(
     `progress` is called with the number of values done in both passes, and their total.
 
     Raises:
-        MergeError, WeightsError: as `plan_merge`; an output that exists or is an input; a disk that is too full.
+        MergeError, WeightsError: as `plan_merge`; an output that exists or is an input.
+        RoomError: a disk that is too full.
     """
     inputs, out, options = [Path(anchor), *map(Path, tuned), *map(Path, statistics)], Path(out), dict(options or {})
     check_paths(inputs, [path for path in (out, report) if path is not None], overwrite)
@@ -206,7 +207,7 @@ def _standing(path: Path) -> Path:
 def _check_room(out: Path, needed: int) -> None:
     free = shutil.disk_usage(_standing(out)).free
     if free < needed:
-        raise MergeError(out, got=f"{free:,} free bytes", expected=f"{needed:,}", cure="make room or name another disk")
+        raise RoomError(out, got=f"{free:,} free bytes", expected=f"{needed:,}", cure="make room or name another disk")
 
 
 def layout(anchor: Checkpoint, dtype: str | None, meta: Mapping[str, Any], checksum: str | None = None) -> Layout:
@@ -233,43 +234,35 @@ def write_plan(
     `checksum`: write that of weight sets of ours too, for which the result is read once more.
 
     Raises:
-        MergeError: a disk that fills up meanwhile; nothing is left behind then.
+        RoomError: a disk that fills up meanwhile; nothing is left behind then.
     """
     placeholder = "0" * 64 if checksum else None
     file_layout = layout(plan.anchor, plan.dtype, meta, placeholder)
     work = [(name, run) for name in sorted(file_layout.begins) for run in plan.runs(name)]
-    try:
-        with atomic_path(out) as temporary, open(temporary, "wb") as file:
-            file.write(file_layout.start)
-            file.flush()
-            file.truncate(file_layout.size)
-            descriptor = file.fileno()
+    with atomic_path(out) as temporary, open(temporary, "wb") as file:
+        file.write(file_layout.start)
+        file.flush()
+        file.truncate(file_layout.size)
+        descriptor = file.fileno()
 
-            def second_pass(task: tuple[str, Sequence[Chunk]]) -> int:
-                name, run = task
-                size = STORED[plan.dtype_of(name)].itemsize
-                for at, piece in plan.pieces(name, run):
-                    raw, place = np.ascontiguousarray(piece).view(np.uint8).data, file_layout.begins[name] + at * size
-                    while raw:
-                        written = os.pwrite(descriptor, raw, place)
-                        raw, place = raw[written:], place + written
-                return run[-1].stop - run[0].start if run else 0
+        def second_pass(task: tuple[str, Sequence[Chunk]]) -> int:
+            name, run = task
+            size = STORED[plan.dtype_of(name)].itemsize
+            for at, piece in plan.pieces(name, run):
+                raw, place = np.ascontiguousarray(piece).view(np.uint8).data, file_layout.begins[name] + at * size
+                while raw:
+                    written = os.pwrite(descriptor, raw, place)
+                    raw, place = raw[written:], place + written
+            return run[-1].stop - run[0].start if run else 0
 
-            unsynced = 0
-            with ThreadPoolExecutor(workers) as pool:
-                for values in pool.map(second_pass, work):
-                    progress(values)
-                    unsynced += values
-                    if unsynced > SYNC:  # the disk works while the rest is computed
-                        os.fdatasync(descriptor)
-                        unsynced = 0
-            if placeholder is not None:
-                digest = checksum_of(open_safetensors(temporary).identity, meta)
-                os.pwrite(descriptor, digest.encode(), file_layout.start.index(placeholder.encode()))
-    except OSError as error:
-        raise MergeError(
-            out,
-            got=f"{error.strerror}",
-            expected=f"{file_layout.size:,} bytes written",
-            cure="make room or name another disk",
-        ) from error
+        unsynced = 0
+        with ThreadPoolExecutor(workers) as pool:
+            for values in pool.map(second_pass, work):
+                progress(values)
+                unsynced += values
+                if unsynced > SYNC:  # the disk works while the rest is computed
+                    os.fdatasync(descriptor)
+                    unsynced = 0
+        if placeholder is not None:
+            digest = checksum_of(open_safetensors(temporary).identity, meta)
+            os.pwrite(descriptor, digest.encode(), file_layout.start.index(placeholder.encode()))
