@@ -34,6 +34,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.services import HOST, answers
+from flows.workspace import ready
 from modelstock.errors import ModelstockError, redacted
 
 GUARD = [sys.executable, str(Path(__file__).with_name("guard.py"))]
@@ -238,6 +239,11 @@ def _show(report: Path) -> str:
 @flow(name="reproduce", task_runner=ThreadPoolTaskRunner(max_workers=1000))  # type: ignore[arg-type]
 def reproduce(params: ReproduceParams = ReproduceParams()) -> str:  # noqa: B008  (Prefect reads the form from it)
     """Bring every stage up to date and show the comparison; a failed stage stops only what depends on it."""
+    with ready("flows.reproduce"):
+        return _reproduce(params)
+
+
+def _reproduce(params: ReproduceParams) -> str:
     root, log = Path.cwd(), get_run_logger()
     planned = plan(root, params.targets, force=params.force)
     log.info("%d stages, %d to run", len(planned.needs), len(planned.dirty))
@@ -306,6 +312,8 @@ def main(
 ) -> None:
     """Run the experiment's stages in parallel, as Prefect tasks."""
     try:
+        with ready("flows.reproduce"):
+            pass  # refused before a server starts; the flow holds it
         with _server():
             print(reproduce(ReproduceParams(targets=target or [], slots=slots, force=force)))
     except ModelstockError as error:

@@ -7,6 +7,7 @@ ModelstockError            every one of them: say place, got, expected, cure in 
 ├── MergeError             weight sets that cannot be merged, or a method that cannot do it
 ├── TrainingError          a run that cannot go on (non-finite loss, a resume point that does not fit)
 ├── RoomError              a disk that is full, a quota or a limit of file sizes that is reached
+├── BusyError              another job is at work in the same place
 ├── DamagedError           a file of ours whose content is not what it was written with
 └── TrackingError          the MLflow server or its store
 """
@@ -69,6 +70,10 @@ class RoomError(ModelstockError):
 
 class DamagedError(ModelstockError):
     """A file of ours does not have the checksum it was written with. `place` is its path."""
+
+
+class BusyError(ModelstockError):
+    """Another job is at work in the same place."""
 
 
 class TrackingError(ModelstockError):

@@ -1,16 +1,18 @@
 """Files that are whole or absent, and whose bytes repeat; and where files lie that only save time."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modelstock.errors import RoomError
+from modelstock.errors import BusyError, RoomError
 
 # A full disk, a quota, a limit of file sizes.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -67,6 +69,34 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise no_room(temporary, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(path: Path, command: str) -> Iterator[int]:
+    """Hold a lock for the block, as `command`; yields its file descriptor. It ends with the process, however that ends.
+
+    Raises:
+        BusyError: another process holds it; which one, and since when.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(lock, 4096).decode(errors="replace")
+            raise BusyError(
+                Path.cwd(),
+                got=f"another job at work: {holder or 'it has just begun'}",
+                expected="one at a time",
+                cure="wait for its end, or end that process",
+            ) from error
+        os.ftruncate(lock, 0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(lock, f"process {os.getpid()}, `{command}`, since {now}".encode())
+        yield lock
+    finally:
+        os.close(lock)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -3,6 +3,8 @@
 Unknown keys are refused with the nearest valid one; all problems are reported together.
 """
 
+import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from modelstock.errors import ParamsError, closest, few
 from modelstock.merging.methods.rows import Choice, Method, Option
@@ -31,13 +33,26 @@ Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+def _each_once(values: list[Any]) -> list[Any]:
+    """A list whose values name things: twice the same name would be one thing."""
+    twice = sorted({str(value) for value in values if values.count(value) > 1})
+    if twice:
+        raise ValueError(f"name each once, not {few(twice)} twice")
+    return values
+
+
+Once = AfterValidator(_each_once)
+
 FILE = "a params file"  # the context of a check: defaults are for Python alone
 
 
 class Section(BaseModel):
-    """One section: no unknown keys, no change after reading, no number taken for a string."""
+    """One section: no unknown keys, no change after reading, and no value of another type taken for the one meant.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    DVC makes names of values: the seed `true` or `1.0` would be another stage and folder than the seed 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @model_validator(mode="after")
     def _set_in_full(self, info: ValidationInfo) -> Self:
@@ -129,7 +144,7 @@ class FinetuneParams(Optimization):
     decay: Literal["all", "matrices"] = "all"
     label_smoothing: float = Field(ge=0, lt=1)
     mixup: float = Field(default=0.0, ge=0)
-    crop_scale: tuple[float, float]
+    crop_scale: tuple[float, float] = Field(strict=False)  # a list in the file
     flip: bool = False
     rand_augment_operations: int = Field(default=0, ge=0)
     rand_augment_magnitude: int = Field(default=9, ge=0, le=30)
@@ -139,7 +154,7 @@ class FinetuneParams(Optimization):
     gradient_checkpointing: bool = False
     compile: bool = False
     devices: Positive = 1
-    ema: list[Annotated[float, Field(gt=0, lt=1)]] = []
+    ema: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Once] = []
     lawa: int = Field(default=0, ge=0)
     snapshots: bool = False
 
@@ -173,7 +188,7 @@ class PeriodicParams(Section):
     per seed. `pairwise`, `clip`: see modelstock.merging.methods.model_stock.
     """
 
-    sizes: list[Annotated[int, Field(ge=2)]]
+    sizes: Annotated[list[Annotated[int, Field(ge=2)]], Once]
     every_steps: Positive | None = None
     reset_moments: bool = False
     devices: Positive = 1
@@ -311,7 +326,7 @@ def method_section(method: Method) -> type[MethodParams]:
         fields["examples"] = (Positive, ...)
     if chosen is not None:
         check = AfterValidator(partial(_candidates, chosen))
-        fields[chosen.name] = (Annotated[list[float], Field(min_length=1), check], ...)
+        fields[chosen.name] = (Annotated[list[float], Field(min_length=1), check, Once], ...)
     return create_model(f"{method.name} section", __base__=MethodParams, __doc__=method.formula, **fields)
 
 
@@ -330,7 +345,7 @@ class _Merge(Section):
     `batch_norm`: training images on which a merge's BatchNorm statistics are estimated again; 0: they are averaged.
     """
 
-    methods: list[str] = Field(min_length=1)
+    methods: Annotated[list[str], Once] = Field(min_length=1)
     batch_norm: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -349,7 +364,7 @@ class _Merge(Section):
 def merge_section(methods: Mapping[str, Method]) -> type[_Merge]:
     """The section `merge`: one key per method of a table."""
     fields: dict[str, Any] = {name: (method_section(row) | None, None) for name, row in methods.items()}
-    fields["methods"] = (Annotated[list[Literal[tuple(methods)]], Field(min_length=1)], ...)  # type: ignore[misc]
+    fields["methods"] = (Annotated[list[Literal[tuple(methods)]], Field(min_length=1), Once], ...)  # type: ignore[misc]
     return create_model("MergeParams", __base__=_Merge, __doc__=_Merge.__doc__, **fields)
 
 
@@ -366,7 +381,7 @@ class EvaluateParams(Section):
     scoring process itself. `resident`: weight sets that are on the device at a time; auto: as many as fit.
     """
 
-    benchmarks: list[str] = Field(min_length=2)
+    benchmarks: Annotated[list[str], Once] = Field(min_length=2)
     batch_size: Positive
     precision: Literal["float32", "bfloat16"] = "float32"
     workers: int = Field(default=0, ge=0, le=256)
@@ -407,7 +422,7 @@ class Params(Section):
 
     threads: Positive
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seeds: list[Seed] = Field(min_length=2)
+    seeds: Annotated[list[Seed], Once] = Field(min_length=2)
     checkpoints: list[str] = []
     loading: LoadingParams
     classes: ClassesParams
@@ -420,12 +435,11 @@ class Params(Section):
     compare: CompareParams
     tracking: TrackingParams
 
-    @field_validator("seeds")
+    @field_validator("checkpoints")
     @classmethod
-    def _different(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("name each seed once")
-        return seeds
+    def _different(cls, checkpoints: list[str]) -> list[str]:
+        _each_once([os.path.realpath(path) for path in checkpoints])
+        return checkpoints
 
     @model_validator(mode="after")
     def _splits(self) -> "Params":
@@ -507,14 +521,25 @@ def _walk(location: Sequence[int | str]) -> tuple[str, list[str]]:
 
 def _read(path: Path) -> Any:
     try:
-        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        return YAML(typ="safe").load(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise ParamsError(
             path, got=error.strerror, expected="a params file", cure="run in the repository's root"
         ) from error
-    except YAMLError as error:
-        line = " ".join(str(error).split())
-        raise ParamsError(path, got=line, expected="YAML", cure="correct the line it names") from error
+    except UnicodeDecodeError as error:
+        got = f"byte {error.start} that is not UTF-8"
+        raise ParamsError(path, got=got, expected="text in UTF-8", cure="save it as UTF-8") from error
+    except MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        got = line + " ".join(f"{error.context or ''} {error.problem or ''}".split())
+        raise ParamsError(path, got=got, expected="YAML", cure="correct this line") from error
+    except (YAMLError, ValueError, RecursionError) as error:
+        got = " ".join(f"{error}".split())
+        raise ParamsError(path, got=got, expected="YAML", cure="correct what it names") from error
+
+
+_SHOWN = reprlib.Repr()  # of a value, so much as is shown: aliases can make it endless
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 200, 200
 
 
 def _refusal(path: Path, error: ValidationError, before: tuple[str, ...] = ()) -> ParamsError:
@@ -529,7 +554,8 @@ def _refusal(path: Path, error: ValidationError, before: tuple[str, ...] = ()) -
             lines.append(f"{place} is missing")
         else:
             text = problem["msg"].removeprefix("Value error, ")
-            shown = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+            secret = isinstance(problem["input"], dict) or location[-1:] == ("password",)
+            shown = "" if secret else f" (got {_SHOWN.repr(problem['input'])})"
             lines.append(f"{place}: {text}{shown}")
     got = f"{len(lines)} problem{'s' * (len(lines) > 1)}: " + "; ".join(lines)
     return ParamsError(path, got=got, expected="valid settings", cure="correct them")

@@ -87,7 +87,15 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
         ("source: shapes # or open_clip", "source: open_clip", "pretrain.architecture is missing"),
         ("checkpoints: []", "checkpoints: [a.pt]", "1 checkpoints for 8 seeds: name one per seed"),
         ("[model_stock, uniform,", "[model_stok, uniform,", "merge.methods.0: Input should be 'model_stock'"),
-        ("seeds: [0, 1, 2, 3, 4, 5, 6, 7]", "seeds: [0, 0]", "seeds: name each seed once"),
+        ("seeds: [0, 1, 2, 3, 4, 5, 6, 7]", "seeds: [0, 0]", "seeds: name each once, not 0 twice"),
+        ("seeds: [0, 1, 2, 3, 4, 5, 6, 7]", "seeds: [true, 0]", "seeds.0: Input should be a valid integer (got True)"),
+        ("seeds: [0, 1, 2, 3, 4, 5, 6, 7]", "seeds: [1.0, 0]", "seeds.0: Input should be a valid integer (got 1.0)"),
+        ("shapes, shapes-v2,", "shapes, shapes,", "evaluate.benchmarks: name each once, not shapes twice"),
+        ("[model_stock, uniform,", "[uniform, uniform,", "merge.methods: name each once, not uniform twice"),
+        ("sizes: [2]", "sizes: [2, 2]", "periodic.sizes: name each once, not 2 twice"),
+        ("ema: [0.99]", "ema: [0.99, 0.99]", "finetune.ema: name each once, not 0.99 twice"),
+        ("density: 0.2, scales: [0.4,", "density: 0.2, scales: [0.4, 0.4,", "merge.ties.scales: name each once"),
+        ("checkpoints: []", "checkpoints: [a.pt, ./a.pt]", "checkpoints: name each once"),
         (
             "density: 0.2, scales: [0.4,",
             "density: 1.2, scales: [0.4,",
@@ -124,6 +132,39 @@ def test_each_bad_value_is_named(tmp_path, old, new, message):
     with pytest.raises(ParamsError) as caught:
         load_params(changed(tmp_path, (old, new)))
     assert message in str(caught.value)
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"threads: \xe9", "got byte 9 that is not UTF-8; expected text in UTF-8"),
+        ("threads: 2".encode("utf-16"), "got byte 0 that is not UTF-8"),
+        (b"threads: 2\nseeds: []\nthreads: 3\n", 'line 3: .*duplicate key "threads"'),
+        (b"threads:\n\t- 1\n", "line 2: .*cannot start any token"),
+        (b"threads: 2001-99-99", "month must be in 1..12"),
+        (b"a: !!python/object:os.system x", "line 1: could not determine a constructor"),
+        (b"a: 1\n---\nb: 2\n", "line 2: .*found another document"),
+        (b"- 1", r"the file: Input should be a valid dictionary .*\(got \[1\]\)"),
+        (b"", r"\(got None\)"),
+        ((BOMB + "seeds: *a39\n").encode(), "seeds.0: Input should be a valid integer"),
+    ],
+)
+def test_whatever_the_file_holds_it_is_refused_in_one_short_line(tmp_path, content, message):
+    (tmp_path / "params.yaml").write_bytes(content)
+    with pytest.raises(ParamsError, match=message) as caught:
+        load_params(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 10_000
+
+
+def test_a_wrong_password_is_not_repeated(tmp_path):
+    split = "{source: files, path: a, labels: classes, part: all, role: shift, password: 1234567}"
+    with pytest.raises(ParamsError, match="password: Input should be a valid string") as caught:
+        load_params(changed(tmp_path, ("{source: shapes, images: 4000}", split)))
+    assert "1234567" not in str(caught.value)
 
 
 def test_a_missing_file_and_bad_yaml_are_one_line(tmp_path):
