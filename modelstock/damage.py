@@ -1,4 +1,4 @@
-"""What to do about a damaged output of a stage.
+"""What dvc.lock says of a stage's outputs, and what to do about a damaged one.
 
 DVC links an output and its own copy of it to the same bytes on disk, so both are damaged at once, and running the stage
 again would bring the damaged copy back: both have to go.
@@ -22,6 +22,15 @@ def cure_of(path: Path, otherwise: str) -> str:
                 files = " ".join(shlex.quote(str(file)) for file in [path, *copies])
                 return f"remove it with DVC's copy of it and make it again: rm -f {files}; dvc repro {stage}"
     return otherwise
+
+
+def in_cache(path: Path) -> bool:
+    """Whether `path` is an output in dvc.lock that DVC's cache here holds."""
+    with suppress(Exception):
+        return any(
+            path == Path(out["path"]) and (CACHE / out["md5"][:2] / out["md5"][2:]).is_file() for _, out in _outputs()
+        )
+    return False
 
 
 def _outputs() -> list[tuple[str, dict[str, Any]]]:

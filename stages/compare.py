@@ -8,6 +8,7 @@ from modelstock.comparison.compare import Comparison
 from modelstock.comparison.report import summary_lines
 from modelstock.errors import TrackingError, redacted
 from modelstock.experiment.compare import compare_results, files_by_identity
+from modelstock.experiment.left_over import remove_left_over, remove_left_over_models
 from modelstock.experiment.paths import (
     anchor_file,
     finetuned_folder,
@@ -47,6 +48,8 @@ def track(params: TrackingParams, results: list[Scores], comparison: Comparison,
 def main(results: Path, models: Path, out: Path) -> None:
     """RESULTS: results per example; MODELS: anchor.safetensors and folders of weight sets; OUT: the report's folder."""
     params = load_params()
+    remove_left_over_models(models, params)
+    remove_left_over(results, [results_file(results, name).name for name in params.evaluate.benchmarks])
     scores = [load_scores(results_file(results, name)) for name in params.evaluate.benchmarks]
     tuned, seeds = finetuned_folder(models), params.seeds
     others = other_files(

@@ -5,6 +5,7 @@ from pathlib import Path
 from modelstock.data.dataset import open_dataset
 from modelstock.devices import deterministic
 from modelstock.experiment.evaluate import Candidates, score_benchmark
+from modelstock.experiment.left_over import remove_left_over_models
 from modelstock.experiment.paths import SCORES, anchor_file, finetuned_folder, load_seeds, other_files
 from modelstock.params import load_params
 from modelstock.scoring.one_pass import ScoringOptions
@@ -17,6 +18,7 @@ def main(data: Path, models: Path, out: Path) -> None:
     """DATA: shards; MODELS: the folder of all weight sets; OUT: the results to write."""
     params = load_params()
     deterministic(params.threads)
+    remove_left_over_models(models, params)
     files = other_files(
         models,
         methods=params.merge.methods,

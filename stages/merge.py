@@ -5,6 +5,7 @@ from pathlib import Path
 from modelstock.data.dataset import open_dataset
 from modelstock.devices import deterministic, device_kind
 from modelstock.errors import MergeError
+from modelstock.experiment.left_over import remove_left_over
 from modelstock.experiment.merge import SubsetMerges, merge_method
 from modelstock.experiment.paths import SCORES, load_seeds
 from modelstock.merging.methods.table import METHODS
@@ -22,6 +23,7 @@ def main(method: str, anchor: Path, tuned: Path, train: Path, held_out: Path, ou
             "method", got=repr(method), expected=", ".join(params.merge.methods), cure="name one of merge.methods"
         )
     deterministic(params.threads)
+    remove_left_over(tuned, params.seeds)
     options = params.evaluate.model_dump(exclude={"benchmarks"})
     merges = SubsetMerges(
         method=method,

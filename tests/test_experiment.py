@@ -10,10 +10,12 @@ from typer.testing import CliRunner
 
 import modelstock.data.manifest as manifest_module
 from modelstock.cli.app import app
+from modelstock.damage import CACHE
 from modelstock.data.dataset import open_dataset
 from modelstock.errors import MergeError, WeightsError
 from modelstock.experiment.compare import compare_results, files_by_identity
 from modelstock.experiment.evaluate import Candidates, score_benchmark
+from modelstock.experiment.left_over import remove_left_over
 from modelstock.experiment.merge import SubsetMerges, merge_method
 from modelstock.experiment.paths import (
     anchor_file,
@@ -27,6 +29,7 @@ from modelstock.experiment.paths import (
 from modelstock.experiment.rows import ensemble_row, row_of
 from modelstock.experiment.subsets import ensembles, subsets
 from modelstock.merging.methods.table import METHODS
+from modelstock.notices import Notice
 from modelstock.params import load_params, standard_section
 from modelstock.scoring.one_pass import ScoringOptions
 from modelstock.scoring.results import load_scores, save_scores
@@ -225,6 +228,41 @@ def test_files_lie_where_stages_write_them():
     periodic = ["periodic/2/weights.safetensors", "longer/2/weights.safetensors"]
     assert [str(file) for file in files] == [f"models/{name}" for name in averages + periodic]
     assert other_files(Path("models"), recipe=None, **{**chosen, "sizes": []}) == []
+
+
+def test_merges_are_those_that_their_report_names(tmp_path):
+    folder = tmp_path / "merged/ties"
+    folder.mkdir(parents=True)
+    for name in ("0-1", "0-1-2", "0-1 (copy)"):
+        (folder / f"{name}.safetensors").touch()
+    (folder / "report.json").write_text('{"0-1": {}, "0-1-2": {}}')
+    with pytest.warns(Notice, match=r"0-1 \(copy\)\.safetensors: not a merge that the report beside it names"):
+        files = merged_files(tmp_path, ["ties"])
+    assert [file.name for file in files] == ["0-1-2.safetensors", "0-1.safetensors"]
+    for content in ("{", "7", ""):
+        (folder / "report.json").write_text(content)
+        with pytest.raises(MergeError, match=r"report\.json: got .*; dvc repro -f merge@ties"):
+            merged_files(tmp_path, ["ties"])
+
+
+def test_what_other_settings_left_is_removed_where_dvc_has_it_and_named_where_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("0", "1", "2", "own"):
+        (Path("models/finetuned") / name).mkdir(parents=True)
+        (Path("models/finetuned") / name / "weights.safetensors").touch()
+    outs = "".join(f"    - {{path: models/finetuned/{seed}, md5: ab{seed}.dir}}\n" for seed in (1, 2))
+    Path("dvc.lock").write_text(f"stages:\n  finetune@1:\n    outs:\n{outs}")
+    (CACHE / "ab").mkdir(parents=True)
+    (CACHE / "ab/2.dir").touch()
+    with pytest.warns(Notice) as given:
+        remove_left_over(Path("models/finetuned"), [0])
+    assert [str(line.message).partition(":")[0] for line in given] == [
+        f"models/finetuned/{n}" for n in ("1", "2", "own")
+    ]
+    assert "remove it, or clones" in str(given[0].message)  # its copy is not in the cache
+    assert "left over from other settings, and removed" in str(given[1].message)
+    assert {path.name for path in Path("models/finetuned").iterdir()} == {"0", "1", "own"}
+    remove_left_over(Path("absent"), [])
 
 
 def test_a_scored_row_without_a_file_is_refused(data, anchor, variants, tmp_path):

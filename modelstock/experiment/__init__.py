@@ -1,6 +1,7 @@
 """The experiment, written once for the stages and for the command line.
 
 paths.py      where weight sets, results and reports are
+left_over.py  what earlier settings have left, removed
 subsets.py    which seeds merge together
 rows.py       what a weight set is called in tables
 merge.py      merges of the subsets by one method, its options chosen on the held-out split

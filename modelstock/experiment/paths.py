@@ -1,8 +1,12 @@
 """Where an experiment's files are, below the folders that stages are given."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from modelstock.damage import cure_of
+from modelstock.errors import MergeError
+from modelstock.notices import notice
 from modelstock.params import FinetuneParams
 from modelstock.weights.weight_set import WeightSet, load_weights
 
@@ -47,8 +51,26 @@ def merged_file(folder: Path, name: str) -> Path:
 
 
 def merged_files(models: Path, methods: Iterable[str]) -> list[Path]:
-    """The merges that there are, by method."""
-    return [file for method in methods for file in sorted((models / "merged" / method).glob("*.safetensors"))]
+    """The merges that their methods' reports name, by method; other files beside them are none.
+
+    Raises:
+        MergeError: a method whose report is missing or damaged.
+    """
+    return [file for method in methods for file in _merges(models / "merged" / method)]
+
+
+def _merges(folder: Path) -> list[Path]:
+    report = folder / "report.json"
+    try:
+        names = list(dict(json.loads(report.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError) as error:
+        cure = cure_of(report, f"dvc repro -f merge@{folder.name}")
+        got, expected = f"{type(error).__name__}: {error}", "the merges' names and facts"
+        raise MergeError(report, got=got, expected=expected, cure=cure) from error
+    files = sorted(merged_file(folder, name) for name in names)
+    for stray in sorted({*folder.glob("*.safetensors")} - {*files}):
+        notice(stray, "not a merge that the report beside it names, and not compared")
+    return files
 
 
 def other_files(
