@@ -19,7 +19,7 @@ from modelstock.merging.plan import Plan, result_dtype
 from modelstock.merging.searches import Gradient, Scorer
 from modelstock.notices import collected
 from modelstock.weights.checkpoints import open_checkpoint, open_safetensors
-from modelstock.weights.format import Layout, lay_out
+from modelstock.weights.format import CHECKSUM, Layout, lay_out
 from modelstock.weights.origin import kept_notices, made_by, notices_of
 from modelstock.weights.tensors import STORED, Checkpoint, checksum_of
 
@@ -265,4 +265,5 @@ def write_plan(
                     unsynced = 0
         if placeholder is not None:
             digest = checksum_of(open_safetensors(temporary).identity, meta)
-            os.pwrite(descriptor, digest.encode(), file_layout.start.index(placeholder.encode()))
+            before = f'"{CHECKSUM}":"'.encode()
+            os.pwrite(descriptor, digest.encode(), file_layout.start.index(before) + len(before))
