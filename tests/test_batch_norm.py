@@ -17,6 +17,7 @@ from modelstock.models.towers import build_classifier
 from modelstock.params import standard_section
 from modelstock.scoring.batch_norm import estimated, has_running_statistics
 from modelstock.scoring.one_pass import ScoringOptions
+from modelstock.training.parallel_merge import merge_models
 from modelstock.weights.layout import is_running_statistic
 from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
 from tests.support.models import CONFIGS, clip_of
@@ -104,3 +105,14 @@ def test_the_command_estimates_them_on_training_shards(family, train, tmp_path):
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     merged, _ = merge("uniform", anchor, list(seeds.values()))
     assert load_weights(out).identity == estimated(merged, train, examples=1000).identity
+
+
+def test_models_merged_in_training_have_the_running_statistics_of_the_merge_of_their_weight_sets(family):
+    anchor, seeds = family
+    models = [build_classifier(weights) for weights in seeds.values()]
+    report = merge_models(anchor, models)
+    merged, _ = merge("model_stock", anchor, list(seeds.values()))
+    for name, tensor in models[0].state_dict().items():
+        if tensor.is_floating_point():
+            np.testing.assert_array_equal(tensor.numpy(), merged.tensors[name])
+    assert report["visual.bn1.running_var"]["running statistic"] == "averaged"

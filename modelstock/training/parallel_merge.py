@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modelstock.merging.kernels import blended, chunks, inner_products, runs
+from modelstock.merging.methods.blend import Blend
 from modelstock.merging.methods.model_stock import model_stock
 from modelstock.training.distributed import ALONE, World
+from modelstock.weights.layout import is_running_statistic
 from modelstock.weights.tensors import StoredTensor, in_memory
 from modelstock.weights.weight_set import WeightSet
 
@@ -72,6 +74,7 @@ def merge_models(
 ) -> Report:
     """Merge this process's models with those of all others by Model Stock, in place; returns tensor -> facts.
 
+    BatchNorm's running statistics are averaged; its counters stay each model's own.
     Facts: norms of the updates, cosine (mean over pairs), ratio, flag; the same in every process.
     Source: Jang, Yun, Han, arXiv 2403.19522, eq. 3 and its periodic merging.
     """
@@ -89,7 +92,11 @@ def merge_models(
     squares = np.diagonal(grams, axis1=1, axis2=2)
     order = sorted(range(len(share.models)), key=lambda i: squares[:, i].tolist())
     grams = grams[:, order][:, :, order]
-    blends = [model_stock(gram, pairwise=pairwise, clip=clip) for gram in grams]
+    mean = Blend(np.full(len(order), 1 / len(order)), {"running statistic": "averaged"})
+    blends = [
+        mean if is_running_statistic(name) else model_stock(gram, pairwise=pairwise, clip=clip)
+        for name, gram in zip(names, grams, strict=True)
+    ]
     merged = share.blended([blend.coefficients for blend in blends], order)
     whole = _joined(merged, counts, world)
     for model in models:

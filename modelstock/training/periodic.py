@@ -193,8 +193,8 @@ class Periodic:
         losses = torch.tensor([run.last["loss"] for run in self.runs], dtype=torch.float64, device=self.world.device)
         row: HistoryRow = {"step": target}
         row |= {f"loss/{i}": loss.item() for i, loss in enumerate(torch.cat(self.world.gather(losses)))}
-        row |= {"merge/ratio": float(np.median([facts["ratio"] for facts in report.values()]))}
-        cosines = [facts["cosine"] for facts in report.values() if facts["cosine"] is not None]
+        row |= {"merge/ratio": float(np.median([facts["ratio"] for facts in report.values() if "ratio" in facts]))}
+        cosines = [facts["cosine"] for facts in report.values() if facts.get("cosine") is not None]
         row |= {"merge/cosine": float(np.median(cosines))} if cosines else {}
         row["lr"] = self.runs[0].last["lr"]
         ended = target // self.epoch > self.merged // self.epoch or target == self.runs[0].steps
