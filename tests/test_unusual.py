@@ -54,6 +54,34 @@ def test_weights_that_name_another_parent_are_refused_in_memory_and_on_disk(tmp_
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("architecture", {"quick_gelu": True}, r"another architecture \(quick_gelu\)"),
+        ("preprocess", {"mean": [0.1]}, r"another preprocessing \(mean\)"),
+        ("classes_sha256", "b" * 64, r"another classes \(bbbbbbbbbbbb, not aaaaaaaaaaaa\)"),
+    ],
+)
+def test_weights_that_say_they_are_of_something_else_are_refused(key, value, line):
+    anchor, tuned = family(parents=False)
+    meta = {"architecture": {}, "preprocess": {"mean": [0.5]}, "classes_sha256": "a" * 64}
+    other = [WeightSet(w.tensors, {**meta, key: value}, w.source) for w in tuned]
+    with pytest.raises(MergeError, match=line):
+        merge("uniform", WeightSet(anchor.tensors, meta, "anchor"), other)
+
+
+def test_a_damaged_weight_set_is_shown_and_named(tmp_path):
+    (path,) = saved(tmp_path, family()[0])
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    for more in ([], ["--json"]):
+        command = [sys.executable, "-m", "modelstock.cli", "inspect", str(path), *more]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, "40x40" in done.stdout) == (1, True)
+        assert done.stderr.startswith(f"error: {path}: got tensors")
+
+
 def test_foreign_checkpoints_whose_updates_all_point_one_way_are_a_notice_that_stays_with_the_merge(tmp_path):
     anchor, tuned = family(parents=False)
     other = WeightSet({"w": random(9)}, {}, "other")

@@ -8,25 +8,31 @@ import typer
 
 from modelstock.cli.options import AsJson
 from modelstock.cli.output import show
+from modelstock.notices import repeat, so_far
 
 if TYPE_CHECKING:
     from modelstock.weights.tensors import StoredTensor
 
 
 def inspect(file: Path, as_json: AsJson = False) -> None:
-    """What a checkpoint holds: tensors, norms, whether they are finite, and what its metadata says."""
+    """What a checkpoint holds: tensors, norms, whether they are finite and as written, and what its metadata says."""
     from modelstock.weights.checkpoints import open_checkpoint
+    from modelstock.weights.origin import notices_of
 
     checkpoint = open_checkpoint(file)
     rows = [_facts(name, tensor) for name, tensor in sorted(checkpoint.tensors.items())]
+    repeat(notices_of(checkpoint.meta))
     if as_json:
-        print(json.dumps({"file": str(file), "meta": checkpoint.meta, "tensors": rows}, indent=1))
+        facts = {"file": str(file), "meta": checkpoint.meta, "tensors": rows, "notices": so_far()}
+        print(json.dumps(facts, indent=1))
+        checkpoint.check_whole()
         return
     show(str(file), rows, False)
     total = sum(tensor.size for tensor in checkpoint.tensors.values())
     print(f"{len(rows)} tensors, {total:,} values, {sum(not row['finite'] for row in rows)} tensors not finite")
     print(f"parents: {json.dumps(checkpoint.meta.get('parents', 'not recorded'))}")
     print(f"made by: {json.dumps(checkpoint.meta.get('made_by', 'not recorded'))}")
+    checkpoint.check_whole()
 
 
 def _facts(name: str, tensor: "StoredTensor") -> dict[str, Any]:
@@ -67,6 +73,8 @@ def diff(
 
     first, second = open_checkpoint(a), open_checkpoint(b)
     origin = open_checkpoint(anchor) if anchor else None
+    for checkpoint in filter(None, (first, second, origin)):
+        checkpoint.check_whole()
     check_fit(origin or first, [first, second] if origin else [second])
     rows = []
     for name in sorted(n for n, t in first.tensors.items() if t.dtype in FLOATS):

@@ -56,9 +56,21 @@ def check_options(
         )
 
 
+# What a weight set says of itself that its merge says in its turn, with the anchor's words.
+SAME = {"architecture": "architecture", "preprocess": "preprocessing", "classes_sha256": "classes"}
+
+
 def check_parents(anchor: WeightSet | Checkpoint, tuned: Sequence[WeightSet | Checkpoint]) -> None:
-    """Raise MergeError for weights that say what they were trained from, where that is not the anchor."""
+    """Raise MergeError for weights that say they are of another anchor, architecture, preprocessing or classes."""
     for weights in tuned:
+        for key, what in SAME.items():
+            if key in weights.meta and key in anchor.meta and weights.meta[key] != anchor.meta[key]:
+                raise MergeError(
+                    weights.source,
+                    got=f"weights of another {what} ({_differing(weights.meta[key], anchor.meta[key])})",
+                    expected=f"that of the anchor {anchor.source}",
+                    cure="merge only what was fine-tuned from this anchor",
+                )
         parents = weights.meta.get("parents") or []
         if parents and anchor.identity not in parents:
             raise MergeError(
@@ -67,6 +79,13 @@ def check_parents(anchor: WeightSet | Checkpoint, tuned: Sequence[WeightSet | Ch
                 expected=f"from the anchor {anchor.source}, {anchor.identity[:12]}",
                 cure="name the anchor that they were fine-tuned from",
             )
+
+
+def _differing(value: Any, expected: Any) -> str:
+    """What of two entries of metadata differs."""
+    if not isinstance(value, Mapping) or not isinstance(expected, Mapping):
+        return f"{str(value)[:12]}, not {str(expected)[:12]}"
+    return few([key for key in sorted(value.keys() | expected.keys()) if value.get(key) != expected.get(key)])
 
 
 def check_measured(tuned: Sequence[WeightSet | Checkpoint], statistics: Sequence[WeightSet | Checkpoint]) -> None:
