@@ -196,7 +196,7 @@ ROWS = (
         parts=sparse.TIES,
         source=TIES,
         options=(DENSITY,),
-        elsewhere={"mergekit": "ties; keeps floor(density * n) values, ours round(density * n)"},
+        elsewhere={"mergekit": "ties; keeps floor(density * n) values, ours round(density * n), at least one"},
     ),
     _sparse("ties_votes", parts=sparse.TIES_VOTES, source=TIES + VOTES, options=(DENSITY,)),
     _sparse("magnitude", parts=sparse.MAGNITUDE, source=TIES + " (its first step)", options=(DENSITY,)),
