@@ -11,7 +11,9 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # Stages call `python`; DVC finds ours first.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup repro test check up down clean clean-scratch
+AUDITOR := $(BIN)/uv tool run pip-audit
+
+.PHONY: setup repro test check audit up down clean clean-scratch
 setup: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
@@ -42,6 +44,11 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Known holes of the versions in requirements.lock, but for those that .ci/audit-exceptions explains. Asks a database on
+# the network, so it is not part of what continuous integration runs.
+audit: setup
+	$(AUDITOR) --requirement requirements.lock --disable-pip $(shell sed -n 's/^\([A-Z][^ ]*\).*/--ignore-vuln \1/p' .ci/audit-exceptions)
 
 # Caches of scores and heads, and what unfinished runs would go on from.
 clean-scratch:

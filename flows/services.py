@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -86,6 +86,24 @@ def await_service(name: str, url: str, seconds: float = 90) -> None:
         time.sleep(0.3)
 
 
+def _ask(url: str, body: dict[str, Any]) -> Any:
+    """The answer of Prefect's API to a POST."""
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+def _end_lost_runs(api: str) -> None:
+    """Mark the runs of a worker that is gone as crashed: each would keep the deployment's only slot, for good where
+    the server went too."""
+    states = {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}
+    body = {"flow_runs": {"state": states}, "deployments": {"name": {"any_": ["shapes"]}}}
+    for run in _ask(f"{api}/flow_runs/filter", body):
+        state = {"type": "CRASHED", "message": "its worker is gone"}
+        _ask(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+
+
 def environment(prefect: int, mlflow: int) -> dict[str, str]:
     """What the servers, the worker and the flows it runs share."""
     root = Path.cwd()
@@ -150,6 +168,7 @@ def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None
                     expected="0",
                     cure=f"read {FOLDER / 'prefect.log'}",
                 )
+        _end_lost_runs(env["PREFECT_API_URL"])
         start("worker", ["prefect", "worker", "start", "--pool", "modelstock", "--limit", "1"], env)
     if not remote:
         await_service("mlflow", f"http://{HOST}:{mlflow_port}/health")

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from flows.reproduce import GUARD, FlowError, devices, plan
+from flows.services import _ask, started_at
 
 ROOT = Path(__file__).parent.parent
 PIPELINE = """
@@ -318,6 +319,17 @@ def test_a_stores_password_is_not_shown_by_the_services_and_their_folder_is_priv
     assert oct((tmp_path / ".services").stat().st_mode)[-3:] == "700"
 
 
+def kill(folder: Path, service: str) -> None:
+    pid = json.loads((folder / f".services/{service}.json").read_text())["pid"]
+    os.killpg(pid, signal.SIGKILL)
+    assert within(10, lambda: started_at(pid) is None)
+
+
+def got(url: str):
+    with urllib.request.urlopen(url) as answer:
+        return json.load(answer)
+
+
 def test_services_start_deploy_and_stop(tmp_path):
     for name in ("flows", "modelstock", "stages"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -340,12 +352,25 @@ def test_services_start_deploy_and_stop(tmp_path):
         assert begun.returncode == 0, begun.stderr
         with urllib.request.urlopen(f"http://127.0.0.1:{prefect}/api/deployments/name/reproduce/shapes") as answer:
             deployment = json.load(answer)
-        assert [(s["active"], s["schedule"]["cron"]) for s in deployment["schedules"]] == [(False, "0 2 * * *")]
+        schedules = [(s["active"], s["schedule"]["cron"], s["schedule"]["timezone"]) for s in deployment["schedules"]]
+        assert schedules == [(False, "0 2 * * *", "UTC")]
         assert deployment["enforce_parameter_schema"]
         assert "slots" in json.dumps(deployment["parameter_openapi_schema"])
         with urllib.request.urlopen(f"http://127.0.0.1:{mlflow}/health") as answer:
             assert answer.status == 200
         assert services("status").stdout.count("running, process") == 3
+        # A run holds the deployment's slot; its worker and the server, which leases the slot, are killed.
+        api = f"http://127.0.0.1:{prefect}/api"
+        kill(tmp_path, "worker")
+        lost = _ask(f"{api}/deployments/{deployment['id']}/create_flow_run", {})["id"]
+        _ask(f"{api}/flow_runs/{lost}/set_state", {"state": {"type": "PENDING"}})
+        limit = f"{api}/v2/concurrency_limits/deployment:{deployment['id']}"
+        assert got(limit)["active_slots"] == 1
+        kill(tmp_path, "prefect")
+        begun = services("up")
+        assert begun.returncode == 0, begun.stderr
+        assert got(f"{api}/flow_runs/{lost}")["state"]["type"] == "CRASHED"
+        assert got(limit)["active_slots"] == 0
         pids = [json.loads(p.read_text())["pid"] for p in (tmp_path / ".services").glob("*.json")]
         # Everyone on the machine may read these; a store's URL may carry a password.
         assert not [p for p in pids if b"mlflow.db" in read(Path(f"/proc/{p}/cmdline"))]
