@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,17 @@ def write_json(path: Path, value: Any) -> None:
     text = dump_json(value)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the sha256 of its other members, so that a change is noticed; see `is_intact`."""
+    plain = json.loads(dump_json(value))  # what a reader finds: text as names, lists for tuples
+    return {**plain, "sha256": hashlib.sha256(dump_json(plain).encode()).hexdigest()}
+
+
+def is_intact(value: object) -> bool:
+    """Whether a JSON object is what `sealed` gave."""
+    return isinstance(value, dict) and value == sealed({name: v for name, v in value.items() if name != "sha256"})
 
 
 def sha256_of(path: Path) -> str:

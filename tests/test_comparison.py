@@ -310,6 +310,7 @@ def test_the_same_seed_gives_the_same_comparison(results, comparison):
             lambda r: [*r[:3], dataclasses.replace(r[3], rows=ROWS[:-1])],
             "shift-b: got rows that differ: ensemble/0-1-2",
         ),
+        (lambda r: [*r, r[3]], "2 files that are of shift-b; expected one per benchmark"),
         (lambda r: [dataclasses.replace(s, rows=(ROWS[0], *ROWS[:-1])) for s in r], "2 rows named anchor"),
         (lambda r: [dataclasses.replace(s, rows=ROWS[:1], correct=s.correct[:1]) for s in r], "no row of kind seed"),
         (

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from modelstock.cli.app import app
 from modelstock.data.images import normalise
 from modelstock.errors import DataError, ParamsError, WeightsError
+from modelstock.files import sealed
 from modelstock.models import towers as models
 from modelstock.models.anchor import anchor_of
 from modelstock.models.export import export
@@ -245,7 +246,8 @@ def test_the_commands_anchor_and_export_go_from_a_name_to_a_folder(tmp_path, pai
     made = [load_weights(tmp_path / f"{number}.safetensors") for number in range(3)]
     assert len({w.identity for w in made}) == 1
     assert made[0].meta["classes"] == ["cat", "dog"]
-    (tmp_path / "report.json").write_text(json.dumps(report_of(made[0])))
+    report = json.dumps(sealed(report_of(made[0])))
+    (tmp_path / "report.json").write_text(report)
     done = run(
         "export",
         tmp_path / "0.safetensors",
@@ -261,6 +263,10 @@ def test_the_commands_anchor_and_export_go_from_a_name_to_a_folder(tmp_path, pai
     assert done.exit_code == 0, done.output
     assert "\nlicense: apache-2.0\n" in (tmp_path / "out/README.md").read_text()
     assert "| imagenet | in distribution | 81.2 |" in (tmp_path / "out/README.md").read_text()
+    (tmp_path / "report.json").write_text(report.replace("0.812", "0.912"))
+    options = ["-o", tmp_path / "other", "--clip", tmp_path / "clip-0.safetensors"]
+    done = run("export", tmp_path / "0.safetensors", *options, "--report", tmp_path / "report.json")
+    assert "report.json: got values that do not have the sha256 they were written with" in str(done.exception)
 
 
 @pytest.mark.parametrize(

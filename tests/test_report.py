@@ -345,6 +345,7 @@ def own(tmp_path, monkeypatch):
         kind = made_how.get("method", "seed" if "seed" in made_how else "anchor")
         members = ((), (0,), (1,), (0, 1))[place]
         rows.append(Row(("anchor", "seed-0", "seed-1", "uniform/0-1")[place], weights.identity, kind, members, {}))
+    (tmp_path / "models/merged/uniform/report.json").write_text('{"0-1": {}}')
     for name in ("held-out", "shapes"):
         save_scores(tmp_path / f"results/{name}.safetensors", made(name, [0.5, 0.6, 0.7, 0.8], 400, tuple(rows)))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

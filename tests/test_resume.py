@@ -235,7 +235,7 @@ def test_a_changed_number_of_what_seeds_share_is_noticed(two, anchor):
     folder, _ = two
     pointer = last(folder, "point.*.json")
     written = json.loads(pointer.read_text())
-    written["point"]["history"][0]["loss/0"] += 1
+    written["history"][0]["loss/0"] += 1
     pointer.write_text(json.dumps(written))
     with pytest.warns(Notice, match="not used: not the bytes that this run wrote"):
         train_side_by_side(anchor, folder)

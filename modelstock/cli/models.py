@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from modelstock.cli.options import Device, OutFile, OutFolder, Overwrite, check_choice, class_section
+from modelstock.damage import cure_of
 from modelstock.errors import DataError, ParamsError
+from modelstock.files import is_intact
 
 
 def anchor(
@@ -67,5 +69,12 @@ def export(
         except (OSError, ValueError, RecursionError) as error:
             line = " ".join(str(error).split())
             raise DataError(report, got=line, expected="reports/comparison.json", cure="check the path") from error
+        if not is_intact(comparison):
+            raise DataError(
+                report,
+                got="values that do not have the sha256 they were written with",
+                expected="reports/comparison.json, as it was written",
+                cure=cure_of(report, "compare again"),
+            )
     write(load_weights(weights), load_weights(clip), out, report=comparison, licence=license, overwrite=overwrite)
     print(f'{out}: open_clip.create_model_and_transforms("local-dir:{out}")')

@@ -86,6 +86,10 @@ def check(results: Sequence[Scores]) -> None:
     for role in ("held-out", "in-distribution"):
         if roles.count(role) != 1:
             refuse("results", f"{roles.count(role)} benchmarks with the role {role}", "exactly one")
+    benchmarks = [scores.benchmark for scores in results]
+    for name in benchmarks:
+        if benchmarks.count(name) > 1:
+            refuse("results", f"{benchmarks.count(name)} files that are of {name}", "one per benchmark")
     names = [row.name for row in results[0].rows]
     for name in names:
         if names.count(name) > 1:

@@ -20,7 +20,7 @@ from modelstock.comparison.metrics import METRICS, Metric
 from modelstock.comparison.paired_tests import Test
 from modelstock.comparison.published import Ours, matching, side_by_side
 from modelstock.errors import few
-from modelstock.files import atomic_path, write_json
+from modelstock.files import atomic_path, sealed, write_json
 from modelstock.merging.methods.table import METHODS
 
 STYLE = """
@@ -406,7 +406,7 @@ def write_report(
     write_json(folder / "quality.json", as_quality(comparison))
     written = dataclasses.asdict(dataclasses.replace(comparison, metrics={}, classes={}))
     del written["metrics"], written["classes"]  # they have files of their own
-    write_json(folder / "comparison.json", {**written, "facts": dict(facts)})
+    write_json(folder / "comparison.json", sealed({**written, "facts": dict(facts)}))
 
 
 def summary_lines(comparison: Comparison) -> str:

@@ -3,9 +3,8 @@
 In one process the seeds take turns and share the decoded data; several processes train one seed each.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from modelstock.errors import TrainingError
-from modelstock.files import dump_json, write_json
+from modelstock.files import is_intact, sealed, write_json
 from modelstock.models.towers import Classifier, build_classifier, tensors_of
 from modelstock.notices import remark
 from modelstock.params import FinetuneParams, PeriodicParams
@@ -32,11 +31,6 @@ from modelstock.training.validation import accuracy
 from modelstock.weights.weight_set import WeightSet
 
 
-def write_pointer(path: Path, point: Mapping[str, Any], *, of: str) -> None:
-    """Write what all seeds share of a resume point, with its sha256. `of`: whose it is."""
-    write_json(path, {"point": point, "sha256": _sha256(path, point, of)})
-
-
 def read_pointer(path: Path, *, of: str) -> dict[str, Any]:
     """What all seeds share of the resume point of `of`.
 
@@ -44,18 +38,13 @@ def read_pointer(path: Path, *, of: str) -> dict[str, Any]:
         DamagedPoint: it is not what was written for `of`.
     """
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        point: dict[str, Any] = written["point"]
-        intact = written["sha256"] == _sha256(path, point, of)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        point: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        intact = is_intact(point) and point["of"] == of
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedPoint(f"{type(error).__name__}: {error}") from error
     if not intact:
         raise DamagedPoint("not the bytes that this run wrote")
     return point
-
-
-def _sha256(path: Path, point: Mapping[str, Any], of: str) -> str:
-    return hashlib.sha256(f"{of}/{path.name}\0{dump_json(point)}".encode()).hexdigest()
 
 
 @dataclass(kw_only=True)
@@ -107,7 +96,7 @@ class Periodic:
         """A resume point: what all seeds share, this process's states, and what is wrong with any process's."""
         point, states, wrong = {}, [], ""
         try:
-            point = read_pointer(self._pointer(number), of=self.folder.name)
+            point = read_pointer(self._pointer(number), of=f"{self.folder.name}/{number}")
             states = [read_state(self._state(run, number), of=self._name(run, number)) for run in self.runs]
         except (FileNotFoundError, DamagedPoint) as error:
             wrong = str(error)
@@ -126,7 +115,7 @@ class Periodic:
         self.world.barrier()
         if self.world.rank == 0:
             point = {"merged": self.merged, "history": self.history, "reports": self.reports}
-            write_pointer(self._pointer(self.saves), point, of=self.folder.name)
+            write_json(self._pointer(self.saves), sealed({**point, "of": f"{self.folder.name}/{self.saves}"}))
             write_rows(self.folder / "history.jsonl", self.history)
         self.world.barrier()
         self._remove(0, self.saves - 2)
