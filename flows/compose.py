@@ -16,9 +16,9 @@ from modelstock.params import Params
 
 NULL = "tag:yaml.org,2002:null"
 HEAD = """\
-# Everything that can be set, composed from conf/ by `python -m flows.compose`: change it there, not here. The embedded
-# benchmark's sizes and recipe were chosen once, so that fine-tuning lifts in-distribution accuracy and costs shift
-# accuracy as on ImageNet.
+# Everything that can be set, composed from conf/ by `python -m flows.compose`: change it there, not here, for every
+# `dvc exp run` without --no-hydra composes it again. The embedded benchmark's sizes and recipe were chosen once, so
+# that fine-tuning lifts in-distribution accuracy and costs shift accuracy as on ImageNet.
 """
 
 

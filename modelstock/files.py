@@ -23,6 +23,16 @@ _FULL_TEXTS = (*map(os.strerror, _FULL), "unexpected pos", "PytorchStreamWriter 
 SCRATCH = Path("scratch")
 
 
+def project() -> Path:
+    """The project's folder; that of the project itself in a copy of it that DVC makes for an experiment.
+
+    `dvc exp run --temp` and `--queue` remove their copy, with everything in it that DVC does not know.
+    """
+    root, here = os.environ.get("DVC_ROOT"), Path.cwd()
+    copies = Path(os.path.realpath(root)) / ".dvc/tmp/exps" if root else None
+    return Path(root) if root and copies in here.resolve().parents else here
+
+
 def is_full(error: BaseException | None) -> bool:
     """Whether a write failed for want of room, also where a library wraps the system's error."""
     while error is not None:
@@ -72,17 +82,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(path: Path, command: str) -> Iterator[int]:
+def held(path: Path, command: str, *, wait: bool = False) -> Iterator[int]:
     """Hold a lock for the block, as `command`; yields its file descriptor. It ends with the process, however that ends.
 
     Raises:
-        BusyError: another process holds it; which one, and since when.
+        BusyError: another process holds it, and `wait` is not set; which one, and since when.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             holder = os.read(lock, 4096).decode(errors="replace")
             raise BusyError(

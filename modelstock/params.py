@@ -478,6 +478,14 @@ class Params(Section):
             raise ValueError("; ".join(problems))
         return self
 
+    def named_files(self) -> list[Path]:
+        """What the file names on disk: images with what belongs to them, and checkpoints."""
+        splits = [split for split in self.prepare.splits.values() if isinstance(split, FilesSplit)]
+        names = [name for split in splits for name in (split.path, split.devkit, split.mappings) if name]
+        if isinstance(self.pretrain, OpenClipPretraining):
+            names.append(self.pretrain.pretrained)  # or a tag, which is no file
+        return [Path(name) for name in (*names, *self.checkpoints)]
+
     def checkpoint_of(self, seed: int) -> Path | None:
         """The checkpoint that stands for a seed; None where seeds are trained."""
         return Path(self.checkpoints[self.seeds.index(seed)]) if self.checkpoints else None

@@ -12,8 +12,9 @@ from typing import Any
 import typer
 
 from modelstock.errors import ModelstockError
-from modelstock.files import SCRATCH, held
+from modelstock.files import SCRATCH, held, project
 from modelstock.notices import printed
+from modelstock.params import load_params
 
 
 @contextmanager
@@ -23,16 +24,31 @@ def _alone() -> Iterator[None]:
         yield
         return
     words = [Path(sys.argv[0]).stem, *sys.argv[1:]]
+    copy = project() != Path.cwd()  # experiments share resume points, and their stages wait for each other
     digest = hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]
-    with held(SCRATCH / "running" / f"{words[0]}-{digest}", shlex.join(words)):
+    with held(SCRATCH / "running" / f"{words[0]}-{digest}", shlex.join(words), wait=copy):
         yield
+
+
+def _reach_project() -> None:
+    """In the copy that DVC makes for an experiment: resume points, and data that git does not carry, of the project."""
+    root = project()
+    if root == Path.cwd():
+        return
+    (root / SCRATCH).mkdir(exist_ok=True)
+    for path in (SCRATCH, *load_params().named_files()):
+        if not path.is_absolute() and ".." not in path.parts and not path.exists() and (root / path).exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(root / path)
 
 
 def run(main: Callable[..., Any]) -> None:
     """Run a stage's `main` as a command; an error a user can fix is one line on stderr and exit code 1."""
     try:
-        with printed(), _alone():
-            typer.run(main)
+        with printed():
+            _reach_project()
+            with _alone():
+                typer.run(main)
     except ModelstockError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

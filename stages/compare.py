@@ -18,6 +18,7 @@ from modelstock.experiment.paths import (
     results_file,
     seed_file,
 )
+from modelstock.files import project
 from modelstock.params import TrackingParams, load_params
 from modelstock.scoring.results import Scores, load_scores
 from modelstock.tracking.replay import Record, replay
@@ -41,7 +42,7 @@ def track(params: TrackingParams, results: list[Scores], comparison: Comparison,
         )
         for row in results[0].rows
     ]
-    tracker = open_tracker(params.tracker, Path.cwd(), params.experiment)
+    tracker = open_tracker(params.tracker, project(), params.experiment)
     replay(tracker, records, model_name=params.model, champion=comparison.champion, root=Path.cwd())
 
 

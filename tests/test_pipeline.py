@@ -239,7 +239,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(project, tmp_path
     assert not (folder / "new.safetensors").exists()
     done = run(folder, "stages.merge", "uniform", "models/clip/clip.safetensors", arguments[1], *shards, "out")
     assert done.returncode == 1
-    assert "expected the tensors of models/clip/clip.safetensors" in done.stderr
+    assert "expected from the anchor models/clip/clip.safetensors" in done.stderr
     assert not (folder / "out").exists()
     done = run(folder, "stages.merge", "unifrom", *arguments, *shards, "out")
     assert done.stderr == (

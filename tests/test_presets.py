@@ -104,3 +104,13 @@ def test_an_experiment_writes_the_preset_to_params_yaml_and_repro_goes_on_from_t
     written = (folder / "params.yaml").read_bytes()
     assert "up to date" in call(*dvc, "repro", stage)
     assert (folder / "params.yaml").read_bytes() == written
+    # In a copy that DVC makes and removes, the project's data are read, and nothing of the project is taken along.
+    copy = ("exp", "run", "--temp", "-n", "copied", "-S", "preset=digits", "-S", "prepare.shard_size=5")
+    call(*dvc, *copy, stage)
+    assert len(list((folder / "datasets").rglob("*.png"))) == 10
+    assert (folder / "scratch").is_dir()
+    assert not (folder / "scratch").is_symlink()
+    ref = call("git", "for-each-ref", "--format=%(refname)", "refs/exps/**/copied").strip()
+    names = call("git", "ls-tree", "-r", "--name-only", ref).splitlines()
+    assert [name for name in names if name.startswith(("datasets", "scratch", "mlruns"))] == []
+    assert (folder / "params.yaml").read_bytes() == written

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from modelstock.errors import TrackingError
+from modelstock.files import project
 from modelstock.notices import collected
 from modelstock.tracking import mirror
 from modelstock.tracking.mirror import Mirror
@@ -391,3 +392,18 @@ def test_a_server_that_accepts_and_never_answers_costs_seconds_and_is_one_line(t
     lines = [str(w.message) for w in caught if "seed-3" in str(w.message)]
     assert lines == ["seed-3: the tracker has not answered for 2 s; `dvc repro -f compare` sends what it lacks"]
     assert kept == []  # what is made is the same with and without a tracker
+
+
+def test_an_experiment_in_a_copy_of_the_project_uses_the_projects_store(tmp_path, monkeypatch):
+    copy = tmp_path / ".dvc/tmp/exps/standalone/tmp1"
+    copy.mkdir(parents=True)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert project() == tmp_path
+    monkeypatch.chdir(copy)
+    assert project() == tmp_path
+    monkeypatch.chdir(tmp_path.parent)
+    assert project() == tmp_path.parent
+    monkeypatch.delenv("DVC_ROOT")
+    monkeypatch.chdir(copy)
+    assert project() == copy

@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from modelstock.devices import deterministic, device_model
-from modelstock.files import SCRATCH
+from modelstock.files import SCRATCH, project
 from modelstock.params import LoadingParams, TrackingParams
 from modelstock.provenance import key_of
 from modelstock.tracking.mirror import Mirror
@@ -52,7 +52,7 @@ def setting(
     """
     deterministic(threads)
     with processes(devices, device, f"stages.{stage}") as world:
-        tracker: Callable[[], Tracker] = partial(open_tracker, tracking.tracker, Path.cwd(), tracking.experiment)
+        tracker: Callable[[], Tracker] = partial(open_tracker, tracking.tracker, project(), tracking.experiment)
         yield Setting(
             world=world, threads=threads, workers=loading.workers, tracker=NullTracker if world.rank else tracker
         )
