@@ -26,6 +26,7 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 import typer
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -277,14 +278,31 @@ def _reproduce(params: ReproduceParams) -> str:
     return _show(root / "reports" / "comparison.md")
 
 
+def _reach(url: str) -> None:
+    """Refuse a server that does not answer, before Prefect does so in many lines."""
+    try:
+        with get_client(sync_client=True) as client:
+            problem = client.api_healthcheck()
+    except Exception as error:  # of whichever library noticed
+        problem = error
+    if problem is not None:
+        raise FlowError(
+            f"Prefect at {url}",
+            got=f"{type(problem).__name__}: {problem}",
+            expected="a server that answers",
+            cure="start it (`make up`), or unset PREFECT_API_URL",
+        )
+
+
 @contextmanager
 def _server() -> Iterator[None]:
     """A Prefect server for this run, where none is named; it ends with this process, however that ends.
 
     Raises:
-        FlowError: it does not start.
+        FlowError: it does not start, or the one that is named does not answer.
     """
     if PREFECT_API_URL.value():
+        _reach(PREFECT_API_URL.value())
         yield
         return
     with socket.socket() as probe:
@@ -313,7 +331,7 @@ def main(
     """Run the experiment's stages in parallel, as Prefect tasks."""
     try:
         with ready("flows.reproduce"):
-            pass  # refused before a server starts; the flow holds it
+            plan(Path.cwd(), target or [])  # refused in one line here; the flow does both again
         with _server():
             print(reproduce(ReproduceParams(targets=target or [], slots=slots, force=force)))
     except ModelstockError as error:

@@ -39,10 +39,11 @@ def started_at(pid: int) -> str | None:
 def alive(name: str) -> int | None:
     """The pid of a service that we started and that still runs: a pid used again by another process is not it."""
     try:
-        known = json.loads((FOLDER / f"{name}.json").read_text())
-    except OSError:
+        known = json.loads((FOLDER / f"{name}.json").read_bytes())
+        pid, started = int(known["pid"]), known["started"]
+    except (OSError, ValueError, LookupError, TypeError):  # none, or damaged
         return None
-    return int(known["pid"]) if started_at(known["pid"]) == known["started"] else None
+    return pid if started is not None and started_at(pid) == started else None
 
 
 def start(name: str, command: list[str], env: dict[str, str]) -> None:

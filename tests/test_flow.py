@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from flows.reproduce import GUARD, FlowError, devices, plan
-from flows.services import _ask, started_at
+from flows.services import _ask, alive, started_at
 
 ROOT = Path(__file__).parent.parent
 PIPELINE = """
@@ -233,6 +233,28 @@ def test_a_stage_that_runs_already_is_not_started_again_and_its_neighbour_is(pro
         assert f"got another job at work: process {first.pid}, `stage 300`" in again.stderr
         assert subprocess.run([*stage, "0"], cwd=project, env=server).returncode == 0
         first.kill()
+
+
+def test_a_prefect_server_that_does_not_answer_is_one_line_without_its_password(project, server):
+    env = {**server, "PREFECT_API_URL": "http://user:sesame@127.0.0.1:9/api"}
+    done = flow(project, env)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr[-2000:]
+    assert done.stderr.startswith("error: Prefect at http://***@127.0.0.1:9/api: got ")
+    assert "sesame" not in done.stderr
+
+
+def test_a_stage_that_is_not_there_is_one_line_before_the_flow_starts(project, server):
+    done = flow(project, server, "f")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr[-2000:]
+    assert done.stderr.startswith("error: targets: got 'f'; expected a, b, c, d, e;")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b'{"pid": 1, "started": null}'])
+def test_a_damaged_note_of_a_service_is_no_service(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".services").mkdir()
+    (tmp_path / ".services/worker.json").write_bytes(content)
+    assert alive("worker") is None
 
 
 # A stage with a process below it that has a session of its own, as torchrun's workers have.
