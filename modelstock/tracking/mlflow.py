@@ -140,7 +140,8 @@ class MlflowTracker:
         except ModelstockError:
             raise  # what is wrong with a file of ours is not the server's
         except Exception as error:
-            text = " ".join(redacted(str(error)).split())[:300]
+            text = " ".join(redacted(error).split())
+            text = text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"  # the cause is at its end
             cure = "start it or correct MLFLOW_TRACKING_URI; `dvc repro -f compare` then sends what is missing"
             if self.file is not None and self.file.exists():
                 cure = f"move {self.file.name} away where it is damaged; `dvc repro -f compare` then sends everything"
