@@ -13,7 +13,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 AUDITOR := $(BIN)/uv tool run pip-audit
 
-.PHONY: setup repro test check audit up down clean clean-scratch
+.PHONY: setup repro test kills check audit up down clean clean-scratch
 setup: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
@@ -38,6 +38,10 @@ down: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The whole job killed in each of its stages, for some minutes.
+kills: setup
+	$(BIN)/python -m pytest -n 0 -m kill tests/test_kills.py
 
 check: setup
 	$(BIN)/ruff format --check .
