@@ -1,5 +1,6 @@
 """Nothing that could change a bit of a result is missing from its key: one change, another key."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,17 @@ def test_labels_that_are_not_the_heads_classes_in_their_order_are_not_trained_on
     both = {**splits, split: wrong}
     with pytest.raises(DataError, match=r"24 labels that are not the 24 classes in their order; expected one class"):
         read_inputs(anchor, both["train"], both["held-out"], in_memory=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("label_groups", [[1], [0], *([i] for i in range(2, 24))]), ("role", "shift"), ("border", 3), ("benchmark", "b")],
+)
+def test_a_manifest_changed_after_it_was_written_is_refused_for_keys_go_by_its_sha256(splits, tmp_path, name, value):
+    written = json.loads((splits["train"].folder / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**written, name: value}))
+    with pytest.raises(DataError, match=r"manifest\.json: got a manifest that was changed after it was written"):
+        read_manifest(tmp_path)
 
 
 # ---------------------------------------------------------------- scores

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from modelstock.damage import cure_of
 from modelstock.errors import DataError
 from modelstock.files import dump_json, sha256_of, write_json
 
@@ -85,15 +86,30 @@ def make_manifest(
         "shards": [shard.model_dump() for shard in shards],
         **({"border": border} if border else {}),
     }
-    digest = hashlib.sha256(dump_json(facts).encode()).hexdigest()
     return Manifest(
         **facts,
-        sha256=digest,
+        sha256=_sha256(facts),
         root=root,
         unreadable=list(unreadable),
         left_out=dict(left_out or {}),
         notices=list(notices),
     )
+
+
+def _sha256(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(dump_json(facts).encode()).hexdigest()
+
+
+def _check_identity(path: Path, manifest: Manifest) -> None:
+    """Raise DataError unless a manifest has the sha256 of what it says: caches and results go by it."""
+    names = {"benchmark", "role", "labels", "label_groups", "classes", "count", "shards"}
+    if _sha256(manifest.model_dump(include=names | ({"border"} if manifest.border else set()))) != manifest.sha256:
+        raise DataError(
+            path,
+            got="a manifest that was changed after it was written",
+            expected=f"what has the sha256 {manifest.sha256[:12]}",
+            cure=cure_of(path, "run the stage prepare again for this split"),
+        )
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
@@ -106,11 +122,11 @@ def read_manifest(folder: Path) -> Manifest:
     """A folder's manifest; its shards are not looked at.
 
     Raises:
-        DataError: no manifest, or one that is not valid.
+        DataError: no manifest, one that is not valid, or one that was changed.
     """
     path = folder / FILE_NAME
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(path.read_bytes())
     except OSError as error:
         raise DataError(
             path, got=error.strerror, expected="a manifest", cure="run the stage prepare for this split"
@@ -118,6 +134,8 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         text = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
         raise DataError(path, got=text, expected="a manifest of shards", cure="run the stage prepare again") from None
+    _check_identity(path, manifest)
+    return manifest
 
 
 def verify_shards(folder: Path, manifest: Manifest) -> None:
