@@ -128,7 +128,9 @@ def test_the_statistics_of_data_see_the_same_pixels(tmp_path, monkeypatch):
     dataset = stored(tmp_path, contents)
     monkeypatch.setattr(type(dataset), "check_classes", lambda *_: None)
 
-    images, _ = sample(dataset, WeightSet({}, {"preprocess": PREPROCESS}, "anchor"), examples=3)
+    head = {"head.weight": np.zeros((2, 4), np.float32), "head.bias": np.zeros(2, np.float32)}
+    weights = WeightSet(head, {"architecture": {}, "preprocess": PREPROCESS}, "anchor")
+    images, _ = sample(dataset, weights, examples=3)
     expected = [Framing.of(PREPROCESS)(Image.open(io.BytesIO(content)).convert("RGB")) for content in contents]
     np.testing.assert_array_equal(images, expected)
 
