@@ -377,13 +377,14 @@ else:
 class EvaluateParams(Section):
     """Which sets are scored; the held-out split is one of them, and the only one that anything is chosen on.
 
-    `precision`: of the towers; heads and everything after them are float32. `workers`: processes that decode; 0: the
-    scoring process itself. `resident`: weight sets that are on the device at a time; auto: as many as fit.
+    `batch_size`: auto: one that suits the device's caches. `precision`: of the towers; heads and everything after them
+    are float32; auto: bfloat16 where the machine is much faster in it, measured once. `workers`: processes that decode;
+    0: the scoring process itself. `resident`: weight sets that are on the device at a time; auto: as many as fit.
     """
 
     benchmarks: Annotated[list[str], Once] = Field(min_length=2)
-    batch_size: Positive
-    precision: Literal["float32", "bfloat16"] = "float32"
+    batch_size: Positive | Literal["auto"]
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
     workers: int = Field(default=0, ge=0, le=256)
     resident: Positive | Literal["auto"] = "auto"
 

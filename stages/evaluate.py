@@ -8,7 +8,7 @@ from modelstock.experiment.evaluate import Candidates, score_benchmark
 from modelstock.experiment.left_over import remove_left_over_models
 from modelstock.experiment.paths import SCORES, anchor_file, finetuned_folder, load_seeds, other_files
 from modelstock.params import load_params
-from modelstock.scoring.one_pass import ScoringOptions
+from modelstock.scoring.precision import scoring_options
 from modelstock.scoring.results import save_scores
 from modelstock.weights.weight_set import load_weights
 from stages import run
@@ -31,12 +31,11 @@ def main(data: Path, models: Path, out: Path) -> None:
         seeds=load_seeds(finetuned_folder(models), params.seeds, lazy=True),
         others=[load_weights(file, lazy=True) for file in files],
     )
-    options = params.evaluate.model_dump(exclude={"benchmarks"})
-    results = score_benchmark(
-        open_dataset(data), candidates, ScoringOptions(device=params.device, cache=SCORES, **options)
-    )
+    section = params.evaluate.model_dump(exclude={"benchmarks"})
+    options = scoring_options(section, candidates.anchor, device=params.device, cache=SCORES)
+    results = score_benchmark(open_dataset(data), candidates, options)
     save_scores(out, results)
-    print(f"{data}: {len(results.rows)} rows scored in one pass")
+    print(f"{data}: {len(results.rows)} rows scored in one pass, towers in {results.precision}")
 
 
 if __name__ == "__main__":

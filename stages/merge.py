@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from modelstock.data.dataset import open_dataset
-from modelstock.devices import deterministic, device_kind
+from modelstock.devices import deterministic
 from modelstock.errors import MergeError
 from modelstock.experiment.left_over import remove_left_over
 from modelstock.experiment.merge import SubsetMerges, merge_method
 from modelstock.experiment.paths import SCORES, load_seeds
 from modelstock.merging.methods.table import METHODS
 from modelstock.params import load_params
-from modelstock.scoring.one_pass import ScoringOptions
+from modelstock.scoring.precision import scoring_options
 from modelstock.weights.weight_set import load_weights
 from stages import run
 
@@ -24,16 +24,16 @@ def main(method: str, anchor: Path, tuned: Path, train: Path, held_out: Path, ou
         )
     deterministic(params.threads)
     remove_left_over(tuned, params.seeds)
-    options = params.evaluate.model_dump(exclude={"benchmarks"})
+    start, options = load_weights(anchor), params.evaluate.model_dump(exclude={"benchmarks"})
     merges = SubsetMerges(
         method=method,
         section=params.merge.section(method),
-        anchor=load_weights(anchor),
+        anchor=start,
         seeds=load_seeds(tuned, params.seeds),
         held_out=open_dataset(held_out),
         train=open_dataset(train) if METHODS[method].reads_statistics or params.merge.batch_norm else None,
         batch_norm=params.merge.batch_norm,
-        scoring=ScoringOptions(device=device_kind(params.device), cache=SCORES, **options),
+        scoring=scoring_options(options, start, device=params.device, cache=SCORES),
     )
     files = merge_method(merges, out)
     print(f"{method}: {len(files)} weight sets")

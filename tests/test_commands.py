@@ -15,6 +15,7 @@ from modelstock.scoring.one_pass import ScoringOptions, score
 from modelstock.scoring.results import load_scores
 from modelstock.scoring.score_cache import ensemble_identity
 from modelstock.weights.weight_set import load_weights
+from tests.support.settings import full_params
 from tests.support.splits import make_split
 
 SHIFTS = ("shapes-sketch", "shapes-objectnet")
@@ -151,8 +152,7 @@ def test_compare_merges_scores_and_reports_and_repeats_its_bytes(folder, tmp_pat
 
 def test_compare_does_without_shifts_and_takes_methods_from_a_params_file(folder, tmp_path):
     params = tmp_path / "params.yaml"
-    shutil.copy("params.yaml", params)
-    methods = params.read_text().replace("karcher, ties, ", "karcher, ")
+    methods = full_params().replace("karcher, ties, ", "karcher, ")
     params.write_text(methods.replace("[model_stock, uniform, greedy", "[ties, uniform, greedy"))
     files = (folder / "0.safetensors", folder / "1.safetensors", "--anchor", folder / "anchor.safetensors")
     call(
@@ -184,5 +184,7 @@ def test_what_compare_cannot_do_is_one_line_before_anything_is_written(folder, t
     assert "--method: got tie; expected model_stock, uniform, wise_ft, greedy" in refused(
         "compare", *files, *start, *every, "--method", "tie"
     )
-    assert "and --train for fisher, regmean" in refused("compare", *files, *start, *every, "--params", "params.yaml")
+    (tmp_path / "params.yaml").write_text(full_params())
+    params = ("--params", tmp_path / "params.yaml")
+    assert "and --train for fisher, regmean" in refused("compare", *files, *start, *every, *params)
     assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 
 from flows.reproduce import plan
 from modelstock.provenance import files_of
+from tests.support.settings import full_params
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")  # of a library that DVC uses
 ROOT = Path(__file__).parent.parent
@@ -54,8 +55,9 @@ def project(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     for name in ("modelstock", "stages"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", "params.yaml", ".dvcignore", "README.md"):
+    for name in ("dvc.yaml", ".dvcignore", "README.md"):
         shutil.copy(ROOT / name, folder / name)
+    (folder / "params.yaml").write_text(full_params())
     (folder / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
     (folder / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")

@@ -38,6 +38,7 @@ from modelstock.weights.weight_set import WeightSet, load_weights
 from stages.compare import main as compare_stage
 from stages.evaluate import main as evaluate_stage
 from stages.merge import main as merge_stage
+from tests.support.settings import full_params
 from tests.support.splits import make_split
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +59,7 @@ def data(tmp_path_factory):
 def project(tmp_path, data, anchor, variants, monkeypatch):
     """A project whose anchor and three seeds are there: what the stages after training start from."""
     yaml = YAML(typ="safe")
-    params = yaml.load((ROOT / "params.yaml").read_text())
+    params = yaml.load(full_params())
     params |= {"threads": 1, "device": "cpu", "seeds": [0, 1, 2]}
     params["finetune"] |= {"ema": [], "lawa": 0, "snapshots": False}
     params["periodic"]["sizes"] = []

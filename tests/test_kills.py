@@ -37,7 +37,7 @@ SMALL = {
     "finetune": {"epochs": 4, "batch_size": 16, "warmup_steps": 1, "lawa": 2, "snapshots": True},
     "periodic": {"sizes": [2]},
     "merge": {"methods": ["model_stock", "wise_ft"], "wise_ft": {"alphas": [0.25, 0.5]}},
-    "evaluate": {"benchmarks": ["held-out", "shapes"], "batch_size": 16},
+    "evaluate": {"benchmarks": ["held-out", "shapes"], "batch_size": 16, "precision": "float32"},
     "compare": {"draws": 200},
 }
 KINDS = ("prepare", "pretrain", "anchor", "finetune", "periodic", "longer", "merge", "evaluate", "compare")

@@ -17,6 +17,7 @@ from modelstock.models.towers import TINY_CLIP
 from modelstock.scoring.results import load_scores
 from modelstock.weights.weight_set import load_weights
 from tests.support.models import clip_of, folder_of
+from tests.support.settings import full_params
 from tests.test_pipeline import ROOT, run, write_params
 
 CHOSEN = ("disc", "heart", "cross")
@@ -40,8 +41,9 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     for name in ("modelstock", "stages"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", "params.yaml", ".dvcignore"):
+    for name in ("dvc.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, folder / name)
+    (folder / "params.yaml").write_text(full_params())
     (folder / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
     (folder / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")

@@ -6,12 +6,13 @@ import pytest
 
 from modelstock.errors import ParamsError
 from modelstock.params import load_params
+from tests.support.settings import full_params
 
 ROOT = Path(__file__).parent.parent
 
 
 def changed(tmp_path, *changes: tuple[str, str]) -> Path:
-    text = (ROOT / "params.yaml").read_text()
+    text = full_params()
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)

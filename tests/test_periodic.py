@@ -27,6 +27,7 @@ from modelstock.training.periodic import Periodic, train_periodic
 from modelstock.training.recipe import new_run
 from modelstock.training.resume import Clock
 from modelstock.weights.weight_set import WeightSet, load_weights
+from tests.support.settings import full_params
 from tests.support.splits import make_split
 from tests.support.training import RECIPE, equal, examples, keep, train, train_side_by_side
 
@@ -238,6 +239,7 @@ from tests.support.training import keep, train, train_side_by_side
 from modelstock.training import resume
 from modelstock.training.distributed import processes
 from modelstock.weights.weight_set import load_weights
+from tests.support.settings import full_params
 
 def main():
     with processes(2, "cpu", "two") as world:
@@ -338,7 +340,7 @@ def test_the_stage_starts_a_process_a_seed_by_itself_and_gives_the_bytes_of_one_
         make_split(tmp_path / "data" / name, name, 24)
     anchor.save(tmp_path / "anchor.safetensors")
     yaml = YAML(typ="safe")
-    settings = yaml.load((ROOT / "params.yaml").read_text())
+    settings = yaml.load(full_params())
     settings |= {"threads": 1, "device": "cpu"}
     settings["finetune"] |= {"batch_size": 8, "epochs": 2, "warmup_steps": 2, "ema": [], "lawa": 0}
     settings["periodic"] |= {"devices": 2}

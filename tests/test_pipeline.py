@@ -15,6 +15,7 @@ from modelstock.scoring.results import load_scores
 from modelstock.scoring.score_cache import ensemble_identity
 from modelstock.tracking.mlflow import IDENTITY, MlflowTracker
 from modelstock.weights.weight_set import load_weights
+from tests.support.settings import full_params
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -100,8 +101,9 @@ def project(tmp_path_factory):
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("modelstock", "stages", "flows"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    for name in ("dvc.yaml", "params.yaml", ".dvcignore"):
+    for name in ("dvc.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, folder / name)
+    (folder / "params.yaml").write_text(full_params())
     (folder / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
     (folder / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelstock.cli.options import BatchSize, Device, Precision, Workers, check_choice
+from modelstock.cli.options import PRECISIONS, BatchSize, Device, Precision, Workers, check_choice
 from modelstock.errors import MergeError
 
 if TYPE_CHECKING:
@@ -38,16 +38,15 @@ def compare(
     draws: Annotated[int, typer.Option(min=100, help="Bootstrap draws.")] = 2000,
 ) -> None:
     """Merge, score and compare fine-tuned checkpoints that are there already; run again, it goes on where it was."""
-    check_choice("--precision", precision, ("float32", "bfloat16"))
+    check_choice("--precision", precision, PRECISIONS)
     from modelstock.comparison.report import summary_lines
     from modelstock.data.dataset import open_dataset
-    from modelstock.devices import device_kind
     from modelstock.experiment.compare import compare_results
     from modelstock.experiment.evaluate import Candidates, score_benchmark
     from modelstock.experiment.merge import SubsetMerges, merge_method
     from modelstock.experiment.paths import results_file
     from modelstock.params import load_merge
-    from modelstock.scoring.one_pass import ScoringOptions
+    from modelstock.scoring.precision import scoring_options
     from modelstock.scoring.results import save_scores
     from modelstock.weights.weight_set import load_weights
 
@@ -60,13 +59,8 @@ def compare(
     for dataset in datasets.values():
         dataset.check_classes(origin)
     seeds = _numbered(weights, origin)
-    scoring = ScoringOptions(
-        cache=out / "scratch",
-        device=device_kind(device),
-        precision=precision,  # type: ignore[arg-type]
-        batch_size=batch_size,
-        workers=workers,
-    )
+    settings = {"precision": precision, "batch_size": batch_size, "workers": workers}
+    scoring = scoring_options(settings, origin, device=device, cache=out / "scratch", kept=out / "scratch")
     files: list[Path] = []
     for name, section in sections.items():
         merges = SubsetMerges(

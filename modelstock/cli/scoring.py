@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelstock.cli.options import AsJson, BatchSize, Device, Precision, Workers, check_choice
+from modelstock.cli.options import PRECISIONS, AsJson, BatchSize, Device, Precision, Workers, check_choice
 from modelstock.cli.output import show
 from modelstock.errors import ParamsError
 from modelstock.notices import repeat
@@ -32,11 +32,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score checkpoints on benchmarks, all of them in one pass over each."""
-    check_choice("--precision", precision, ("float32", "bfloat16"))
+    check_choice("--precision", precision, PRECISIONS)
     groups = [_members(text, len(weights)) for text in ensemble or []]
     from modelstock.data.dataset import open_dataset
     from modelstock.models.adopt import adopt
-    from modelstock.scoring.one_pass import ScoringOptions, collect, score
+    from modelstock.scoring.one_pass import collect, score
+    from modelstock.scoring.precision import scoring_options
     from modelstock.scoring.results import Row, save_scores
     from modelstock.scoring.score_cache import ensemble_identity
     from modelstock.weights.origin import notices_of
@@ -60,18 +61,12 @@ def evaluate(
         title = "ensemble of " + ", ".join(str(member + 1) for member in members)
         identity = ensemble_identity(group)
         rows.append(Row(name=title, identity=identity, kind="ensemble", members=tuple(members), options={}))
-    options = ScoringOptions(
-        cache=cache,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,  # type: ignore[arg-type]
-        workers=workers,
-        resident=resident or "auto",
-    )
+    settings = {"precision": precision, "batch_size": batch_size, "workers": workers, "resident": resident or "auto"}
+    options = scoring_options(settings, candidates[0], device=device, cache=cache, kept=cache)
     results = []
     for dataset in datasets:
         outcomes = score(dataset, candidates, identities, options)
-        results.append(collect(dataset, rows, outcomes, candidates))
+        results.append(collect(dataset, rows, outcomes, candidates, options.precision))
         if out is not None:
             save_scores(out / f"{results[-1].benchmark}.safetensors", results[-1])
     if per_class:

@@ -72,6 +72,7 @@ class Comparison:
     median_seed: str
     champion: str
     draws: int
+    precision: str  # of the towers
     notices: tuple[str, ...]  # "weight set or benchmark: what is unusual about it"
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -98,6 +99,9 @@ def check(results: Sequence[Scores]) -> None:
         if scores.rows != results[0].rows:
             other = sorted({r.name for r in scores.rows} ^ set(names)) or ["other weights under the same names"]
             refuse(scores.benchmark, f"rows that differ: {', '.join(other)}", f"the rows of {results[0].benchmark}")
+    precisions = sorted({scores.precision for scores in results})
+    if len(precisions) > 1:
+        refuse("results", f"towers in {' and '.join(precisions)}", "one precision")
     if not any(row.kind == "seed" for row in results[0].rows):
         refuse("results", "no row of kind seed", "one or more")
     for scores in results:
@@ -190,6 +194,7 @@ class _Comparing:
             median_seed=self.rows[self.median_seed].name,
             champion=champion(self.results).name,
             draws=self.draws,
+            precision=self.held_out.precision,
             notices=tuple(dict.fromkeys(line for scores in self.results for line in scores.notices)),
         )
 

@@ -242,7 +242,7 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any], pictures: Mapp
         "± is half a 95 % interval: Wilson's for a single weight set, paired bootstrap "
         f"({comparison.draws:,} draws over examples) for means. "
         "A mean over weight sets is over the sets evaluated; its interval is that of the examples "
-        f"alone. Images: {sizes}.",
+        f"alone. Images: {sizes}. Towers computed in {comparison.precision}.",
         main_table(comparison),
         *(f"![{title}]({name})" for name, title in pictures.items()),
         "## Differences, in points",

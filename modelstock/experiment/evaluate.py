@@ -35,4 +35,4 @@ def score_benchmark(dataset: Dataset, candidates: Candidates, options: ScoringOp
     groups = {members: [seeds[m].identity for m in members] for members in ensembles(list(seeds))}
     rows += [ensemble_row(members, identities) for members, identities in groups.items()]
     outcomes = score(dataset, candidates.weights, list(groups.values()), options)
-    return collect(dataset, rows, outcomes, candidates.weights)
+    return collect(dataset, rows, outcomes, candidates.weights, options.precision)

@@ -278,7 +278,11 @@ def accuracies(dataset: Dataset, weights: Sequence[WeightSet], options: ScoringO
 
 
 def collect(
-    dataset: Dataset, rows: Sequence[Row], outcomes: Mapping[str, Outcome], weights: Sequence[WeightSet] = ()
+    dataset: Dataset,
+    rows: Sequence[Row],
+    outcomes: Mapping[str, Outcome],
+    weights: Sequence[WeightSet] = (),
+    precision: str = "float32",
 ) -> Scores:
     """Put outcomes in the order of `rows`, as the comparison reads them, with the notices of data and weight sets.
 
@@ -296,5 +300,6 @@ def collect(
         labels=tuple(manifest.labels),
         truth=dataset.labels.astype(np.int32),
         notices=tuple(dict.fromkeys(notices)),
+        precision=precision,
         **{name: np.stack([getattr(outcome, name) for outcome in chosen]) for name in COLUMNS},
     )

@@ -50,6 +50,7 @@ class Scores:
     confidence: NDArray[np.float32]  # softmax of the prediction
     nll: NDArray[np.float32]  # minus the logarithm of the truth's softmax, in nats
     notices: tuple[str, ...] = ()
+    precision: str = "float32"  # of the towers
 
 
 def save_scores(path: Path, scores: Scores) -> None:
@@ -69,6 +70,7 @@ def save_scores(path: Path, scores: Scores) -> None:
             }
             for row in scores.rows
         ],
+        "precision": scores.precision,
         **({"notices": list(scores.notices)} if scores.notices else {}),
     }
     write_checked(path, {name: getattr(scores, name) for name in ARRAYS}, facts)
@@ -83,7 +85,7 @@ def load_scores(path: Path) -> Scores:
     try:
         arrays, facts = read_checked(path, ARRAYS)
         rows = tuple(Row(**{**row, "members": tuple(row["members"])}) for row in facts["rows"])
-        named = {name: facts[name] for name in ("benchmark", "role", "data")}
+        named = {name: facts[name] for name in ("benchmark", "role", "data", "precision")}
         labels, notices = tuple(facts["labels"]), tuple(facts.get("notices", ()))
         scores = Scores(**named, rows=rows, labels=labels, notices=notices, **arrays)  # type: ignore[arg-type]
         got = contradiction(scores)
