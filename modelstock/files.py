@@ -19,6 +19,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How libraries that write by themselves report one: safetensors repeats the system's text, torch has its own.
 _FULL_TEXTS = (*map(os.strerror, _FULL), "unexpected pos", "PytorchStreamWriter failed writing")
 
+# What may name a split: a file's name on every system, and one that DVC can tell from its own `.` and `@`.
+NAME = r"[a-z0-9][a-z0-9_-]{0,99}"
 # Resume points and caches, each named for all that it depends on: removing it costs time and nothing else.
 SCRATCH = Path("scratch")
 

@@ -25,6 +25,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from modelstock.errors import ParamsError, closest, few
+from modelstock.files import NAME
 from modelstock.merging.methods.rows import Choice, Method, Option
 from modelstock.merging.methods.table import METHODS
 from modelstock.tracking.tracker import TRACKERS
@@ -274,7 +275,7 @@ class PrepareParams(Section):
     quality: int = Field(default=95, ge=1, le=100)
     held_out_per_class: Positive = 26
     unreadable: float = Field(default=0.001, ge=0, lt=1)
-    splits: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")], Split]
+    splits: dict[Annotated[str, Field(pattern=f"^{NAME}$")], Split]
     reference_draws: Positive
     reference_epochs: Positive
 

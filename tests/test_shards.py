@@ -71,7 +71,7 @@ def test_a_folder_without_or_with_a_wrong_manifest_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"manifest\.json: got No such file"):
         open_dataset(tmp_path)
     (tmp_path / "manifest.json").write_text('{"benchmark": 3}')
-    with pytest.raises(DataError, match=r"benchmark: .*; role: Field required"):
+    with pytest.raises(DataError, match=r"benchmark: .*, role: Field required"):
         open_dataset(tmp_path)
 
 

@@ -10,15 +10,17 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from modelstock.damage import cure_of
-from modelstock.errors import DataError
-from modelstock.files import dump_json, sha256_of, write_json
+from modelstock.errors import DataError, few
+from modelstock.files import NAME, dump_json, sha256_of, write_json
 
 FILE_NAME = "manifest.json"
+_LARGEST = 256 << 20  # bytes of a manifest; ImageNet's has less than one
+_AGAIN = "run the stage prepare again"
 SHARD_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar"
 
 
@@ -28,32 +30,59 @@ class Shard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(pattern=f"^{SHARD_NAME}$")
     count: int = Field(ge=1)
-    sha256: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class Manifest(BaseModel):
     """What a folder of shards holds.
 
     `root`: the folder of the shards, where it is not the manifest's own (shards that are used in place). `border`:
-    pixels to cut off each side of every image before anything else. `unreadable`: images of the source that were left
-    out because they cannot be read. `left_out`: what else of the source is not here, counted. `notices`: whatever is
-    unusual about the images, a line each; see modelstock.notices.
+    pixels to remove from each side of every image before anything else. `unreadable`: images of the source that were
+    left out because they cannot be read. `left_out`: what else of the source is not here, counted. `notices`: whatever
+    is unusual about the images, a line each; see modelstock.notices.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    benchmark: str
-    role: str
-    labels: list[str]
+    benchmark: str = Field(pattern=f"^{NAME}$")
+    role: Literal["train", "held-out", "in-distribution", "shift", "none"]
+    labels: list[str] = Field(min_length=1)
     label_groups: list[Annotated[list[int], Field(min_length=1)]]
-    classes: list[str]
-    count: int
-    shards: list[Shard]
+    classes: list[str] = Field(min_length=1)
+    count: int = Field(ge=1)
+    shards: list[Shard] = Field(min_length=1)
     sha256: str
     root: str | None = None
     border: int = Field(default=0, ge=0)
     unreadable: list[str] = []
     left_out: dict[str, int] = {}
     notices: list[str] = []
+
+    @field_validator("root")
+    @classmethod
+    def _local(cls, root: str | None) -> str | None:
+        # Readers of webdataset run what follows `pipe:`, and open URLs; shards here are files of a folder.
+        if root is not None and (not Path(root).is_absolute() or "\0" in root):
+            raise ValueError("the absolute path of a folder")
+        return root
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [shard.name for shard in self.shards]
+        problems = {
+            "a label that comes twice": len(set(self.labels)) < len(self.labels),
+            "a shard that comes twice": len(set(names)) < len(names),
+            f"{len(self.label_groups)} label_groups for {len(self.labels)} labels": len(self.label_groups)
+            != len(self.labels),
+            f"label_groups outside 0 to {len(self.classes) - 1}": any(
+                not 0 <= place < len(self.classes) for group in self.label_groups for place in group
+            ),
+            "a class twice in one of label_groups": any(len(set(group)) < len(group) for group in self.label_groups),
+            f"count {self.count} for shards of {sum(s.count for s in self.shards)}": self.count
+            != sum(shard.count for shard in self.shards),
+        }
+        if wrong := [text for text, is_wrong in problems.items() if is_wrong]:
+            raise ValueError(", ".join(wrong))
+        return self
 
     def paths(self, folder: Path) -> list[Path]:
         """The shards' files; `folder` is the manifest's."""
@@ -75,7 +104,11 @@ def make_manifest(
     left_out: Mapping[str, int] | None = None,
     notices: Sequence[str] = (),
 ) -> Manifest:
-    """A manifest with its identity: a hash of what is scored, and not of where it is or what is missing from it."""
+    """A manifest with its identity: a hash of what is scored, and not of where it is or what is missing from it.
+
+    Raises:
+        DataError: parts that do not belong together, such as a label that comes twice.
+    """
     facts: dict[str, Any] = {
         "benchmark": benchmark,
         "role": role,
@@ -84,31 +117,38 @@ def make_manifest(
         "classes": list(classes),
         "count": sum(shard.count for shard in shards),
         "shards": [shard.model_dump() for shard in shards],
-        **({"border": border} if border else {}),
+        "border": border,
     }
-    return Manifest(
-        **facts,
-        sha256=_sha256(facts),
-        root=root,
-        unreadable=list(unreadable),
-        left_out=dict(left_out or {}),
-        notices=list(notices),
-    )
+    about: dict[str, Any] = {"unreadable": list(unreadable), "left_out": left_out or {}, "notices": list(notices)}
+    try:
+        return Manifest(**facts, sha256=_identity(facts), root=root, **about)
+    except ValidationError as error:
+        cure = "correct the split's labels, classes or name"
+        raise DataError(benchmark, got=_problems(error), expected="a split", cure=cure) from None
 
 
-def _sha256(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(dump_json(facts).encode()).hexdigest()
+# What a manifest's identity is a hash of; `border` counts where there is one.
+_IDENTIFYING = ("benchmark", "role", "labels", "label_groups", "classes", "count", "shards", "border")
+
+
+def _identity(facts: Mapping[str, Any]) -> str:
+    counted = {name: facts[name] for name in _IDENTIFYING if name != "border" or facts["border"]}
+    return hashlib.sha256(dump_json(counted).encode()).hexdigest()
+
+
+def _problems(error: ValidationError) -> str:
+    found = [(".".join(map(str, p["loc"])), p["msg"].removeprefix("Value error, ")) for p in error.errors()]
+    return few([f"{place}: {text}" if place else text for place, text in found])
 
 
 def _check_identity(path: Path, manifest: Manifest) -> None:
     """Raise DataError unless a manifest has the sha256 of what it says: caches and results go by it."""
-    names = {"benchmark", "role", "labels", "label_groups", "classes", "count", "shards"}
-    if _sha256(manifest.model_dump(include=names | ({"border"} if manifest.border else set()))) != manifest.sha256:
+    if _identity(manifest.model_dump()) != manifest.sha256:
         raise DataError(
             path,
             got="a manifest that was changed after it was written",
             expected=f"what has the sha256 {manifest.sha256[:12]}",
-            cure=cure_of(path, "run the stage prepare again for this split"),
+            cure=cure_of(path, f"{_AGAIN} for this split"),
         )
 
 
@@ -122,20 +162,28 @@ def read_manifest(folder: Path) -> Manifest:
     """A folder's manifest; its shards are not looked at.
 
     Raises:
-        DataError: no manifest, one that is not valid, or one that was changed.
+        DataError: no manifest, or one that is not valid, or was changed since it was written.
     """
     path = folder / FILE_NAME
     try:
+        if path.stat().st_size > _LARGEST:
+            raise DataError(path, got=f"{path.stat().st_size} bytes", expected="a manifest of shards", cure=_AGAIN)
         manifest = Manifest.model_validate_json(path.read_bytes())
     except OSError as error:
         raise DataError(
             path, got=error.strerror, expected="a manifest", cure="run the stage prepare for this split"
         ) from error
     except ValidationError as error:
-        text = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        raise DataError(path, got=text, expected="a manifest of shards", cure="run the stage prepare again") from None
+        raise DataError(path, got=_problems(error), expected="a manifest of shards", cure=_AGAIN) from None
     _check_identity(path, manifest)
     return manifest
+
+
+def _digest(file: Path) -> str | None:
+    try:
+        return sha256_of(file) if file.is_file() else None
+    except OSError as error:
+        raise DataError(file, got=error.strerror, expected="a shard that can be read", cure="correct that") from error
 
 
 def verify_shards(folder: Path, manifest: Manifest) -> None:
@@ -146,13 +194,13 @@ def verify_shards(folder: Path, manifest: Manifest) -> None:
     """
     files = manifest.paths(folder)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing runs beside Python
-        digests = list(threads.map(lambda file: sha256_of(file) if file.is_file() else None, files))
-    cure = "run the stage prepare again" + ("" if manifest.root else ", or copy the shard again")
+        digests = list(threads.map(_digest, files))
+    cure = _AGAIN + ("" if manifest.root else ", or copy the shard again")
     for shard, file, digest in zip(manifest.shards, files, digests, strict=True):
         if digest != shard.sha256:
             raise DataError(
                 file,
                 got=f"sha256 {digest[:12]} of {file.stat().st_size} bytes" if digest else "no such file",
                 expected=f"sha256 {shard.sha256[:12]} with {shard.count} examples",
-                cure=cure,
+                cure=cure_of(file, cure),
             )
