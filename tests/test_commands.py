@@ -188,3 +188,19 @@ def test_what_compare_cannot_do_is_one_line_before_anything_is_written(folder, t
     params = ("--params", tmp_path / "params.yaml")
     assert "and --train for fisher, regmean" in refused("compare", *files, *start, *every, *params)
     assert not (tmp_path / "out").exists()
+
+
+def test_two_benchmarks_of_one_name_and_a_file_named_twice_are_refused_before_anything_is_scored(folder, tmp_path):
+    for site in ("a", "b"):
+        make_split(tmp_path / site / "test", "shapes", 4 + (site == "b"))
+    files, both = (folder / "0.safetensors", folder / "1.safetensors"), benchmarks(tmp_path, "a/test", "b/test")
+    line = f"{tmp_path / 'b/test'}: got a benchmark named shapes, as {tmp_path / 'a/test'} is"
+    assert line in refused("evaluate", *files, *both, "-o", tmp_path / "out")
+    held_out, start = benchmarks(folder, "held-out"), ("--anchor", folder / "anchor.safetensors")
+    assert line in refused("compare", *files, *start, *held_out, *both, "-o", tmp_path / "out")
+    again = folder / "../" / folder.name / "0.safetensors"
+    for command in ("evaluate", "compare"):
+        more = start if command == "compare" else ()
+        text = refused(command, *files, again, *more, *benchmarks(folder, "shapes"), "-o", tmp_path / "out")
+        assert f"WEIGHTS: got {again}, which {files[0]} is too" in text
+    assert not (tmp_path / "out").exists()

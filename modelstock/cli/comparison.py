@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelstock.cli.options import PRECISIONS, BatchSize, Device, Precision, Workers, check_choice
+from modelstock.cli.options import PRECISIONS, BatchSize, Device, Precision, Workers, check_choice, check_once
 from modelstock.errors import MergeError
 
 if TYPE_CHECKING:
@@ -39,8 +39,9 @@ def compare(
 ) -> None:
     """Merge, score and compare fine-tuned checkpoints that are there already; run again, it goes on where it was."""
     check_choice("--precision", precision, PRECISIONS)
+    check_once("WEIGHTS", weights)
     from modelstock.comparison.report import summary_lines
-    from modelstock.data.dataset import open_dataset
+    from modelstock.data.dataset import open_benchmarks
     from modelstock.experiment.compare import compare_results
     from modelstock.experiment.evaluate import Candidates, score_benchmark
     from modelstock.experiment.merge import SubsetMerges, merge_method
@@ -52,7 +53,8 @@ def compare(
 
     sections = _sections(params, method or [])
     batch_norm = batch_norm or (load_merge(params).batch_norm if params else 0)
-    datasets = {folder: open_dataset(folder) for folder in [*benchmark, *([train] if train else [])]}
+    folders = [*benchmark, *([train] if train else [])]
+    datasets = dict(zip(folders, open_benchmarks(folders), strict=True))
     benchmarks = [datasets[folder] for folder in benchmark]
     _check_enough(len(weights), benchmarks, sections, has_train=train is not None, batch_norm=batch_norm)
     origin = load_weights(anchor)

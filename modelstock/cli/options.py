@@ -34,6 +34,21 @@ def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
         raise ParamsError(option, got=repr(value), expected=expected, cure="name one of these")
 
 
+def check_once(option: str, paths: Sequence[Path]) -> None:
+    """Refuse a file that is named twice, by whatever path.
+
+    Raises:
+        ParamsError: it is.
+    """
+    known: dict[Path, Path] = {}
+    for path in paths:
+        first = known.setdefault(path.resolve(), path)
+        if first is not path:
+            raise ParamsError(
+                option, got=f"{path}, which {first} is too", expected="each file once", cure="name it once"
+            )
+
+
 def method_options(settings: Sequence[str]) -> dict[str, Any]:
     """`option=value` pairs; values are JSON where they can be, else text.
 

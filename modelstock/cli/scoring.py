@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelstock.cli.options import PRECISIONS, AsJson, BatchSize, Device, Precision, Workers, check_choice
+from modelstock.cli.options import PRECISIONS, AsJson, BatchSize, Device, Precision, Workers, check_choice, check_once
 from modelstock.cli.output import show
 from modelstock.errors import ParamsError
 from modelstock.notices import repeat
@@ -33,8 +33,9 @@ def evaluate(
 ) -> None:
     """Score checkpoints on benchmarks, all of them in one pass over each."""
     check_choice("--precision", precision, PRECISIONS)
+    check_once("WEIGHTS", weights)
     groups = [_members(text, len(weights)) for text in ensemble or []]
-    from modelstock.data.dataset import open_dataset
+    from modelstock.data.dataset import open_benchmarks
     from modelstock.models.adopt import adopt
     from modelstock.scoring.one_pass import collect, score
     from modelstock.scoring.precision import scoring_options
@@ -45,7 +46,7 @@ def evaluate(
 
     origin = load_weights(anchor) if anchor else None
     candidates = [adopt(path, origin) if origin else load_weights(path, lazy=True) for path in weights]
-    datasets = [open_dataset(folder) for folder in benchmark]
+    datasets = open_benchmarks(benchmark)
     for dataset in datasets:
         for one in candidates:  # of all benchmarks, before the first is scored
             dataset.check_classes(one)

@@ -1,5 +1,6 @@
 """A folder of shards, opened and verified once per process, and passed on as an object."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from modelstock.data.examples import Examples, InMemory, InShards
 from modelstock.data.manifest import FILE_NAME, Manifest, read_manifest, verify_shards
 from modelstock.errors import DataError, WeightsError
+from modelstock.notices import notice
 from modelstock.weights.weight_set import WeightSet, classes_sha256
 
 
@@ -70,6 +72,30 @@ def open_dataset(folder: Path) -> Dataset:
     folder = Path(folder)
     files = [folder / FILE_NAME, *read_manifest(folder).paths(folder)]
     return _opened(folder, tuple(_stamp(file) for file in files))
+
+
+def open_benchmarks(folders: Sequence[Path]) -> list[Dataset]:
+    """The splits that are scored together; results go by their names.
+
+    Raises:
+        DataError: as `open_dataset`; two of one name. The same images under two names are a notice.
+    """
+    datasets = [open_dataset(folder) for folder in folders]
+    names: dict[str, Dataset] = {}
+    shards: dict[tuple[str, ...], Dataset] = {}
+    for dataset in datasets:
+        name, content = dataset.manifest.benchmark, tuple(shard.sha256 for shard in dataset.manifest.shards)
+        if name in names:
+            raise DataError(
+                dataset.folder,
+                got=f"a benchmark named {name}, as {names[name].folder} is",
+                expected="a name of its own for each",
+                cure="prepare one of them with another --name, and name each folder once",
+            )
+        if content in shards:
+            notice(name, f"the same images as {shards[content].manifest.benchmark}")
+        names[name], shards[content] = dataset, dataset
+    return datasets
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:
