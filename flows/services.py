@@ -1,5 +1,6 @@
 """The MLflow UI, a Prefect server with the deployments, and a worker, on 127.0.0.1: `make up`, `make down`."""
 
+import http
 import json
 import os
 import signal
@@ -88,11 +89,18 @@ def await_service(name: str, url: str, seconds: float = 90) -> None:
 
 
 def _ask(url: str, body: dict[str, Any]) -> Any:
-    """The answer of Prefect's API to a POST."""
+    """The answer of Prefect's API to a POST; asked again for a while where its database is busy."""
     data = json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code != http.HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def _end_lost_runs(api: str) -> None:

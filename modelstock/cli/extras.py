@@ -21,7 +21,7 @@ LIBRARIES = {
         "torchvision",
         "webdataset",
     ),
-    "pipeline": ("dvc", "filelock", "mlflow", "networkx", "prefect"),
+    "pipeline": ("dvc", "filelock", "mlflow", "networkx", "prefect", "sqlalchemy"),
     "datasets": ("datasets",),
 }
 
