@@ -58,6 +58,21 @@ def no_room(path: Path, error: BaseException) -> RoomError:
 
 
 @contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Writes of `path` that fail for want of room are one line.
+
+    Raises:
+        RoomError: one did.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RoomError) or not is_full(error):
+            raise
+        raise no_room(path, error) from error
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a sibling temporary path; on success it is flushed to disk and renamed to `path`, else removed.
 
@@ -70,15 +85,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except Exception as error:
-        if isinstance(error, RoomError) or not is_full(error):
-            raise
-        raise no_room(temporary, error) from error
+        with room_for(temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

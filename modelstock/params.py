@@ -5,6 +5,7 @@ Unknown keys are refused with the nearest valid one; all problems are reported t
 
 import os
 import reprlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -114,9 +115,14 @@ class ClassesParams(Section):
     @field_validator("names")
     @classmethod
     def _several(cls, names: Any) -> Any:
-        given = list(names.values()) if isinstance(names, dict) else names
-        if isinstance(given, list) and (len(given) < 2 or len(set(given)) < len(given)):
-            raise ValueError("two names or more, each once")
+        given = {"names": names} if isinstance(names, list) else {}
+        if isinstance(names, dict):
+            given = {"folders": list(names), "names": list(names.values())}
+        for what, texts in given.items():
+            # As a reader sees them: without outer spaces, and an accented letter in one of its two encodings.
+            plain = [unicodedata.normalize("NFC", " ".join(text.split())) for text in texts]
+            if len(plain) < 2 or len(set(plain)) < len(plain) or "" in plain:
+                raise ValueError(f"two {what} or more, each once, none of them empty")
         return names
 
     @field_validator("templates")
@@ -454,15 +460,7 @@ class Params(Section):
             if isinstance(split, FilesSplit) and (name in ("train", "held-out")) != (split.role is None):
                 problems.append(f"prepare.splits.{name}.role: say it for test sets, and only for them")
         if not problems:
-            train, held_out = splits["train"], splits["held-out"]
-            if (
-                not self.checkpoints
-                and isinstance(train, FilesSplit)
-                and isinstance(held_out, FilesSplit)
-                and train.path == held_out.path
-                and (train.part, held_out.part) != ("train", "held-out")
-            ):
-                problems.append("prepare.splits: train and held-out share a path, so each must say its part")
+            problems += self._shared_images()
             roles = [self.prepare.role(name) for name in wanted]
             if roles.count("held-out") != 1 or roles.count("in-distribution") != 1 or "train" in roles:
                 problems.append("evaluate.benchmarks needs held-out and one in-distribution set, and no training set")
@@ -479,6 +477,19 @@ class Params(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _shared_images(self) -> list[str]:
+        """Test sets and the held-out split with training images in them, by whatever path; so far as paths tell."""
+        train = self.prepare.splits["train"]
+        if self.checkpoints or not isinstance(train, FilesSplit):
+            return []
+        others = {n: s for n, s in self.prepare.splits.items() if n != "train" and isinstance(s, FilesSplit)}
+        return [
+            f"prepare.splits: train and {name} share a path, so each must say its part"
+            for name, split in others.items()
+            if os.path.realpath(split.path) == os.path.realpath(train.path)
+            and (train.part, split.part) != ("train", "held-out")
+        ]
 
     def named_files(self) -> list[Path]:
         """What the file names on disk: images with what belongs to them, and checkpoints."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from modelstock.errors import ParamsError
 from modelstock.params import load_params
@@ -84,6 +85,11 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
         ),
         ("names: shapes", "names: [a, b]", "classes.names: shapes, for the drawn splits train, held-out"),
         ("names: shapes", "names: [a, a]", "two names or more, each once"),
+        ("names: shapes", "names: [a, 'a ']", "two names or more, each once"),
+        ("names: shapes", "names: [great  owl, great owl]", "two names or more, each once"),
+        ("names: shapes", 'names: ["caf\\xe9", "cafe\\u0301"]', "two names or more, each once"),
+        ("names: shapes", "names: [a, '']", "none of them empty"),
+        ("names: shapes", "names: {n1: a, 'n1 ': b}", "two folders or more, each once"),
         ("templates: shapes", "templates: [a photo]", "each with one {} for the class name"),
         ("source: shapes # or open_clip", "source: open_clip", "pretrain.architecture is missing"),
         ("checkpoints: []", "checkpoints: [a.pt]", "1 checkpoints for 8 seeds: name one per seed"),
@@ -175,3 +181,33 @@ def test_a_missing_file_and_bad_yaml_are_one_line(tmp_path):
     with pytest.raises(ParamsError, match="expected YAML") as caught:
         load_params(tmp_path / "params.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["held-out", "photos"])
+@pytest.mark.parametrize("path", ["images/train", "./images//train", "link"])
+def test_training_images_are_not_tested_on_by_whatever_path_they_are_named(tmp_path, monkeypatch, name, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images/train").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("images/train")
+    yaml = YAML(typ="safe")
+    raw = yaml.load(full_params())
+    files = {"source": "files", "labels": "classes", "part": "all"}
+    raw["prepare"]["splits"] = {
+        "train": {**files, "path": "images/train"},
+        "held-out": {**files, "path": "images/held-out"},
+        "photos": {**files, "path": "images/test", "role": "in-distribution"},
+    }
+    raw["evaluate"]["benchmarks"] = ["held-out", "photos"]
+    raw["classes"] = {"names": ["a", "b"], "templates": ["a {}"]}
+
+    def load() -> None:
+        with open("params.yaml", "w") as file:
+            yaml.dump(raw, file)
+        load_params(Path("params.yaml"))
+
+    load()
+    raw["prepare"]["splits"][name]["path"] = path
+    with pytest.raises(ParamsError, match=f"train and {name} share a path, so each must say its part"):
+        load()
+    raw["prepare"]["splits"]["train"]["part"], raw["prepare"]["splits"][name]["part"] = "train", "held-out"
+    load()

@@ -334,6 +334,39 @@ def test_its_mistakes_are_named(tmp_path, options, message):
     assert message in str(result.exception)
 
 
+def test_a_folder_whose_name_is_no_name_of_a_set_needs_one(tmp_path):
+    path = pets(tmp_path).rename(tmp_path / "My Photos")
+    arguments = [path, "-o", tmp_path / "out", "--classes", "cat,dog", "--role", "shift"]
+    assert "--name: got 'my photos'; expected lower-case letters" in str(run(*arguments).exception)
+    assert run(*arguments, "--name", "my-photos").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "message"),
+    [
+        (
+            "txt",
+            "cat\ta\ndog\tb\ncat\tc",
+            "'cat' 'a'; expected a folder, a tab and its name on every line, each folder",
+        ),
+        ("txt", "cat\ta\ndog", "'dog'; expected a folder, a tab and its name on every line"),
+        ("json", '{"cat": "a", "dog": "b", "cat": "c"}', "'cat' 'a'; expected"),
+        ("json", '["cat", "cat "]', "two names or more, each once"),
+    ],
+)
+def test_a_file_of_classes_has_each_once(tmp_path, suffix, text, message):
+    (tmp_path / f"names.{suffix}").write_text(text)
+    options = ["-o", tmp_path / "out", "--role", "shift", "--classes", tmp_path / f"names.{suffix}"]
+    result = run(pets(tmp_path), *options)
+    assert isinstance(result.exception, ParamsError)
+    assert message in str(result.exception)
+
+
+def test_more_classes_than_a_files_name_has_room_for_may_be_listed(tmp_path):
+    classes = ",".join(["cat", "dog", *(f"class-{i}" for i in range(100))])
+    assert run(pets(tmp_path), "-o", tmp_path / "out", "--role", "shift", "--classes", classes).exit_code == 0
+
+
 def test_it_does_not_replace_shards_unasked(tmp_path):
     arguments = [pets(tmp_path), "-o", tmp_path / "out", "--classes", "cat,dog", "--role", "shift"]
     assert run(*arguments).exit_code == 0

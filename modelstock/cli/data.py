@@ -1,5 +1,6 @@
 """`modelstock prepare`."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,6 +8,7 @@ import typer
 
 from modelstock.cli.options import OutFolder, Overwrite, class_section
 from modelstock.errors import ParamsError
+from modelstock.files import NAME
 
 if TYPE_CHECKING:
     from modelstock.data.manifest import Manifest
@@ -96,6 +98,9 @@ def _benchmark_name(name: str | None, role: str, labels: str, source: str) -> st
             name = labels
         else:
             name = Path(source).name.partition(".")[0].lower()
+    if not re.fullmatch(NAME, name):
+        expected = "lower-case letters, digits, - and _, 100 at most"
+        raise ParamsError("--name", got=repr(name), expected=expected, cure="name the set so with --name")
     if role not in TRAINING + TESTS or (name in TRAINING and name != role):
         raise ParamsError(
             "--role",

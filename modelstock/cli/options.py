@@ -1,7 +1,9 @@
 """Options that several commands share, and texts on the command line that stand for more than a text."""
 
 import json
+import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,7 +72,7 @@ def method_options(settings: Sequence[str]) -> dict[str, Any]:
 def _listed(text: str, what: str) -> Any:
     """What a file of names or templates holds, one per line (or folder, tab, name) or as JSON; None for no file."""
     path = Path(text)
-    if not path.is_file():
+    if not os.path.isfile(path):  # also for a text that is too long for a name
         return None
     try:
         raw = path.read_text(encoding="utf-8")
@@ -78,13 +80,27 @@ def _listed(text: str, what: str) -> Any:
         raise ParamsError(path, got=f"no text ({error})", expected=f"{what} in UTF-8", cure="correct it") from error
     if path.suffix != ".json":
         lines = [line.strip() for line in raw.splitlines() if line.strip()]
-        if all("\t" in line for line in lines):
-            return {folder.strip(): name.strip() for folder, _, name in (line.partition("\t") for line in lines)}
-        return lines
+        if not any("\t" in line for line in lines):
+            return lines
+        return _each_once(path, [tuple(map(str.strip, line.split("\t"))) for line in lines])
     try:
-        return json.loads(raw)
+        return json.loads(raw, object_pairs_hook=partial(_each_once, path))
     except (ValueError, RecursionError) as error:
         raise ParamsError(path, got=f"no JSON ({error})", expected=f"a list of {what}", cure="correct it") from error
+
+
+def _each_once(path: Path, pairs: Sequence[tuple[Any, ...]]) -> dict[Any, Any]:
+    """Folder -> name, of (folder, name) in a file.
+
+    Raises:
+        ParamsError: a line that is no such pair, or a folder that comes twice.
+    """
+    folders = [pair[0] for pair in pairs]
+    wrong = [pair for pair in pairs if len(pair) != 2 or folders.count(pair[0]) > 1]
+    if wrong:
+        expected = "a folder, a tab and its name on every line, each folder once"
+        raise ParamsError(path, got=" ".join(map(repr, wrong[0])), expected=expected, cure="correct it")
+    return {folder: name for folder, name in pairs}
 
 
 def class_section(classes: str, templates: str) -> "ClassesParams":
