@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from modelstock.data.preparation import prepare
-from modelstock.devices import deterministic
 from modelstock.params import load_params
 from stages import run
 
@@ -11,8 +10,7 @@ from stages import run
 def main(split: str, out: Path) -> None:
     """SPLIT: one of prepare.splits. OUT: the folder to write."""
     params = load_params()
-    deterministic(params.threads)
-    manifest = prepare(split, params.prepare, params.classes, out)
+    manifest = prepare(split, params.prepare, params.classes, out, threads=params.threads)
     missing = [f"{len(manifest.unreadable)} unreadable"] if manifest.unreadable else []
     missing += [f"left out: {count} {what}" for what, count in sorted(manifest.left_out.items())]
     print(

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from modelstock.cli.app import app
 from modelstock.data.dataset import open_dataset, read_all
 from modelstock.data.preparation import prepare
-from modelstock.data.shapes.reference import drawn, reference_model
-from modelstock.data.shapes.render import SPLITS
+from modelstock.data.shapes.reference import reference_model
+from modelstock.data.shapes.render import SPLITS, drawn
 from modelstock.errors import DataError, ParamsError
 from modelstock.params import ClassesParams, DrawnSplit, load_params
 from tests.support import layouts

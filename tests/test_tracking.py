@@ -231,7 +231,9 @@ def test_a_dead_server_costs_seconds_and_never_the_training(tmp_path, weights):
             key="k",
             name="n",
             params={},
+            after_s=0.01,
         ):
+            time.sleep(0.1)
             trained.append(True)
     assert trained
     assert [str(w.message) for w in caught if "training goes on" in str(w.message)]
@@ -240,11 +242,20 @@ def test_a_dead_server_costs_seconds_and_never_the_training(tmp_path, weights):
 
 def test_the_mirror_sends_the_last_rows_when_the_block_ends(tmp_path, weights):
     history = weights.with_name("history.jsonl")
-    with Mirror(lambda: MlflowTracker(tmp_path, "e"), history, key="k3", name="seed-3", params={}, every_s=60):
-        pass
+    with Mirror(
+        lambda: MlflowTracker(tmp_path, "e"), history, key="k3", name="seed-3", params={}, after_s=0.01, every_s=60
+    ):
+        time.sleep(0.1)
     tracker = MlflowTracker(tmp_path, "e")
     run = tracker.client.search_runs([tracker.experiment])[0]
     assert len(tracker.client.get_metric_history(run.info.run_id, "loss")) == 6
+
+
+def test_a_run_that_ends_soon_never_opens_the_tracker(tmp_path, weights):
+    opened = []
+    with Mirror(lambda: opened.append(1), weights.with_name("history.jsonl"), key="k", name="n", params={}):
+        pass
+    assert opened == []
 
 
 def test_processes_that_start_at_once_on_a_new_store_all_succeed(tmp_path):
@@ -386,8 +397,10 @@ def test_a_server_that_accepts_and_never_answers_costs_seconds_and_is_one_line(t
         warnings.simplefilter("always")
         begun = time.monotonic()
         history = weights.with_name("history.jsonl")
-        with Mirror(lambda: MlflowTracker(tmp_path, "e", uri), history, key="k", name="seed-3", params={}):
-            pass
+        with Mirror(
+            lambda: MlflowTracker(tmp_path, "e", uri), history, key="k", name="seed-3", params={}, after_s=0.01
+        ):
+            time.sleep(0.1)
         assert time.monotonic() - begun < 10
     lines = [str(w.message) for w in caught if "seed-3" in str(w.message)]
     assert lines == ["seed-3: the tracker has not answered for 2 s; `dvc repro -f compare` sends what it lacks"]

@@ -36,7 +36,7 @@ from modelstock.data.index import index_shards
 from modelstock.data.layouts import Item, Source, open_source, subset
 from modelstock.data.manifest import SHARD_NAME, Manifest, Shard, make_manifest, save_manifest
 from modelstock.data.shapes.names import NAMES
-from modelstock.data.shapes.render import SPLITS
+from modelstock.data.shapes.render import SPLITS, Drawn, drawn
 from modelstock.data.shards import (
     clear,
     contact_sheet,
@@ -60,9 +60,17 @@ Job = tuple[Any, ...]  # a function and its arguments
 
 
 def prepare(
-    split: str, params: PrepareParams, classes: ClassesParams, folder: Path, *, scratch: Path = Path("scratch/prepare")
+    split: str,
+    params: PrepareParams,
+    classes: ClassesParams,
+    folder: Path,
+    *,
+    scratch: Path = Path("scratch/prepare"),
+    threads: int = 1,
 ) -> Manifest:
     """Write one split's shards, manifest and contact sheet; shards that are used in place are only checked.
+
+    `threads`: of torch, with which the embedded benchmark's adversarial split trains its reference model.
 
     Raises:
         DataError: a split that is not known, a source that is not as it should be, or too many unreadable images.
@@ -71,20 +79,19 @@ def prepare(
         raise DataError("split", got=repr(split), expected=", ".join(params.splits), cure="name one of prepare.splits")
     source = params.splits[split]
     if isinstance(source, DrawnSplit):
-        return _draw(split, source.images, params, folder)
+        return _draw(split, source.images, params, folder, threads)
     return _gather(split, source, params, classes, folder, scratch)
 
 
-def _draw(split: str, count: int, params: PrepareParams, folder: Path) -> Manifest:
+def _draw(split: str, count: int, params: PrepareParams, folder: Path, threads: int) -> Manifest:
     """Write a split of the embedded benchmark."""
-    from modelstock.data.shapes.reference import (  # torch takes seconds, in every process that imports it
-        Drawn,
-        drawn,
-        missed,
-    )
-
     plan = SPLITS[split]
-    source = missed(split, params, count) if plan.adversarial else islice(drawn(split, seed=params.seed), count)
+    if plan.adversarial:
+        from modelstock.data.shapes.reference import missed  # torch takes seconds, in every process that imports it
+
+        source = missed(split, params, count, threads=threads)
+    else:
+        source = islice(drawn(split, seed=params.seed), count)
     shown: list[NDArray[np.uint8]] = []
 
     def watched() -> Iterator[Drawn]:

@@ -16,9 +16,11 @@ PATIENCE_S = 10
 class Mirror:
     """Sends a growing history to a tracker every few seconds while the block trains; never lets an error reach it.
 
-    `tracker` is opened by the mirror's own thread. The first failure is one notice, later ones are silent: what was
-    missed is sent by the stage `compare`. When the block has ended, the last rows are sent; a tracker that has not
-    taken them after `PATIENCE_S` is left behind. Notices are printed and not kept: the results are the same without.
+    `tracker` is opened by the mirror's own thread, and only once the block has lasted `after_s`: a tracker costs
+    seconds of processor time to open, and a shorter run is there when `compare` sends it. The first failure is one
+    notice, later ones are silent: what was missed is sent by the stage `compare`. When the block has ended, the last
+    rows are sent; a tracker that has not taken them after `PATIENCE_S` is left behind. Notices are printed and not
+    kept: the results are the same without.
     """
 
     def __init__(
@@ -29,9 +31,10 @@ class Mirror:
         key: str,
         name: str,
         params: Mapping[str, Any],
+        after_s: float = 30.0,
         every_s: float = 5.0,
     ) -> None:
-        self._tracker, self._history, self._every_s = tracker, history, every_s
+        self._tracker, self._history, self._after_s, self._every_s = tracker, history, after_s, every_s
         self._key, self._name, self._params = key, name, dict(params)
         self._stop, self._left = threading.Event(), False
         self._thread = threading.Thread(target=self._follow, name="mirror", daemon=True)
@@ -52,6 +55,8 @@ class Mirror:
 
     def _follow(self) -> None:
         try:
+            if self._stop.wait(self._after_s):
+                return
             tracker, last = self._tracker(), False
             while not last:
                 last = self._stop.wait(self._every_s)

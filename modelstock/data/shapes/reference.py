@@ -1,29 +1,19 @@
-"""Draws the splits of the embedded benchmark, kept by a reference model where they are adversarial."""
+"""The reference model of the embedded benchmark, whose errors make its adversarial split."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
 from modelstock.data.images import normalise
 from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
-from modelstock.data.shapes.render import SPLITS, draw
+from modelstock.data.shapes.render import BLOCK, SPLITS, Drawn, draw
+from modelstock.devices import deterministic
 from modelstock.errors import DataError
 from modelstock.params import PrepareParams
-
-Drawn = tuple[NDArray[np.uint8], int]
-BLOCK = 500
-
-
-def drawn(split: str, *, seed: int, start: int = 0) -> Iterator[Drawn]:
-    """Images and labels of a split, without end, from index `start` on."""
-    while True:
-        yield from zip(*draw(split, range(start, start + BLOCK), seed=seed), strict=True)
-        start += BLOCK
 
 
 def reference_model(params: PrepareParams) -> nn.Module:
@@ -59,12 +49,15 @@ def reference_model(params: PrepareParams) -> nn.Module:
     return model.eval()
 
 
-def missed(split: str, params: PrepareParams, count: int) -> Iterator[Drawn]:
+def missed(split: str, params: PrepareParams, count: int, *, threads: int) -> Iterator[Drawn]:
     """Draws of `split` on which the reference model errs, `count` of them, as many of each label as of any other.
+
+    `threads`: of torch; which images they are repeats at one number of them.
 
     Raises:
         DataError: the reference errs so seldom that 100 draws an image are not enough.
     """
+    deterministic(threads)
     model = reference_model(params)
     labels = list(SPLITS[split].labels.values())
     groups = torch.tensor([[NAMES.index(c) for c in group] for group in labels])

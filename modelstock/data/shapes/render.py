@@ -6,7 +6,7 @@ The pictures are signed distance fields evaluated for a whole batch at once.
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from modelstock.data.shapes.names import NAMES
 
 Float = NDArray[Any]  # float32, but numpy's types widen at every product with a Python float
+Drawn = tuple[NDArray[np.uint8], int]  # an image (32, 32, 3), and its label
 SIZE = 32
+BLOCK = 500  # images that are drawn at a time
 
 
 def _polygon(sides: int) -> Callable[[Float, Float], Float]:
@@ -264,6 +266,13 @@ def draw(split: str, indices: Sequence[int], *, seed: int) -> tuple[NDArray[np.u
     classes = np.array([groups[g][int(r * len(groups[g]))] for g, r in zip(labels, uniform[:, 0], strict=True)])
     colour = uniform[:, 1:4]
     return _render(classes, STYLES[plan.style], uniform, noise, colour), labels
+
+
+def drawn(split: str, *, seed: int, start: int = 0) -> Iterator[Drawn]:
+    """Images and labels of a split, without end, from index `start` on."""
+    while True:
+        yield from zip(*draw(split, range(start, start + BLOCK), seed=seed), strict=True)
+        start += BLOCK
 
 
 def web(indices: Sequence[int], *, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:
