@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# cuda: PyPI's build of torch, held by hashes like all of requirements.lock. cpu: the CPU build of the same version,
+# from PyTorch's own index, which the lock has no hashes of; everything else as locked, less the CUDA libraries.
+TORCH ?= cuda
 
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
@@ -11,6 +14,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # Stages call `python`; DVC finds ours first.
 export PATH := $(abspath $(BIN)):$(PATH)
 
+INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 AUDITOR := $(BIN)/uv tool run pip-audit
 
 .PHONY: setup repro test kills check audit up down clean clean-scratch
@@ -20,8 +24,14 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"modelstock needs Python 3.11 to 3.13, got {v[0]}.{v[1]}: run make with PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5"
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+ifeq ($(TORCH),cpu)
+	awk '/^[^ ]/ {kept = !/^(torch|torchvision|triton|nvidia-[^=]+|cuda-[^=]+)==/} kept' requirements.lock > $(VENV)/without-torch.lock
+	$(INSTALL) --no-deps --require-hashes -r $(VENV)/without-torch.lock
+	$(INSTALL) --torch-backend cpu $$(grep -oE '^(torch|torchvision)==[^ ]+' requirements.lock)
+else
+	$(INSTALL) --require-hashes -r requirements.lock
+endif
+	$(INSTALL) --no-deps --editable .
 	@touch $@
 
 repro: setup

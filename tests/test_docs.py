@@ -41,7 +41,7 @@ def test_a_command_parses(page, line):
     program = program.rpartition("/")[2]
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert set(words) <= set(targets)
+        assert {word for word in words if "=" not in word} <= set(targets)
     elif program == "modelstock":
         subcommand = COMMAND.commands[words[0]]
         subcommand.make_context(words[0], words[1:])  # refuses unknown and missing arguments; runs nothing
