@@ -142,7 +142,8 @@ class FinetuneParams(Optimization):
     operations per image (0: none) and magnitude (of 30), before the crop. `train_head`: false keeps the anchor's head.
     `head_first_epochs`: epochs, before `epochs`, in which only the head learns, at `head_lr`. `devices`: processes that
     share a batch. `ema`: decays; `lawa`: last epochs averaged (0: none); `snapshots`: every epoch's weights kept. Each
-    of these averages and snapshots is scored like any weight set.
+    of these averages and snapshots is scored like any weight set. `validate_every`: epochs from one measurement on the
+    held-out split to the next; the last epoch is always followed by one.
     """
 
     epochs: Positive
@@ -164,6 +165,7 @@ class FinetuneParams(Optimization):
     ema: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Once] = []
     lawa: int = Field(default=0, ge=0)
     snapshots: bool = False
+    validate_every: Positive = 1
 
     @model_validator(mode="after")
     def _together(self) -> "FinetuneParams":

@@ -117,7 +117,7 @@ def test_training_validation_statistics_and_evaluation_see_the_same_pixels(tmp_p
     np.testing.assert_array_equal(evaluated, expected)
     for in_memory in (False, True):
         examples = dataset.examples(in_memory=in_memory)
-        (validated, _), *_ = validation_batches(examples, PREPROCESS)
+        (validated, _), *_ = validation_batches(examples, PREPROCESS, batch_size=500)
         torch.testing.assert_close(validated, normalise(expected, PREPROCESS))
         for row, content in enumerate(contents):  # what training crops from
             np.testing.assert_array_equal(examples.image(row), np.array(Image.open(io.BytesIO(content)).convert("RGB")))
@@ -201,7 +201,7 @@ def test_a_hostile_or_damaged_image_is_one_line_wherever_it_is_read_and_starts_n
     with pytest.raises(DataError, match=line):
         next(DecodedBatches(dataset, [Framing.of(PREPROCESS)], 1).load(0, workers=0, pin=False))
     with pytest.raises(DataError, match=line):
-        next(validation_batches(dataset.images, PREPROCESS))
+        next(validation_batches(dataset.images, PREPROCESS, batch_size=500))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

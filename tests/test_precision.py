@@ -9,10 +9,11 @@ import torch
 from modelstock.comparison.compare import compare
 from modelstock.comparison.report import as_markdown
 from modelstock.data.dataset import open_dataset
+from modelstock.devices import FORWARD_BATCH
 from modelstock.errors import DataError
 from modelstock.scoring import precision
 from modelstock.scoring.one_pass import score
-from modelstock.scoring.precision import BATCH_SIZES, fastest, scoring_options, speeds
+from modelstock.scoring.precision import fastest, scoring_options, speeds
 from tests.support.splits import make_split
 from tests.test_comparison import ACCURACY, made
 
@@ -60,7 +61,7 @@ def test_settings_that_are_named_are_taken_as_they_are_and_auto_is_settled(monke
     assert (named.batch_size, named.precision, named.device) == (7, "float32", "cpu")
     monkeypatch.setattr(precision, "speeds", lambda *_, **__: {"float32": 1, "bfloat16": 2})
     auto = scoring_options({"batch_size": "auto", "precision": "auto"}, anchor, device="cpu", kept=None)
-    assert (auto.batch_size, auto.precision) == (BATCH_SIZES["cpu"], "bfloat16")
+    assert (auto.batch_size, auto.precision) == (FORWARD_BATCH["cpu"], "bfloat16")
 
 
 def test_bfloat16_towers_predict_nearly_what_float32_towers_do(tmp_path, anchor):

@@ -73,6 +73,12 @@ def test_a_seed_trained_twice_gives_the_same_bytes_and_another_seed_others(tmp_p
     assert history[-1]["loss"] < history[0]["loss"]
 
 
+def test_validation_every_two_epochs_measures_the_last_one_too(tmp_path, anchor):
+    trained, history, _ = train(anchor, tmp_path / "a", validate_every=2)
+    assert [row["step"] for row in history if "validation/top1" in row] == [6, 9]
+    assert equal(trained, train(anchor, tmp_path / "b")[0])
+
+
 class Watch(Callback):
     """The weights before the first step and after every step."""
 

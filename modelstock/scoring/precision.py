@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from modelstock.devices import device_kind, device_model
+from modelstock.devices import FORWARD_BATCH, device_kind, device_model
 from modelstock.files import SCRATCH, write_json
 from modelstock.models.towers import build_classifier
 from modelstock.provenance import key_of
@@ -18,7 +18,6 @@ from modelstock.weights.weight_set import WeightSet
 Precision = Literal["float32", "bfloat16"]
 KEPT = SCRATCH / "precision"
 GAIN = 1.5  # how much faster bfloat16 must be: so much that a second measurement chooses the same
-BATCH_SIZES = {"cpu": 128, "cuda": 500}  # see docs/benchmarks.md
 _SECONDS = 0.5  # of measuring, per precision
 
 
@@ -33,7 +32,7 @@ def scoring_options(
     kind = device_kind(device)
     settled = dict(section)
     if settled["batch_size"] == "auto":
-        settled["batch_size"] = BATCH_SIZES[kind]
+        settled["batch_size"] = FORWARD_BATCH[kind]
     if settled["precision"] == "auto":
         settled["precision"] = fastest(weights, kind, batch_size=settled["batch_size"], kept=kept)
     return ScoringOptions(device=kind, cache=cache, **settled)

@@ -36,9 +36,9 @@ def finetune(
 ) -> tuple[list[HistoryRow], list[Average]]:
     """Fine-tune tower and head in place; returns the history, and the averages along the run.
 
-    `held_out`: scored each epoch and never trained on. `folder`: where the resume point is kept, one folder per job.
-    `workers`: processes that make batches ahead. `snapshot`: called with the number of every epoch but the last;
-    returns the file that it wrote. The model is on the world's device.
+    `held_out`: scored every `validate_every` epochs and at the end, never trained on. `folder`: where the resume point
+    is kept, one folder per job. `workers`: processes that make batches ahead. `snapshot`: called with the number of
+    every epoch but the last; returns the file that it wrote. The model is on the world's device.
 
     Raises:
         TrainingError: fewer examples than a batch, a loss that is not finite, or memory that does not suffice.
@@ -50,7 +50,7 @@ def finetune(
     point = ResumePoint(folder)
     callbacks: list[Callback] = [
         Log(recipe.log_every, epoch),
-        Validation(epoch, held_out, preprocess),
+        Validation(recipe.validate_every * epoch, held_out, preprocess),
         *averages,
         *([Snapshots(epoch, snapshot)] if snapshot else []),
         point,

@@ -10,10 +10,11 @@ from torch import nn
 
 from modelstock.data.examples import Examples
 from modelstock.data.images import Framing, normalise
+from modelstock.devices import FORWARD_BATCH
 from modelstock.training.loop import Batch, Callback, Run
 
 
-def validation_batches(examples: Examples, preprocess: Mapping[str, Any], batch_size: int = 500) -> Iterator[Batch]:
+def validation_batches(examples: Examples, preprocess: Mapping[str, Any], batch_size: int) -> Iterator[Batch]:
     """All examples in their order, framed as they are scored: images (B, 3, S, S), labels (B,)."""
     framing, labels = Framing.of(preprocess), torch.from_numpy(examples.labels)
     for start in range(0, len(labels), batch_size):
@@ -34,16 +35,16 @@ def top1(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> fl
 
 def accuracy(model: nn.Module, examples: Examples, preprocess: Mapping[str, Any], device: torch.device) -> float:
     """Top-1 accuracy of a model, put in evaluation mode, on whole examples: nothing is drawn at random."""
-    return top1(model.eval(), validation_batches(examples, preprocess), device)
+    return top1(model.eval(), validation_batches(examples, preprocess, FORWARD_BATCH[device.type]), device)
 
 
 class Validation(Callback):
-    """A row of held-out accuracy every `epoch` steps."""
+    """A row of held-out accuracy every `every` steps, and at the end."""
 
-    def __init__(self, epoch: int, held_out: Examples, preprocess: Mapping[str, Any]) -> None:
-        self.epoch, self.held_out, self.preprocess = epoch, held_out, preprocess
+    def __init__(self, every: int, held_out: Examples, preprocess: Mapping[str, Any]) -> None:
+        self.every, self.held_out, self.preprocess = every, held_out, preprocess
 
     def after_step(self, run: Run) -> None:
         """Measure, where it is time."""
-        if run.step % self.epoch == 0 and run.world.rank == 0:
+        if (run.step % self.every == 0 or run.step == run.steps) and run.world.rank == 0:
             run.log({"validation/top1": accuracy(run.model, self.held_out, self.preprocess, run.world.device)})

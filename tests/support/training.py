@@ -26,7 +26,15 @@ from modelstock.weights.weight_set import WeightSet
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = load_params(ROOT / "params.yaml").finetune.model_copy(
-    update={"batch_size": 8, "epochs": 3, "warmup_steps": 2, "log_every": 1, "lawa": 2, "ema": [0.5, 0.9]}
+    update={
+        "batch_size": 8,
+        "epochs": 3,
+        "warmup_steps": 2,
+        "log_every": 1,
+        "validate_every": 1,
+        "lawa": 2,
+        "ema": [0.5, 0.9],
+    }
 )
 EVERY_EPOCH = PeriodicParams(sizes=[2])
 
