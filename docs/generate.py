@@ -2,6 +2,7 @@
 
     python docs/generate.py                         # tables that come from the code
     python docs/generate.py --results results       # also the results page, the headline and the figure, from a run
+    python docs/generate.py --results results --preset methods    # a run of a preset: its page results-methods.md
     python docs/generate.py --check                 # write nothing; fail where a page is not current
 
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
@@ -20,6 +21,7 @@ from modelstock.comparison.metrics import METRICS
 from modelstock.merging.methods.table import METHODS
 
 ROOT = Path(__file__).parent.parent
+DEFAULT = "shapes"  # the preset of params.yaml
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -137,8 +139,8 @@ def current(page: Path) -> str:
     )
 
 
-def from_results(results: Path) -> tuple[str, str, dict[str, bytes]]:
-    """The headline, the results page and the pictures of a run's results per example."""
+def from_results(results: Path, preset: str) -> tuple[str, str, dict[str, bytes]]:
+    """The headline, the results page and the pictures, by file name, of a run's results per example."""
     from modelstock.comparison.compare import compare
     from modelstock.comparison.figures import figures
     from modelstock.comparison.report import as_markdown, headline
@@ -148,12 +150,14 @@ def from_results(results: Path) -> tuple[str, str, dict[str, bytes]]:
     params = load_params(ROOT / "params.yaml")
     scores = [load_scores(results / f"{name}.safetensors") for name in params.evaluate.benchmarks]
     comparison = compare(scores, draws=params.compare.draws, seed=params.compare.seed)
-    drawn = figures(comparison)
+    prefix, command = ("", "make repro") if preset == DEFAULT else (f"{preset}-", f"dvc exp run -S preset={preset}")
+    drawn = {f"{prefix}{name}": figure for name, figure in figures(comparison).items()}
     text = as_markdown(comparison, {}, {name: title for name, (title, _) in drawn.items()})
     body = text.partition("\n\n")[2]
+    option = "" if preset == DEFAULT else f" --preset {preset}"
     page = (
-        "# Results of `make repro`\n\nGenerated from the results per example of a run: `make repro`, then "
-        "`.venv/bin/python docs/generate.py --results results`. Methods: [merging](merging.md); error bars: "
+        f"# Results of `{command}`\n\nGenerated from the results per example of a run: `{command}`, then "
+        f"`.venv/bin/python docs/generate.py --results results{option}`. Methods: [merging](merging.md); error bars: "
         "[scoring](scoring.md#error-bars). The embedded benchmark is a tower of 0.8M parameters on procedural "
         "pictures: read the figures as a test of the pipeline, not of the paper at scale.\n\n"
     )
@@ -165,11 +169,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--preset", default=DEFAULT)
     options = parser.parse_args()
     if options.results:
-        headline, page, pictures = from_results(options.results)
-        PARTS["headline"] = lambda: headline
-        FILES["docs/results.md"] = lambda: page
+        headline, page, pictures = from_results(options.results, options.preset)
+        if options.preset == DEFAULT:
+            PARTS["headline"] = lambda: headline
+        FILES[f"docs/results{'' if options.preset == DEFAULT else f'-{options.preset}'}.md"] = lambda: page
         for name, picture in pictures.items():
             (ROOT / "docs" / name).write_bytes(picture)
     wanted = {page: current(page) for page in pages()} | {ROOT / name: make() for name, make in FILES.items()}
