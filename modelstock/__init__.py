@@ -16,4 +16,10 @@ The command `modelstock` does the same for files of any size. Packages, from the
 errors that a user can meet. Only `weights` and `merging` do without the extra `train`.
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# Threads of torch that wait for each other sleep rather than spin, which OpenMP reads when it is loaded. Spinning costs
+# up to eight times the time wherever another process wants the cores; see docs/benchmarks.md. No result depends on it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
