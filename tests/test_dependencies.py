@@ -9,7 +9,7 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from flows.reproduce import plan
+from flows.graph import plan
 from modelstock.provenance import files_of
 from tests.support.settings import full_params
 

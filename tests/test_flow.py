@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.reproduce import GUARD, FlowError, devices, plan
+from flows.graph import FlowError, plan
+from flows.reproduce import GUARD, devices
 from flows.services import _ask, alive, started_at
 
 ROOT = Path(__file__).parent.parent

@@ -7,13 +7,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from modelstock.data.images import normalise
 from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
 from modelstock.data.shapes.render import SPLITS, draw
 from modelstock.errors import DataError
 from modelstock.params import PrepareParams
+from modelstock.progress import progress_bar
 
 Drawn = tuple[NDArray[np.uint8], int]
 BLOCK = 500
@@ -49,7 +49,7 @@ def reference_model(params: PrepareParams) -> nn.Module:
     images, labels = draw("train", range(10**8, 10**8 + params.reference_draws), seed=params.seed)
     pixels, truth = normalise(images, TINY_PREPROCESS), torch.from_numpy(labels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for epoch in tqdm(range(params.reference_epochs), desc="reference model", unit="epoch"):
+    for epoch in progress_bar(range(params.reference_epochs), desc="reference model", unit="epoch"):
         order = torch.from_numpy(np.random.default_rng([params.seed, epoch]).permutation(len(truth)))
         for rows in torch.split(order, 100):
             loss = functional.cross_entropy(model(pixels[rows]), truth[rows])
