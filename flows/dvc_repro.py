@@ -4,13 +4,11 @@ This process is DVC: what it prints, its bars, its exit code, and what an interr
 made from the messages that DVC logs as it comes to each stage.
 """
 
-import io
 import logging
 import re
 import shlex
 import sys
-from argparse import Namespace
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 
 from flows.graph import FlowError, plan_of_repro
 from flows.progress import SKIPS, Progress
@@ -48,16 +46,6 @@ class Watch(logging.Handler):
         self._running = None
 
 
-def _options(arguments: list[str]) -> Namespace | None:
-    """The options as DVC reads them; None for those that it refuses, or that run nothing."""
-    from dvc.cli import DvcParserError, parse_args
-
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), suppress(DvcParserError, SystemExit):
-        options: Namespace = parse_args(["repro", *arguments])
-        return None if options.dry or options.quiet or options.cd != "." else options
-    return None
-
-
 def main(arguments: list[str]) -> int:
     """Run `dvc repro`, and return its exit code.
 
@@ -65,14 +53,19 @@ def main(arguments: list[str]) -> int:
         ModelstockError: as `ready`.
     """
     with ready(shlex.join(["dvc", "repro", *arguments])):
+        from dvc.cli import DvcParserError, parse_args
         from dvc.cli import main as dvc
 
-        watch = None
-        if (options := _options(arguments)) is not None:
+        command, watch = ["repro", *arguments], None
+        try:
+            options = parse_args(command)
+        except DvcParserError:  # has said why
+            return 254  # as DVC
+        if not (options.dry or options.quiet) and options.cd == ".":
             with suppress(FlowError):  # DVC refuses it in its own words
                 watch = Watch(Progress(plan_of_repro(options)))
                 logging.getLogger("dvc").handlers.insert(0, watch)  # before the handlers that print
-        code: int = dvc(["repro", *arguments])
+        code: int = dvc(command)
         if watch is not None:
             watch.end(whole=code == 0)
         return code

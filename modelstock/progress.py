@@ -48,7 +48,7 @@ class Lines:
         self.n = initial
         self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
         self._iterable, self._desc, self._unit, self._leave = iterable, desc, unit, leave
-        self._silent = disable
+        self._silent, self._shown = disable, -1.0  # the count in the last line
         self._initial, self._began = initial, time.monotonic()
         self._written = self._began
         before = _paused.pop(desc, None)
@@ -76,16 +76,16 @@ class Lines:
 
     def close(self) -> None:
         """The end, also of what was interrupted."""
-        if self._leave:
+        if self._leave and self._shown != self.n:
             self._write()
-        elif self.total and self.n < self.total:
+        if not self._leave and self.total and self.n < self.total:
             _paused[self._desc] = self
         self._silent = True
 
     def _write(self) -> None:
         if self._silent:
             return
-        self._written = time.monotonic()
+        self._written, self._shown = time.monotonic(), self.n
         seconds, done = self._written - self._began, self.n - self._initial
         text = f"{self.n:,.0f}" + (f" of {self.total:,.0f}" if self.total else "") + f" {self._unit}s"
         text += f", {duration(seconds)} elapsed"
