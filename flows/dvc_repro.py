@@ -5,10 +5,12 @@ made from the messages that DVC logs as it comes to each stage.
 """
 
 import logging
+import os
 import re
 import shlex
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from flows.graph import FlowError, plan_of_repro
 from flows.progress import SKIPS, Progress
@@ -56,6 +58,8 @@ def main(arguments: list[str]) -> int:
         from dvc.cli import DvcParserError, parse_args
         from dvc.cli import main as dvc
 
+        # Stages call `python`: ours.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         command, watch = ["repro", *arguments], None
         try:
             options = parse_args(command)
@@ -77,3 +81,5 @@ if __name__ == "__main__":
     except ModelstockError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(252)  # as DVC

@@ -128,7 +128,7 @@ def test_stages_that_are_up_to_date_or_come_from_the_cache_count_as_done_and_are
         (["finetune@1"], ["stage 1 of 2: prepare; about 9 min left", "stage 2 of 2: finetune@1; about 8 min left"]),
         (["--single-item", "prepare"], ["stage 1 of 1: prepare; about 1 min left"]),
         (["--quiet"], []),
-        (["--dry"], []),
+        (["--dry", "--single-item", "prepare"], []),
     ],
 )
 def test_only_the_stages_that_the_run_looks_at_count(project, arguments, written):
@@ -157,14 +157,13 @@ def test_a_failed_stage_ends_the_run_as_in_dvc_and_its_time_is_not_kept(project)
 
 
 def test_a_failed_stage_that_others_go_on_after_is_not_timed(project):
-    edit(project, '"cat prepare.txt > ${item}.txt"', '"test ${item} != 1 && cat prepare.txt > ${item}.txt"')
+    edit(project, '"cat prepare.txt > ${item}.txt"', '"test ${item} != 0 && cat prepare.txt > ${item}.txt"')
     know(project, KNOWN)
     done = repro(project, "--keep-going")
     assert (done.returncode, len(lines(done))) == (255, 4)
     times = read_times(project / TIMES)
-    assert times["finetune@1"] == KNOWN["finetune@1"]
-    assert times["finetune@0"] < KNOWN["finetune@0"]
-    assert "finetune@2" in times
+    assert times["finetune@0"] == KNOWN["finetune@0"]
+    assert times["finetune@1"] < KNOWN["finetune@1"]
 
 
 @pytest.mark.parametrize("arguments", [["--nonsense"], ["no-such-stage"]])
