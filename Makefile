@@ -37,7 +37,7 @@ endif
 repro: setup
 	@# A source archive is no git checkout, and DVC must be told so.
 	@test -e .git || $(BIN)/dvc config --local core.no_scm true
-	@$(BIN)/python -m flows.workspace $(BIN)/dvc repro
+	@$(BIN)/python -m flows.dvc_repro
 	@echo "Comparison: reports/comparison.html   Metrics: dvc metrics show   MLflow and Prefect: make up"
 
 up: setup

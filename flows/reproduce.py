@@ -34,15 +34,13 @@ from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict, Field
 
+from flows.graph import FlowError, plan
+from flows.progress import SKIPS, Progress
 from flows.services import HOST, answers
 from flows.workspace import ready
 from modelstock.errors import ModelstockError, redacted
 
 GUARD = [sys.executable, str(Path(__file__).with_name("guard.py"))]
-
-
-class FlowError(ModelstockError):
-    """The flow cannot start, or a stage failed."""
 
 
 class ReproduceParams(BaseModel):
@@ -52,68 +50,6 @@ class ReproduceParams(BaseModel):
     targets: list[str] = Field(default=[], description="Stages to bring up to date with all they need; empty: all.")
     slots: int = Field(default=0, ge=0, description="Stages on devices at once; 0: one per GPU, or one without GPUs.")
     force: bool = Field(default=False, description="Run stages again that are up to date.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Stages in an order that respects `needs`; those in `dirty` must run, those in `device` occupy a device."""
-
-    needs: Mapping[str, frozenset[str]]
-    dirty: frozenset[str]
-    device: frozenset[str]
-
-
-def plan(root: Path, targets: list[str], *, force: bool = False) -> Plan:
-    """Read the graph, and what must run, from DVC itself.
-
-    Raises:
-        FlowError: not a DVC project, a broken dvc.yaml, or a target that is no stage.
-    """
-    import networkx
-    from dvc.exceptions import DvcException
-    from dvc.lock import LockError
-    from dvc.repo import Repo, lock_repo
-
-    try:
-        with Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
-            graph = repo.index.graph  # an edge points from a stage to one that it needs
-            changed = set(repo.status())
-            dirty = {s for s in graph if s.addressing in changed or s.always_changed or force}
-            for stage in list(dirty):
-                dirty |= networkx.ancestors(graph, stage)
-            wanted = _wanted(graph, targets)
-            order = [s for s in reversed(list(networkx.topological_sort(graph))) if s in wanted]
-            return Plan(
-                needs={s.addressing: frozenset(d.addressing for d in graph.successors(s)) for s in order},
-                dirty=frozenset(s.addressing for s in dirty & wanted),
-                device=frozenset(s.addressing for s in wanted if (s.meta or {}).get("device")),
-            )
-    except (DvcException, LockError) as error:
-        raise FlowError(
-            root,
-            got=f"{type(error).__name__}: {' '.join(str(error).split())}",
-            expected="a DVC project",
-            cure="run in the repository's root, after `make setup`",
-        ) from error
-
-
-def _wanted(graph: Any, targets: list[str]) -> set[Any]:
-    """The stages of a graph that are targets or needed by one; without targets all.
-
-    Raises:
-        FlowError: a target that is no stage.
-    """
-    import networkx
-
-    by_name = {stage.addressing: stage for stage in graph}
-    for target in targets:
-        if target not in by_name:
-            raise FlowError(
-                "targets", got=repr(target), expected=", ".join(sorted(by_name)), cure="name one of these stages"
-            )
-    chosen = {by_name[target] for target in targets}
-    needed = {stage for one in chosen for stage in networkx.descendants(graph, one)}
-    return chosen | needed if targets else set(by_name.values())
 
 
 def devices(slots: int) -> list[dict[str, str]]:
@@ -184,7 +120,7 @@ class Children:
 Slots = queue.Queue[dict[str, str]]  # the environments of the device slots that are free
 
 
-def _run(name: str, *, root: Path, children: Children, slots: Slots | None, force: bool) -> None:
+def _run(name: str, *, root: Path, children: Children, slots: Slots | None, progress: Progress, force: bool) -> None:
     """Run one stage through DVC, its output line by line in the task's log; `slots`: of one on a device."""
     log = get_run_logger()
     slot = slots.get() if slots else {}
@@ -192,15 +128,19 @@ def _run(name: str, *, root: Path, children: Children, slots: Slots | None, forc
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
         env = {**os.environ, **slot, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         last: deque[str] = deque(maxlen=8)
+        skipped = False
+        log.info(progress.started(name))
         with children.start(command + ["--force"] * force, cwd=root, env=env) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 # Progress bars rewrite their line; the last state of it is kept.
                 text = redacted(line.rstrip("\n").rsplit("\r", 1)[-1].rstrip())
+                skipped |= SKIPS.fullmatch(text) is not None
                 if text:
                     last.append(text)
                     log.info(text)
             code = process.wait()
+        progress.ended(name, whole=code == 0 and not skipped)
     finally:
         if slots:
             slots.put(slot)
@@ -251,14 +191,15 @@ def _reproduce(params: ReproduceParams) -> str:
     slots: Slots = queue.Queue()
     for env in devices(params.slots):
         slots.put(env)
-    children = Children()
+    children, progress = Children(), Progress(planned, slots=slots.qsize())
 
     @task(name="stage")
     def stage(name: str) -> State[None] | None:
         if name not in planned.dirty:
+            progress.skipped(name)
             return Completed(name="Cached", message="up to date")
         own = slots if name in planned.device else None
-        _run(name, root=root, children=children, slots=own, force=params.force)
+        _run(name, root=root, children=children, slots=own, progress=progress, force=params.force)
         return None
 
     futures: dict[str, PrefectFuture[Any]] = {}

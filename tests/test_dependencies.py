@@ -9,7 +9,7 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from flows.reproduce import plan
+from flows.graph import plan
 from modelstock.provenance import files_of
 from tests.support.settings import full_params
 
@@ -107,13 +107,14 @@ TABLE = {
         {"prepare", "pretrain", "finetune", "longer"},
     ),
     "a new merge method": (["modelstock/merging/methods/table.py"], BELOW, EVERYTHING - BELOW),
-    "an error text, the command line, a tracker, files, params, docs": (
+    "an error text, the command line, a tracker, files, params, progress, docs": (
         [
             "modelstock/errors.py",
             "modelstock/cli/__init__.py",
             "modelstock/tracking/mlflow.py",
             "modelstock/files.py",
             "modelstock/params.py",
+            "modelstock/progress.py",
             "modelstock/provenance.py",
             "modelstock/training/__init__.py",
             "stages/__init__.py",

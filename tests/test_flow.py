@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,8 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.reproduce import GUARD, FlowError, devices, plan
+from flows.graph import FlowError, plan
+from flows.progress import TIMES, read_times
+from flows.reproduce import GUARD, devices
 from flows.services import _ask, alive, started_at
+from modelstock.files import write_json
 
 ROOT = Path(__file__).parent.parent
 PIPELINE = """
@@ -175,6 +179,32 @@ def test_two_slots_run_two_device_stages_at_once(project, server):
     assert flow(project, server, "--slots", "2").returncode == 0
     at = moments(project)
     assert max(at["b", "begin"], at["c", "begin"]) < min(at["b", "end"], at["c", "end"])
+
+
+def test_the_flow_logs_how_far_it_is_and_how_long_it_will_take(project, server):
+    (project / "dvc.yaml").write_text(PIPELINE.replace(" 1.0 >", " 0.1 >"))
+    first = flow(project, server)
+    assert first.returncode == 0, first.stderr[-2000:]
+    written = re.findall(r"stage (\d) of 5: (\w), \d+ s elapsed, (.*)", first.stderr)
+    assert [number for number, *_ in written] == ["1", "2", "3", "4", "5"]
+    assert (written[0][2], written[-1][1]) == ("no estimate yet", "d")
+    assert read_times(project / TIMES).keys() == {"a", "b", "c", "d", "e"}
+
+    write_json(project / TIMES, {"a": 600.0, "c": 120.0, "d": 60.0})
+    (project / "dvc.yaml").write_text(PIPELINE.replace(" 1.0 >", " 0.1 >").replace("log.py c 0.1", "log.py c 0.2"))
+    second = flow(project, server)
+    assert second.returncode == 0
+    assert re.search(r"stage \d of 5: c, \d+ s elapsed, about 3 min left", second.stderr)
+    times = read_times(project / TIMES)
+    assert times["a"] == 600
+    assert times["c"] < 120
+
+    # What comes from the cache is as fast as the cache: no time of the stage.
+    (project / "dvc.yaml").write_text(PIPELINE.replace(" 1.0 >", " 0.1 >"))
+    third = flow(project, server)
+    assert "'c' is cached" in third.stderr
+    assert re.search(r"stage \d of 5: c, ", third.stderr)
+    assert read_times(project / TIMES)["c"] == times["c"]
 
 
 def test_a_failed_stage_stops_what_needs_it_and_nothing_else(project, server):

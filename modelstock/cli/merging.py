@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from modelstock.cli.options import AsJson, OutFile, Overwrite, check_choice, method_options
-from modelstock.cli.output import progress_bar, show
+from modelstock.cli.output import progress_of, show
 from modelstock.errors import MergeError
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -52,7 +52,7 @@ def merge(
     find_method(method, options)  # before an option could be taken for something else
     if batch_norm is not None:
         _check_batch_norm(anchor)
-    with progress_bar("merging") as progress:
+    with progress_of("merging") as progress:
         plan = merge_files(
             method,
             anchor,

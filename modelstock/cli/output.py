@@ -1,12 +1,12 @@
 """What commands print: tables, JSON and progress bars."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from modelstock.notices import so_far
+from modelstock.progress import progress_bar
 
 
 def show(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -26,14 +26,9 @@ def show(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, and nothing elsewhere: call it with what is done, and of how much."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=title, unit="value", unit_scale=True, mininterval=0.2, leave=False) as bar:
+def progress_of(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show the progress of the block on stderr: call what it gives with what is done, and of how much."""
+    with progress_bar(desc=title, unit="value", unit_scale=True, mininterval=0.2, leave=False) as bar:
 
         def update(done: int, total: int) -> None:
             bar.total = total

@@ -24,8 +24,6 @@ from os.path import splitext
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from modelstock.data.classes import class_names, folder_names, wnids
 from modelstock.data.containers import Container, File, Folder, Rows, TarGz, Tars, open_container
 from modelstock.data.decoder import SUFFIXES
@@ -33,6 +31,7 @@ from modelstock.data.index import Example, pair
 from modelstock.errors import DataError, ParamsError, few, nearest
 from modelstock.notices import notice
 from modelstock.params import ClassesParams, FilesSplit, PrepareParams
+from modelstock.progress import progress_bar
 
 # What lies beside images and is none.
 _TEXTS = frozenset(
@@ -486,7 +485,7 @@ def _listed(name: str, split: FilesSplit) -> tuple[Container, list[File]]:
     """
     try:
         container = open_container(Path(split.path), split.password)
-        files = list(tqdm(container.files(), desc=f"{name}: listing", unit="file", delay=2, leave=False))
+        files = list(progress_bar(container.files(), desc=f"{name}: listing", unit="file", delay=2, leave=False))
     except OSError as error:
         raise DataError(
             error.filename or split.path,

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from modelstock.data.classes import class_names
 from modelstock.data.containers import Container, File, TarGz, Tars
@@ -48,6 +47,7 @@ from modelstock.errors import DataError, few
 from modelstock.files import atomic_path, sha256_of, write_json
 from modelstock.notices import collected, notice
 from modelstock.params import ClassesParams, DrawnSplit, FilesSplit, PrepareParams
+from modelstock.progress import progress_bar
 from modelstock.provenance import key_of
 
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -95,7 +95,7 @@ def _draw(split: str, count: int, params: PrepareParams, folder: Path, threads: 
     shown: list[NDArray[np.uint8]] = []
 
     def watched() -> Iterator[Drawn]:
-        for image, label in tqdm(source, total=count, desc=split, unit="image", mininterval=1):
+        for image, label in progress_bar(source, total=count, desc=split, unit="image", mininterval=1):
             if len(shown) < _SHOWN:
                 shown.append(image)
             yield image, label
@@ -325,7 +325,9 @@ def _collect(
     unreadable: dict[str, str] = {}
     results = []
     with (
-        tqdm(total=total, initial=sum(f["images"] for f in done), desc=split, unit="image", mininterval=1) as bar,
+        progress_bar(
+            total=total, initial=sum(f["images"] for f in done), desc=split, unit="image", mininterval=1
+        ) as bar,
         closing(_results(jobs, params.workers)) as fresh,
     ):
         for facts in chain(done, fresh):

@@ -8,9 +8,9 @@ import open_clip
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from modelstock.models.towers import from_transformers
+from modelstock.progress import progress_bar
 
 # Class name -> prompt, each of them.
 Prompts = Sequence[Callable[[str], str]]
@@ -56,8 +56,8 @@ def zero_shot_head(
     rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     distinct, parts = list(rows), []
     device = next(clip.parameters()).device
-    # A bar where it takes a while, on a terminal.
-    with tqdm(total=len(distinct), desc="prompts", unit="text", disable=len(distinct) <= 1000 or None) as bar:
+    # Shown where it takes a while.
+    with progress_bar(total=len(distinct), desc="prompts", unit="text", disable=len(distinct) <= 1000) as bar:
         for start in range(0, len(distinct), batch_size):
             tokens = tokenize(distinct[start : start + batch_size]).to(device)
             encoded = clip.encode_text(tokens, normalize=False)  # type: ignore[operator]

@@ -18,13 +18,13 @@ import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from modelstock.data.dataset import Dataset
 from modelstock.data.images import Framing
 from modelstock.devices import device_kind, device_model
 from modelstock.errors import WeightsError
 from modelstock.models.towers import Classifier, build_classifier, check_classifier
+from modelstock.progress import progress_bar
 from modelstock.scoring.decoding import DecodedBatches, Pixels
 from modelstock.scoring.outcome import COLUMNS, Outcome
 from modelstock.scoring.results import Row, Scores
@@ -183,7 +183,7 @@ class _Pass:
         """Score what is lacking; what is scored by then is kept, however it ends."""
         scored, count = min(entry.scored for entry in self.progress.values()), self.dataset.manifest.count
         saved = time.monotonic()
-        with tqdm(total=count, initial=scored, desc=self.title, unit="image", mininterval=2) as bar:
+        with progress_bar(total=count, initial=scored, desc=self.title, unit="image", mininterval=2) as bar:
             try:
                 for span in self._spans(scored):
                     self._score(span)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from modelstock.errors import TrainingError
+from modelstock.progress import progress_bar
 from modelstock.training.distributed import ALONE, World
 
 HistoryRow = dict[str, Any]
@@ -183,7 +183,7 @@ class Run:
         """
         stop = self.steps if until is None else until
         batches = self.batches(self.step, stop)
-        with tqdm(
+        with progress_bar(
             total=self.steps,
             initial=self.step,
             desc=self.name,

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from modelstock.data.images import normalise
 from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
@@ -14,6 +13,7 @@ from modelstock.data.shapes.render import BLOCK, SPLITS, Drawn, draw
 from modelstock.devices import deterministic
 from modelstock.errors import DataError
 from modelstock.params import PrepareParams
+from modelstock.progress import progress_bar
 
 
 def reference_model(params: PrepareParams) -> nn.Module:
@@ -39,7 +39,7 @@ def reference_model(params: PrepareParams) -> nn.Module:
     images, labels = draw("train", range(10**8, 10**8 + params.reference_draws), seed=params.seed)
     pixels, truth = normalise(images, TINY_PREPROCESS), torch.from_numpy(labels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for epoch in tqdm(range(params.reference_epochs), desc="reference model", unit="epoch"):
+    for epoch in progress_bar(range(params.reference_epochs), desc="reference model", unit="epoch"):
         order = torch.from_numpy(np.random.default_rng([params.seed, epoch]).permutation(len(truth)))
         for rows in torch.split(order, 100):
             loss = functional.cross_entropy(model(pixels[rows]), truth[rows])
