@@ -34,7 +34,7 @@ from modelstock.scoring.one_pass import ScoringOptions, collect
 from modelstock.scoring.outcome import COLUMNS, Outcome, label_logits
 from modelstock.scoring.results import Row, load_scores, save_scores
 from modelstock.scoring.score_cache import ensemble_identity
-from modelstock.weights.weight_set import WeightSet, load_weights
+from modelstock.weights.weight_set import LazyArrays, WeightSet, load_weights
 from tests.support.splits import make_split
 
 
@@ -106,6 +106,21 @@ def test_weights_read_from_their_file_a_tensor_at_a_time_score_the_same(tmp_path
     lazy = [load_weights(tmp_path / f"{number}.safetensors", lazy=True) for number in range(3)]
     assert [w.identity for w in lazy] == [w.identity for w in variants]
     assert equal(score(tmp_path / "data", lazy), score(tmp_path / "data", variants))
+
+
+def test_a_tower_reads_each_tensor_of_its_file_once(tmp_path, variants, monkeypatch):
+    """Towers that take turns are built again and again."""
+    variants[0].save(tmp_path / "a.safetensors")
+    lazy = load_weights(tmp_path / "a.safetensors", lazy=True)
+    read, get = Counter(), LazyArrays.__getitem__
+
+    def counted(self, name):
+        read[name] += 1
+        return get(self, name)
+
+    monkeypatch.setattr(LazyArrays, "__getitem__", counted)
+    build_classifier(lazy)
+    assert read == dict.fromkeys(variants[0].tensors, 1)
 
 
 def test_weight_sets_of_different_input_sizes_share_the_pass(tmp_path, variants):
