@@ -90,7 +90,9 @@ def equal(first: dict[str, Outcome], second: dict[str, Outcome]) -> bool:
     )
 
 
-@pytest.mark.parametrize("options", [{"resident": 1}, {"resident": 2}, {"workers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"resident": 1}, {"resident": 2}, {"workers": 2}, {"resident": 2, "workers": 2}], ids=str
+)
 def test_taking_turns_on_the_device_and_decoding_processes_change_no_bit(tmp_path, variants, options, monkeypatch):
     make_split(tmp_path, "shapes", 130)
     ensembles = [[w.identity for w in variants], [variants[2].identity, variants[0].identity]]
