@@ -93,6 +93,25 @@ def test_what_was_kept_goes_back_to_the_system():
     assert after < before + 10
 
 
+@glibc
+def test_a_pass_keeps_it(tmp_path, variants, monkeypatch):
+    from modelstock.data.dataset import open_dataset  # here: the processes above import this file without torch
+    from modelstock.scoring import one_pass
+    from tests.support.splits import make_split
+
+    make_split(tmp_path, "shapes", 10)
+    logits, found = one_pass.Tower.logits, []
+
+    def measured(self, pixels):
+        found.append([pages_of(64), pages_of(64)][1])
+        return logits(self, pixels)
+
+    monkeypatch.setattr(one_pass.Tower, "logits", measured)
+    one_pass.score(open_dataset(tmp_path), variants[:1])
+    (pages_again,) = found
+    assert pages_again < PAGES
+
+
 def test_without_glibc_nothing_changes(monkeypatch):
     monkeypatch.setattr(memory, "_glibc", lambda: None)
     with memory_kept("cpu"):
