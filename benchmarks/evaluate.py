@@ -1,29 +1,36 @@
 """Scoring many weight sets: one pass against a pass each, and against bare forward passes.
 
     python benchmarks/evaluate.py [--setting NAME]... [--sets N] [--images N] [--rounds N] [--workers N] [--threads N]
-                                  [--device cpu|cuda] [--precision float32|bfloat16]
+                                  [--batch-size N] [--device cpu|cuda] [--precision float32|bfloat16] [--no-usual]
 
 Three settings, all or those that are named, of `sets` weight sets each:
 - photographs: `images` JPEGs of 500x375, and a tower of 0.8M parameters: decoding binds, as it does on a GPU.
 - shapes: four times as many of the embedded benchmark's own images of 32x32, and the same tower.
 - vit-b-32: the photographs and a ViT-B/32: the tower binds on a CPU.
 
-- usual: for each weight set, open_clip's transform in a torch DataLoader over the same files, and accuracy.
-- ours: modelstock.scoring.one_pass.score, with everything it does: shards checked by hash, all metrics, no cache.
-- bare: the towers' forward passes on batches that are normalised and in memory, and nothing else.
+- usual: for each weight set, open_clip's transform in a torch DataLoader over the same files, and accuracy. Left out
+  by --no-usual.
+- ours: modelstock.scoring.one_pass.score, with everything it does: shards checked by hash, all metrics, no cache. All
+  towers are in memory together, each with its own copy of its weights, and each batch goes through all of them.
+- bare: the towers' forward passes on batches that are normalised and in memory, and nothing else. One tower is in
+  memory at a time, and all batches go through it before the next is built.
+- kept: bare, within `modelstock.scoring.memory.memory_kept` as ours is; the hardware's speed.
 
 All use the same batch size, threads, decoding processes and device, and build their models within the time. The
-variants take turns, `rounds` times; a figure is the median over rounds. Their predictions are compared.
+variants take turns, `rounds` times; a figure is the median over rounds. Their predictions are compared. Processor time
+is that of all threads of this process, and says more than elapsed time where a machine has other work; faults are
+pages that the system had to find and clear, per image and weight set.
 """
 
 import argparse
 import io
 import os
 import platform
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +45,12 @@ from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
 from modelstock.data.shapes.render import draw
 from modelstock.data.shards import write_shard
 from modelstock.models.towers import TINY_CLIP, build_classifier, build_visual, tensors_of
+from modelstock.scoring.memory import memory_kept
 from modelstock.scoring.one_pass import ScoringOptions, score
 from modelstock.scoring.outcome import Outcome
 from modelstock.weights.weight_set import WeightSet, classes_sha256
 
+VARIANTS = ("usual", "ours", "bare", "kept")
 VIT = {
     "size": 224,
     "mean": list(open_clip.OPENAI_DATASET_MEAN),
@@ -169,39 +178,61 @@ def bare(sets: Sequence[WeightSet], pixels: torch.Tensor, options: argparse.Name
         torch.cuda.synchronize()
 
 
+def kept(sets: Sequence[WeightSet], pixels: torch.Tensor, options: argparse.Namespace) -> None:
+    """The same with the memory of activations kept between layers."""
+    with memory_kept(options.device):
+        bare(sets, pixels, options)
+
+
+def used() -> np.ndarray:
+    """Elapsed time and processor time in seconds, and page faults, so far."""
+    return np.array(
+        [time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt], float
+    )
+
+
 def measure(
     name: str, config: dict, preprocess: dict, files: Sequence[tuple[str, bytes]], options: argparse.Namespace
 ) -> str:
     """One row of the table."""
     sets, data = weight_sets(config, preprocess, options.sets), Files(files, preprocess)
     pixels = torch.stack([data[i][0] for i in range(len(files))]).to(options.device, dtype_of(options))
-    times: dict[str, list[float]] = {"usual": [], "ours": [], "bare": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = shards(Path(temporary) / "images", files)
-        call = {
+        call: dict[str, Callable[[], object]] = {
             "usual": lambda: usual(sets, files, options),
             "ours": lambda: ours(sets, folder, options),
             "bare": lambda: bare(sets, pixels, options),
+            "kept": lambda: kept(sets, pixels, options),
         }
+        if not options.usual:
+            del call["usual"]
+        costs: dict[str, list[np.ndarray]] = {variant: [] for variant in call}
         bare(sets[:1], pixels, options)
         for _ in range(options.rounds):
             results = {}
             for variant, function in call.items():
-                begun = time.perf_counter()
+                begun = used()
                 results[variant] = function()
-                times[variant].append(time.perf_counter() - begun)
-        agree = np.mean(
-            [
-                (results["ours"][w.identity].prediction == guess).mean()
-                for w, guess in zip(sets, results["usual"], strict=True)
-            ]
-        )
-    ratio, share = (
-        statistics.median(a / b for a, b in zip(times[x], times[y], strict=True))
-        for x, y in (("usual", "ours"), ("bare", "ours"))
-    )
-    seconds = " | ".join(f"{statistics.median(times[variant]):.1f}" for variant in ("usual", "ours", "bare"))
-    return f"| {name} | {len(files)} | {seconds} | {ratio:.1f} | {share:.2f} | {100 * agree:.2f} % |"
+                costs[variant].append(used() - begun)
+
+    def median(values: Sequence[float]) -> float:
+        return statistics.median(values)
+
+    cells = [name, f"{len(files)}"]
+    cells += [f"{median([cost[0] for cost in costs[variant]]):.1f}" if variant in costs else "" for variant in VARIANTS]
+    for over, unit in (("usual", 0), ("bare", 0), ("bare", 1), ("kept", 1)):
+        pairs = zip(costs.get(over, ()), costs["ours"], strict=False)
+        ratios = [float(a[unit] / b[unit]) for a, b in pairs]
+        cells.append(f"{median(ratios):.2f}" if ratios else "")
+    forward = len(files) * len(sets)
+    cells.append(" / ".join(f"{median([c[2] for c in costs[v]]) / forward:.0f}" for v in VARIANTS[1:]))
+    agree = [
+        (results["ours"][w.identity].prediction == guess).mean()
+        for w, guess in zip(sets, results.get("usual", ()), strict=False)
+    ]
+    cells.append(f"{100 * np.mean(agree):.2f} %" if agree else "")
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -217,6 +248,7 @@ def main() -> None:
         ("batch-size", 64),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--usual", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32")
     options = parser.parse_args()
@@ -234,8 +266,11 @@ def main() -> None:
         f"{options.workers} decoding processes, {options.device}, {options.precision}, batch {options.batch_size}, "
         f"Python {platform.python_version()}, torch {torch.__version__}, medians of {options.rounds}\n"
     )
-    print("| | images | usual, s | ours, s | bare forward, s | usual / ours | bare / ours | same predictions |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    columns = ["", "images", *(f"{variant}, s" for variant in VARIANTS), "usual / ours", "bare / ours"]
+    columns += [f"{over} / ours, processor time" for over in ("bare", "kept")]
+    columns += ["faults per forward of an image: ours / bare / kept", "same predictions"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---|" + "---:|" * (len(columns) - 1))
     print("\n".join(lines))
 
 

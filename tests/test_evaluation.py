@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +34,7 @@ from modelstock.scoring.one_pass import ScoringOptions, collect
 from modelstock.scoring.outcome import COLUMNS, Outcome, label_logits
 from modelstock.scoring.results import Row, load_scores, save_scores
 from modelstock.scoring.score_cache import ensemble_identity
-from modelstock.weights.weight_set import WeightSet, load_weights
+from modelstock.weights.weight_set import LazyArrays, WeightSet, load_weights
 from tests.support.splits import make_split
 
 
@@ -88,7 +90,9 @@ def equal(first: dict[str, Outcome], second: dict[str, Outcome]) -> bool:
     )
 
 
-@pytest.mark.parametrize("options", [{"resident": 1}, {"resident": 2}, {"workers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"resident": 1}, {"resident": 2}, {"workers": 2}, {"resident": 2, "workers": 2}], ids=str
+)
 def test_taking_turns_on_the_device_and_decoding_processes_change_no_bit(tmp_path, variants, options, monkeypatch):
     make_split(tmp_path, "shapes", 130)
     ensembles = [[w.identity for w in variants], [variants[2].identity, variants[0].identity]]
@@ -104,6 +108,21 @@ def test_weights_read_from_their_file_a_tensor_at_a_time_score_the_same(tmp_path
     lazy = [load_weights(tmp_path / f"{number}.safetensors", lazy=True) for number in range(3)]
     assert [w.identity for w in lazy] == [w.identity for w in variants]
     assert equal(score(tmp_path / "data", lazy), score(tmp_path / "data", variants))
+
+
+def test_a_tower_reads_each_tensor_of_its_file_once(tmp_path, variants, monkeypatch):
+    """Towers that take turns are built again and again."""
+    variants[0].save(tmp_path / "a.safetensors")
+    lazy = load_weights(tmp_path / "a.safetensors", lazy=True)
+    read, get = Counter(), LazyArrays.__getitem__
+
+    def counted(self, name):
+        read[name] += 1
+        return get(self, name)
+
+    monkeypatch.setattr(LazyArrays, "__getitem__", counted)
+    build_classifier(lazy)
+    assert read == dict.fromkeys(variants[0].tensors, 1)
 
 
 def test_weight_sets_of_different_input_sizes_share_the_pass(tmp_path, variants):
@@ -202,6 +221,44 @@ one_pass.score(open_dataset(folder / "data"), [load_weights(folder / "a.safetens
     assert len(kept.correct) == 400
     again = score(tmp_path / "data", variants[:1], cache=tmp_path / "cache", batch_size=10)
     assert equal(again, score(tmp_path / "data", variants[:1], batch_size=10))
+
+
+@pytest.mark.parametrize("resident", [1, 2])
+def test_an_interrupt_during_a_turn_keeps_what_is_scored_and_ends_the_thread_that_builds(
+    tmp_path, variants, monkeypatch, resident
+):
+    make_split(tmp_path / "data", "shapes", 130)
+    ensembles = [[w.identity for w in variants[:2]]]
+    expected = score(tmp_path / "data", variants, ensembles, batch_size=20)
+    monkeypatch.setattr(one_pass, "SPAN_BYTES", 3 * 20 * 3 * 32 * 32)  # three batches a turn
+    logits, scored = one_pass.Tower.logits, []
+
+    def stopping(self, pixels):
+        scored.append(self.identity)
+        if len(scored) == 15:  # 9 in the first span; in the second, the third weight set's 3 and 2 of the second's
+            raise Stopped
+        return logits(self, pixels)
+
+    monkeypatch.setattr(one_pass.Tower, "logits", stopping)
+    call = partial(score, tmp_path / "data", batch_size=20, cache=tmp_path / "cache", resident=resident)
+    with pytest.raises(Stopped):
+        call(variants, ensembles)
+    assert [w.identity for w in variants for _ in range(3)] == scored[:9]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("next turn")]
+    assert equal(call(variants, ensembles), expected)
+    again = Counter(scored[15:])
+    # The ensemble had the first span's 3 of 7 batches, so that its members go on from there.
+    assert [again[w.identity] for w in variants] == [4, 4, 1]
+
+
+def test_a_tower_that_a_turn_ahead_cannot_build_is_refused_and_what_is_scored_is_kept(tmp_path, variants):
+    make_split(tmp_path / "data", "shapes", 40)
+    tensors = {k: v for k, v in variants[1].tensors.items() if k != "visual.proj"}
+    lacking = WeightSet(tensors, variants[1].meta, "lacking")
+    with pytest.raises(WeightsError, match=r"lacking: got visual\.proj missing"):
+        score(tmp_path / "data", [variants[0], lacking, variants[2]], cache=tmp_path / "cache", resident=2)
+    (kept,) = (tmp_path / "cache").rglob("*.safetensors")
+    assert len(Outcome.load(kept)) == 40
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -135,8 +135,8 @@ class Classifier(nn.Module):
 def check_classifier(weights: WeightSet) -> None:
     """Raise WeightsError unless a weight set says what to build, how its images are preprocessed, and has a head."""
     missing = [name for name in ("architecture", "preprocess") if name not in weights.meta]
-    missing += [name for name in ("head.weight", "head.bias") if name not in weights.tensors]
-    if missing or len(weights.tensors["head.weight"].shape) != 2:
+    missing += [name for name in ("head.weight", "head.bias") if name not in weights.shaped]
+    if missing or len(weights.shaped["head.weight"].shape) != 2:
         raise WeightsError(
             weights.source,
             got=f"a file without {', '.join(missing) or 'a linear head'}",
@@ -152,7 +152,7 @@ def build_classifier(weights: WeightSet) -> Classifier:
         WeightsError: no architecture in the metadata, or tensors that do not fit it.
     """
     check_classifier(weights)
-    classes, width = weights.tensors["head.weight"].shape
+    classes, width = weights.shaped["head.weight"].shape
     with torch.device("meta"):
         model = Classifier(nn.Identity(), classes, width)
     model.head.to_empty(device="cpu")
@@ -173,7 +173,7 @@ def set_tensors(model: nn.Module, weights: WeightSet) -> None:
 
 def _check_tensors(weights: WeightSet, expected: Mapping[str, Tensor], prefix: str = "") -> None:
     """Raise WeightsError unless the weights whose names begin with `prefix` have these names and shapes."""
-    tensors = {name: tensor for name, tensor in weights.tensors.items() if name.startswith(prefix)}
+    tensors = {name: tensor for name, tensor in weights.shaped.items() if name.startswith(prefix)}
     problems = differences(tensors, expected, whose="the model's")
     if problems:
         raise WeightsError(

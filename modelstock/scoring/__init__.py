@@ -5,6 +5,8 @@ outcome.py          what one weight set or ensemble predicts, example by example
 score_cache.py      outcomes on disk, whole or so far, named by everything that could change a bit of them
 checked_arrays.py   arrays and facts in a file that cannot change unnoticed
 decoding.py         batches of decoded images, and pixels as towers take them
+turns.py            turns on a device, for what does not fit it together
+memory.py           memory of large activations, kept between layers
 one_pass.py         the pass: any number of weight sets, and ensembles of them, on every image once
 data_statistics.py  Fisher information, inner products of layer inputs, loss gradients
 """

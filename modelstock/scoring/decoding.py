@@ -13,7 +13,6 @@ from torch.utils.data import Dataset as TorchDataset
 from modelstock.data.dataset import Dataset
 from modelstock.data.images import Framing, normalise
 from modelstock.errors import DataError
-from modelstock.files import dump_json
 
 Decoded = tuple[list[Tensor], Tensor]  # (B, S, S, 3) uint8 per framing, and labels (B,)
 
@@ -59,12 +58,14 @@ class Pixels:
 
     def __init__(self, images: Mapping[Framing, Tensor], device: str, dtype: torch.dtype) -> None:
         self._images, self._device, self._dtype = images, device, dtype
-        self._normalised: dict[str, Tensor] = {}
+        self._normalised: list[tuple[Mapping[str, Any], Tensor]] = []  # few: comparing is cheaper than hashing
 
     def of(self, preprocess: Mapping[str, Any]) -> Tensor:
         """Pixels (B, 3, S, S), framed and scaled as the preprocess says."""
-        key = dump_json(preprocess)
-        if key not in self._normalised:
-            images = self._images[Framing.of(preprocess)].to(self._device, non_blocking=True)
-            self._normalised[key] = normalise(images, preprocess).to(self._dtype)
-        return self._normalised[key]
+        for known, pixels in self._normalised:
+            if known == preprocess:
+                return pixels
+        images = self._images[Framing.of(preprocess)].to(self._device, non_blocking=True)
+        pixels = normalise(images, preprocess).to(self._dtype)
+        self._normalised.append((preprocess, pixels))
+        return pixels

@@ -1,9 +1,9 @@
 """One pass over a benchmark scores any number of weight sets, and ensembles of them.
 
 Every image is decoded once for all. Where the weight sets do not fit the device together, they take turns on a span of
-decoded images. What is already scored is not scored again, and each outcome grows on disk while the pass goes on: an
-interrupted one continues where it was. Results per example are kept, so that every statistic can be made again
-without a model.
+decoded images, and the next turn's towers are built meanwhile. What is already scored is not scored again, and each
+outcome grows on disk while the pass goes on: an interrupted one continues where it was. Results per example are kept,
+so that every statistic can be made again without a model.
 """
 
 import time
@@ -26,9 +26,11 @@ from modelstock.errors import WeightsError
 from modelstock.models.towers import Classifier, build_classifier, check_classifier
 from modelstock.progress import progress_bar
 from modelstock.scoring.decoding import DecodedBatches, Pixels
+from modelstock.scoring.memory import memory_kept
 from modelstock.scoring.outcome import COLUMNS, Outcome
 from modelstock.scoring.results import Row, Scores
 from modelstock.scoring.score_cache import DESCRIBED, Progress, ScoreCache, ensemble_identity
+from modelstock.scoring.turns import Turns
 from modelstock.weights.origin import notices_of
 from modelstock.weights.weight_set import WeightSet
 
@@ -41,8 +43,9 @@ class ScoringOptions:
     """How a pass runs.
 
     `precision`: of the towers; heads and everything after them are float32. `workers`: processes that decode; 0: this
-    one. `resident`: weight sets that are on the device at a time; auto: as many as fit. `cache`: a folder that keeps
-    outcomes, and unfinished passes. Workers, resident and cache do not change a bit of any outcome.
+    one. `resident`: weight sets that are on the device at a time, those that are built ahead among them; auto: as many
+    as fit. `cache`: a folder that keeps outcomes, and unfinished passes. Workers, resident and cache do not change a
+    bit of any outcome.
     """
 
     batch_size: int = 500
@@ -72,7 +75,7 @@ class Tower:
     """A weight set's classifier on a device: pixels -> logits (B, C) float32."""
 
     def __init__(self, weights: WeightSet, device: str, dtype: torch.dtype) -> None:
-        self._preprocess = weights.meta["preprocess"]
+        self.identity, self._preprocess = weights.identity, weights.meta["preprocess"]
         self._model: Classifier = build_classifier(weights).to(device)
         self._model.visual.to(dtype)  # the head, and all that follows it, stays float32
 
@@ -126,7 +129,8 @@ def score(
     wanted = {member for identity in unfinished for member in groups.get(identity, [identity])}
     if wanted:
         needed = [w for identity, w in by_identity.items() if identity in wanted]
-        _Pass(dataset, needed, groups=groups, progress=unfinished, options=options, device=device).run()
+        with memory_kept(device):
+            _Pass(dataset, needed, groups=groups, progress=unfinished, options=options, device=device).run()
     cache.remove_outdated()
     return {identity: entry.outcome for identity, entry in progress.items()}
 
@@ -174,8 +178,9 @@ class _Pass:
         self.framings = list(dict.fromkeys(Framing.of(w.meta["preprocess"]) for w in weights))
         resident = options.resident
         most = fitting(weights, device, options.precision) if resident == "auto" else resident
-        self.turns = [weights[i : i + most] for i in range(0, len(weights), most)]
-        self.resident = self._towers(self.turns[0]) if len(self.turns) == 1 else {}
+        # The current GPU is each thread's own: in one that builds towers, "cuda" would be the first.
+        current = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+        self.turns = Turns(weights, lambda w: Tower(w, current, options.dtype), most=most)
         self.title = f"{dataset.manifest.benchmark} x {len(weights)}"
 
     @torch.inference_mode()
@@ -183,7 +188,8 @@ class _Pass:
         """Score what is lacking; what is scored by then is kept, however it ends."""
         scored, count = min(entry.scored for entry in self.progress.values()), self.dataset.manifest.count
         saved = time.monotonic()
-        with progress_bar(total=count, initial=scored, desc=self.title, unit="image", mininterval=2) as bar:
+        bar = progress_bar(total=count, initial=scored, desc=self.title, unit="image", mininterval=2)
+        with self.turns, bar:
             try:
                 for span in self._spans(scored):
                     self._score(span)
@@ -204,7 +210,7 @@ class _Pass:
         loaded = DecodedBatches(self.dataset, self.framings, batch_size)
         batches = loaded.load(start // batch_size, workers=self.options.workers, pin=pin)
         batch_bytes = batch_size * sum(3 * framing.size**2 for framing in self.framings)
-        most = 1 if self.resident else max(1, SPAN_BYTES // batch_bytes)
+        most = 1 if self.turns.together else max(1, SPAN_BYTES // batch_bytes)
         while decoded := list(islice(batches, most)):
             span = []
             for images, labels in decoded:
@@ -213,18 +219,13 @@ class _Pass:
                 start = span[-1].stop
             yield span
 
-    def _towers(self, turn: Sequence[WeightSet]) -> dict[str, Tower]:
-        return {w.identity: Tower(w, self.device, self.options.dtype) for w in turn}
-
     def _score(self, span: "Sequence[_Batch]") -> None:
         """Every weight set in its turn, then the ensembles of their logits."""
         logits: dict[tuple[str, int], Tensor] = {}  # of ensembles' members, by identity and first example
-        for turn in self.turns:
-            towers = self.resident or self._towers(turn)
+        for towers in self.turns:
             for batch in span:
                 of_members = self._score_batch(batch, towers)
                 logits |= {(identity, batch.start): values for identity, values in of_members.items()}
-            del towers  # before the next turn's are built
         for identity, members in self.groups.items():
             for batch in span:
                 if self._lacks(identity, batch):
@@ -232,10 +233,11 @@ class _Pass:
                         identity, batch, torch.stack([logits[member, batch.start] for member in members]).mean(dim=0)
                     )
 
-    def _score_batch(self, batch: "_Batch", towers: Mapping[str, Tower]) -> dict[str, Tensor]:
+    def _score_batch(self, batch: "_Batch", towers: Sequence[Tower]) -> dict[str, Tensor]:
         """One batch by these towers; the logits of those that are members of ensembles."""
         pixels, of_members = Pixels(batch.images, self.device, self.options.dtype), {}
-        for identity, tower in towers.items():
+        for tower in towers:
+            identity = tower.identity
             lacks = self._lacks(identity, batch)
             if lacks or identity in self.members:
                 logits = tower.logits(pixels)

@@ -44,6 +44,11 @@ class WeightSet:
             return self.tensors.nbytes
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def shaped(self) -> Mapping[str, Array | StoredTensor]:
+        """Its tensors by name, to ask for their shapes: nothing is read."""
+        return self.tensors.stored if isinstance(self.tensors, LazyArrays) else self.tensors
+
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all; equal weight sets give equal bytes.
 
@@ -69,21 +74,21 @@ class LazyArrays(Mapping[str, Array]):
     """A checkpoint's tensors as arrays, each read when it is asked for and not kept."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._tensors = {name: checkpoint.tensors[name] for name in sorted(checkpoint.tensors)}
+        self.stored = {name: checkpoint.tensors[name] for name in sorted(checkpoint.tensors)}
 
     def __getitem__(self, name: str) -> Array:
-        return self._tensors[name].array()
+        return self.stored[name].array()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self.stored)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.stored)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        return sum(tensor.nbytes for tensor in self.stored.values())
 
 
 def classes_sha256(names: Sequence[str]) -> str:
