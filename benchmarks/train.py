@@ -3,24 +3,28 @@
     python benchmarks/train.py [--steps N] [--rounds N] [--batch-size N] [--threads N]
 
 - bare: forward, backward, clipping and AdamW on normalised images already in memory; no crops, no checks, no history.
-- ours: the stage's loop, with crops, checks and history, its batches made in the training process (`workers` 0) or
-  ahead by one process.
+- ours: the stage's loop, with crops, checks and history, its batches made ahead by a thread (`workers` 0) or by one
+  process.
 - each extra: the loop with workers 0 and that extra. EMA and LAWA as in params.yaml, LAWA summing every 20 steps (in
   the pipeline: every epoch). Tracking is the live mirror into a SQLite store, sending every 5 seconds.
 
-Variants take turns, `rounds` times; a figure is the median over rounds of the ratio to the bare loop of its round.
+Variants take turns, `rounds` times; a figure is the median over rounds of the ratio to the bare loop of its round, in
+elapsed time and in this process's processor time, which other work on the machine disturbs less (and which leaves out
+the process of `workers` 1).
 Resume points are timed by themselves: seconds per save, and its share of the time at the pipeline's pace.
 """
 
 import argparse
+import contextlib
 import os
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +49,7 @@ from modelstock.training.recipe import new_run
 from modelstock.training.resume import ResumePoint
 
 ROOT = Path(__file__).parent.parent
+Batches = Callable[[int, int], Generator[Batch, None, None]]
 
 
 def tower() -> Classifier:
@@ -53,13 +58,29 @@ def tower() -> Classifier:
     return Classifier(build_clip(TINY_CLIP).visual, len(NAMES), 128)
 
 
-def bare(images: torch.Tensor, labels: torch.Tensor, batch_size: int, steps: int) -> float:
-    """Seconds for `steps` of a loop that does nothing but train."""
+class Seconds(NamedTuple):
+    """What something took."""
+
+    elapsed: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> "Seconds":
+        """Both clocks."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, begun: "Seconds") -> "Seconds":
+        """From then until now."""
+        return Seconds(self.elapsed - begun.elapsed, self.processor - begun.processor)
+
+
+def bare(images: torch.Tensor, labels: torch.Tensor, batch_size: int, steps: int) -> Seconds:
+    """What `steps` take of a loop that does nothing but train."""
     model, order = tower(), epoch_order(len(images), seed=0, epoch=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     model.train()
     batches = len(images) // batch_size
-    begun = time.perf_counter()
+    begun = Seconds.now()
     for step in range(steps):
         at = step % batches * batch_size
         rows = torch.from_numpy(order[at : at + batch_size])
@@ -68,7 +89,7 @@ def bare(images: torch.Tensor, labels: torch.Tensor, batch_size: int, steps: int
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return time.perf_counter() - begun
+    return Seconds.now().since(begun)
 
 
 class Waited:
@@ -77,18 +98,18 @@ class Waited:
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def around(self, batches: Callable[[int, int], Iterator[Batch]]) -> Callable[[int, int], Iterator[Batch]]:
+    def around(self, batches: Batches) -> Batches:
         """The same batches, each waited for with a stop watch."""
 
-        def watched(start: int, stop: int) -> Iterator[Batch]:
-            inner = batches(start, stop)
-            while True:
-                begun = time.perf_counter()
-                batch = next(inner, None)
-                self.seconds += time.perf_counter() - begun
-                if batch is None:
-                    return
-                yield batch
+        def watched(start: int, stop: int) -> Generator[Batch, None, None]:
+            with contextlib.closing(batches(start, stop)) as inner:
+                while True:
+                    begun = time.perf_counter()
+                    batch = next(inner, None)
+                    self.seconds += time.perf_counter() - begun
+                    if batch is None:
+                        return
+                    yield batch
 
         return watched
 
@@ -119,8 +140,8 @@ class Ours:
         workers: int = 0,
         extras: Callable[[Classifier], Sequence[Callback]] = lambda model: (),
         track: bool = False,
-    ) -> tuple[float, float, Run]:
-        """Seconds for the steps, seconds of them waiting for data, and the run."""
+    ) -> tuple[Seconds, float, Run]:
+        """What the steps took, seconds of it waiting for data, and the run."""
         model, waited, history = tower(), Waited(), self.folder / "history.jsonl"
         callbacks = [Log(self.recipe.log_every, 10**9), *extras(model), *([Growing(history)] if track else [])]
         run = new_run(
@@ -136,9 +157,9 @@ class Ours:
         history.write_text("")
         tracker = MlflowTracker(self.folder) if track else NullTracker()  # before the clock starts: once per run
         with Mirror(lambda: tracker, history, key="benchmark", name="benchmark", params={}, after_s=0.0):
-            begun = time.perf_counter()
+            begun = Seconds.now()
             run.train(until=self.steps)
-            seconds = time.perf_counter() - begun
+            seconds = Seconds.now().since(begun)
         return seconds, waited.seconds, run
 
 
@@ -169,7 +190,7 @@ def main() -> None:
     )
     folder = Path(tempfile.mkdtemp())
     ours = Ours(examples=examples, recipe=recipe, steps=options.steps, folder=folder)
-    variants: dict[str, Callable[[], tuple[float, float, Run]]] = {
+    variants: dict[str, Callable[[], tuple[Seconds, float, Run]]] = {
         "ours, workers 0": ours,
         "ours, workers 1": lambda: ours(workers=1),
         "with EMA": lambda: ours(extras=lambda model: [Ema(0.99, model)]),
@@ -179,24 +200,28 @@ def main() -> None:
     for warm in (lambda: bare(images, labels, options.batch_size, 10), ours):
         warm()
     speed: dict[str, list[float]] = {name: [] for name in variants}
+    work: dict[str, list[float]] = {name: [] for name in variants}
     waiting: dict[str, list[float]] = {name: [] for name in variants}
     floor, saves = [], []
     for _ in range(options.rounds):
         base = bare(images, labels, options.batch_size, options.steps)
-        floor.append(options.steps * options.batch_size / base)
+        floor.append(options.steps * options.batch_size / base.elapsed)
         for name, variant in variants.items():
             seconds, waited, run = variant()
-            speed[name].append(base / seconds)
-            waiting[name].append(waited / seconds)
+            speed[name].append(base.elapsed / seconds.elapsed)
+            work[name].append(base.processor / seconds.processor)
+            waiting[name].append(waited / seconds.elapsed)
         saves.append(seconds_of_a_save(run, folder / "point"))
     print(
         f"\n{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, Python "
         f"{platform.python_version()}, torch {torch.__version__}, batch {options.batch_size}, {options.steps} steps, "
         f"medians of {options.rounds}; bare: {statistics.median(floor):,.0f} images per second\n"
     )
-    print("| | of the bare loop's speed | of the time waiting for data |\n|---|---:|---:|\n| bare | 1.00 | |")
+    print("| | of the bare loop's speed | in processor time | of the time waiting for data |")
+    print("|---|---:|---:|---:|\n| bare | 1.00 | 1.00 | |")
     for name in variants:
-        print(f"| {name} | {statistics.median(speed[name]):.3f} | {100 * statistics.median(waiting[name]):.1f} % |")
+        ratio, processor, wait = (statistics.median(figures[name]) for figures in (speed, work, waiting))
+        print(f"| {name} | {ratio:.3f} | {processor:.3f} | {100 * wait:.1f} % |")
     save = statistics.median(saves)
     pace = max(resume.SAVE_EVERY_S, save / resume.SAVE_SHARE)
     print(f"\nA resume point takes {1000 * save:.0f} ms, one every {pace:.0f} s: {100 * save / (pace + save):.2f} %.")

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import threading
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from modelstock.data.images import normalise
 from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
 from modelstock.data.shards import write_shards
 from modelstock.errors import DataError
+from modelstock.models.towers import build_classifier
+from modelstock.training.ahead import made_ahead
 from modelstock.training.batches import (
     Augmentation,
     TrainingBatches,
@@ -25,8 +28,11 @@ from modelstock.training.batches import (
     resized_crops,
 )
 from modelstock.training.distributed import World
+from modelstock.training.loop import Callback
+from modelstock.training.recipe import new_run
 from modelstock.training.validation import validation_batches
 from tests.support.splits import make_split
+from tests.support.training import RECIPE
 
 EVERYTHING = {"mixup": 0.4, "rand_augment_operations": 2, "flip": True, "crop_scale": (0.3, 1.0)}
 
@@ -61,8 +67,8 @@ def test_an_epoch_visits_every_example_once_and_epochs_and_seeds_differ():
 @pytest.mark.parametrize("size", [(32, 32), (20, 90), (90, 20), (375, 500)])
 def test_crops_are_drawn_as_torchvision_draws_them(size, scale):
     transform = transforms.RandomResizedCrop(8, scale=scale)
-    torch.manual_seed(0)
-    found = [crop_box(*size, scale) for _ in range(100)]
+    generator = torch.Generator().manual_seed(0)
+    found = [crop_box(*size, scale, generator) for _ in range(100)]
     torch.manual_seed(0)
     known = [transform.make_params([torch.empty(3, *size)]) for _ in range(100)]
     assert found == [(k["top"], k["left"], k["height"], k["width"]) for k in known]
@@ -95,6 +101,91 @@ def test_the_batches_are_the_same_at_every_number_of_loader_workers(shards, work
     ahead = list(data.load(3, 12, workers=workers, pin=False))
     assert len(ahead) == 9
     assert all(same(found, data[step]) for found, step in zip(ahead, range(3, 12), strict=True))
+
+
+class Watched(InMemory):
+    """Noise images that note which thread reads them; one may not decode."""
+
+    def __init__(self, unreadable=None):
+        super().__init__(np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8), np.arange(40) % 24)
+        self.threads, self._unreadable = set(), unreadable
+
+    def image(self, row):
+        self.threads.add(threading.current_thread())
+        if row == self._unreadable:
+            raise DataError("shard", got="noise", expected="an image that decodes", cure="prepare again")
+        return super().image(row)
+
+
+AUGMENTATIONS = {
+    "crops": {"crop_scale": (0.3, 1.0)},
+    "flips": {"flip": True},
+    "mixup": {"mixup": 0.4},
+    "RandAugment": {"rand_augment_operations": 2},
+    "everything": EVERYTHING,
+}
+
+
+@pytest.mark.parametrize("changes", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
+def test_batches_that_a_thread_makes_are_those_made_one_by_one_whatever_is_drawn_meanwhile(changes):
+    expected = [batches(Watched(), **changes)[step] for step in range(3, 13)]
+    examples = Watched()
+    made = batches(examples, **changes).load(3, 13, workers=0, pin=False)
+    for batch in expected:
+        assert same(next(made), batch)
+        torch.manual_seed(1)
+        dropped = [torch.rand(64) for _ in range(200)]  # as dropout does while the next batch is being made
+        torch.manual_seed(1)
+        assert same(dropped, [torch.rand(64) for _ in range(200)])
+    assert next(made, None) is None
+    by_thread = examples.threads - {threading.current_thread()}
+    assert len(by_thread) == (0 if {"mixup", "rand_augment_operations"} & changes.keys() else 1)
+    assert not any(thread.is_alive() for thread in by_thread)
+
+
+def test_an_image_that_does_not_decode_is_an_error_of_its_own_step():
+    rows = batch_rows(4, count=40, batch_size=8, seed=0)
+    examples = Watched(unreadable=rows[3])
+    made = batches(examples).load(0, 5, workers=0, pin=False)
+    assert all(same(next(made), batches(Watched())[step]) for step in range(4))
+    with pytest.raises(DataError, match="shard: got noise"):
+        next(made)
+    assert not any(thread.is_alive() for thread in examples.threads - {threading.current_thread()})
+
+
+def test_two_items_are_made_before_they_are_asked_for_and_none_after_a_stop():
+    asked, made, waits = [], [], threading.Semaphore(0)
+
+    def items():
+        for number in range(100):
+            made.append(number)
+            waits.release()
+            yield number
+
+    ahead = made_ahead(items())
+    for number in range(3):
+        asked.append(next(ahead))
+        for _ in range(3 if number == 0 else 1):
+            assert waits.acquire(timeout=60)
+    ahead.close()
+    assert asked == [0, 1, 2]
+    assert made == [0, 1, 2, 3, 4]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_training_that_is_stopped_leaves_no_thread(anchor, stop):
+    class Stop(Callback):
+        def after_step(self, run):
+            running.extend(thread for thread in threading.enumerate() if thread.name.startswith("ahead"))
+            raise stop
+
+    running = []
+    run = new_run(build_classifier(anchor), Watched(), RECIPE, preprocess=TINY_PREPROCESS, seed=0, callbacks=[Stop()])
+    with pytest.raises(stop) as raised:
+        run.train()
+    assert len(running) == 1
+    assert not running[0].is_alive(), raised  # although the error still holds the training's frames
 
 
 def test_reading_from_the_shards_gives_the_batches_of_memory(shards):

@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from modelstock.data.shapes.names import NAMES
 from modelstock.data.shapes.render import CLASSES, SIZE, SPLITS, draw, web
+from modelstock.models.heads import tokenizer
+from modelstock.models.towers import TINY_CLIP
 from modelstock.params import SHAPES_ROLES
+from modelstock.training.pretrain import web_batches
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -74,3 +78,14 @@ def test_captions_name_the_class_that_is_drawn_and_repeat():
     assert all(NAMES[c] in caption for c, caption in zip(classes, captions, strict=True))
     assert {"photo", "cartoon", "sketch"} <= {w for caption in captions for w in caption.split()}
     assert web([299], seed=1)[2] == captions[299:]
+
+
+def test_a_batch_of_pretraining_is_the_same_wherever_training_begins_and_holds_each_captions_tokens():
+    first, *others = web_batches(0, 3, batch_size=40, seed=5)
+    again = list(web_batches(1, 3, batch_size=40, seed=5))
+    for batch, other in zip(others, again, strict=True):
+        assert all(torch.equal(part, same) for part, same in zip(batch, other, strict=True))
+    _, _, captions = web(range(40), seed=5)
+    _, _, rows, texts = first
+    assert torch.equal(texts[rows], tokenizer(TINY_CLIP)(captions))
+    assert len(texts) == len(set(captions))

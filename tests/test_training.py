@@ -431,7 +431,7 @@ def test_a_run_needs_nothing_but_a_model_batches_and_a_loss():
         optimizer=optimizer,
         objective=lambda m, batch: (m(batch[0]) - batch[1]).square().mean(),
         schedule=lambda step: 0.25,
-        batches=lambda start, stop: iter([data] * (stop - start)),
+        batches=lambda start, stop: (data for _ in range(start, stop)),
         seed=0,
         steps=4,
         clip_norm=100.0,

@@ -1,12 +1,14 @@
 """Training batches: examples in the order of (seed, epoch), augmented by the randomness of (seed, step) alone.
 
 A step's whole batch, its crops and its mixing weight are settled before any image is read, so that any process can
-make any share of it: the batches are the same at every number of loader workers, and the global batch the same at
-every number of devices. Within an epoch no example comes twice; those that do not fill a last batch are left out.
+make any share of it: the batches are the same from a thread and from any number of loader workers, and the global
+batch the same at every number of devices. Within an epoch no example comes twice; those that do not fill a last batch
+are left out.
 """
 
+import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,8 +24,9 @@ from torchvision.transforms import v2 as transforms
 from modelstock.data.examples import Examples
 from modelstock.data.images import normalise
 from modelstock.errors import DataError
+from modelstock.training.ahead import made_ahead
 from modelstock.training.distributed import ALONE, World
-from modelstock.training.loop import Batch, seed_step
+from modelstock.training.loop import Batch, seed_torch, step_seed
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 _RATIO = (3 / 4, 4 / 3)  # least and greatest aspect ratio of a crop
@@ -45,19 +48,20 @@ def batch_rows(step: int, *, count: int, batch_size: int, seed: int) -> NDArray[
     return epoch_order(count, seed=seed, epoch=epoch)[position * batch_size : (position + 1) * batch_size]
 
 
-def crop_box(height: int, width: int, scale: tuple[float, float]) -> Box:
-    """One RandomResizedCrop of an image, drawn from torch's generator.
+def crop_box(height: int, width: int, scale: tuple[float, float], generator: torch.Generator) -> Box:
+    """One RandomResizedCrop of an image.
 
     The numbers are those that torchvision's transform draws, in half the time: a step of a small tower is that short.
     Source: torchvision's RandomResizedCrop.make_params; Szegedy et al., arXiv 1409.4842.
     """
     number = torch.empty(1)
     for _ in range(10):
-        area = height * width * number.uniform_(*scale).item()
-        ratio = torch.exp(number.uniform_(*_LOG_RATIO)).item()
+        area = height * width * number.uniform_(*scale, generator=generator).item()
+        ratio = number.uniform_(*_LOG_RATIO, generator=generator).exp_().item()
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            top, left = (int(number.random_(0, most + 1).item()) for most in (height - h, width - w))
+            top = int(number.random_(0, height - h + 1, generator=generator).item())
+            left = int(number.random_(0, width - w + 1, generator=generator).item())
             return top, left, h, w
     w = min(width, round(height * _RATIO[1]))
     h = min(height, round(width / _RATIO[0]))
@@ -106,6 +110,11 @@ class Augmentation:
     rand_augment_operations: int = 0
     rand_augment_magnitude: int = 9
     mixup: float = 0.0
+
+    @property
+    def by_global_generator(self) -> bool:
+        """Whether something is drawn that takes no generator of its own: mixup's Beta, and RandAugment."""
+        return self.mixup > 0 or self.rand_augment_operations > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,26 +174,39 @@ class TrainingBatches(Dataset[Batch | DataError]):
         """What is drawn for every image of the step's whole batch, and mixup's weight."""
         options = self._augmentation
         rows = batch_rows(step, count=len(self._examples.labels), batch_size=self._batch_size, seed=self._seed).tolist()
-        seed_step(self._seed, self._name, step)
-        boxes = [crop_box(*self._examples.size(row), options.crop_scale) for row in rows]
-        flips = (torch.rand(len(rows)) < 0.5).tolist() if options.flip else [False] * len(rows)
+        generator = self._generator(step)
+        boxes = [crop_box(*self._examples.size(row), options.crop_scale, generator) for row in rows]
+        flips = (torch.rand(len(rows), generator=generator) < 0.5).tolist() if options.flip else [False] * len(rows)
         weight = float(torch.distributions.Beta(options.mixup, options.mixup).sample()) if options.mixup else 1.0
-        seeds = torch.randint(2**62, (len(rows),)).tolist() if options.rand_augment_operations else [0] * len(rows)
+        seeds = [0] * len(rows)
+        if options.rand_augment_operations:
+            seeds = torch.randint(2**62, (len(rows),), generator=generator).tolist()
         drawn = zip(rows, boxes, flips, seeds, strict=True)
         return [Draw(row=row, box=box, flipped=flip, seed=seed) for row, box, flip, seed in drawn], weight
+
+    def _generator(self, step: int) -> torch.Generator:
+        """What a step's batch is drawn from: torch's global generator only where something takes no other."""
+        seed = step_seed(self._seed, self._name, step)
+        if self._augmentation.by_global_generator:
+            seed_torch(seed)
+            return torch.default_generator
+        return torch.Generator().manual_seed(seed)
 
     def _picture(self, draw: Draw) -> NDArray[np.uint8]:
         """An example's image (H, W, 3), after RandAugment where that is wanted."""
         picture = self._examples.image(draw.row)
         if not self._augmentation.rand_augment_operations:
             return picture
-        torch.manual_seed(draw.seed)
+        seed_torch(draw.seed)
         augmented: Tensor = self._rand_augment(torch.from_numpy(picture).permute(2, 0, 1))
         changed: NDArray[np.uint8] = augmented.permute(1, 2, 0).contiguous().numpy()
         return changed
 
-    def load(self, start: int, stop: int, *, workers: int, pin: bool) -> Iterator[Batch]:
-        """The batches of steps `start` to `stop`, made ahead by `workers` processes, or one at a time by this one.
+    def load(self, start: int, stop: int, *, workers: int, pin: bool) -> Generator[Batch, None, None]:
+        """The batches of steps `start` to `stop`, made ahead by `workers` processes, or by a thread for 0.
+
+        With mixup or RandAugment there is no thread, for it would draw from the generator that dropout draws from.
+        Closing the generator ends whatever makes batches.
 
         Raises:
             DataError: an image that does not decode.
@@ -192,7 +214,16 @@ class TrainingBatches(Dataset[Batch | DataError]):
         loader: DataLoader[Batch | DataError] = DataLoader(
             self, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin
         )
-        for batch in loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
+        if workers or self._augmentation.by_global_generator:
+            yield from _good(iter(loader))
+        else:
+            with contextlib.closing(made_ahead(iter(loader))) as batches:
+                yield from _good(batches)
+
+
+def _good(batches: Iterator[Batch | DataError]) -> Generator[Batch, None, None]:
+    """The batches, up to the first that there is not, which is raised."""
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch

@@ -1,6 +1,6 @@
 """Pre-training of the embedded benchmark's tiny CLIP on captioned draws."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from modelstock.models.heads import tokenizer
 from modelstock.models.towers import TINY_CLIP, build_clip, tensors_of
 from modelstock.params import TinyPretraining
 from modelstock.tracking.history import write_history
+from modelstock.training.ahead import made_ahead
 from modelstock.training.callbacks import Log
 from modelstock.training.job import Job, Setting
 from modelstock.training.loop import Batch, HistoryRow, Run, adamw, autocast, learning_rate
@@ -35,18 +36,22 @@ def shared_positives_loss(image: Tensor, text: Tensor, classes: Tensor, scale: T
     return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
 
-def web_batches(start: int, stop: int, *, batch_size: int, seed: int) -> Iterator[Batch]:
+def web_batches(start: int, stop: int, *, batch_size: int, seed: int) -> Generator[Batch, None, None]:
     """Captioned draws of all styles, per step: images (B, 3, S, S), classes (B,), rows (B,) into texts (T, L).
 
-    Captions repeat within a batch: each text is encoded once.
+    Captions repeat within a batch, where each text is encoded once, and from batch to batch: each is tokenised once.
     """
     tokenize = tokenizer(TINY_CLIP)
+    tokens: dict[str, Tensor] = {}  # of the 672 texts that there are
     for step in range(start, stop):
         images, classes, captions = shapes.web(range(step * batch_size, (step + 1) * batch_size), seed=seed)
         texts = sorted(set(captions))
         place = {text: row for row, text in enumerate(texts)}
         rows = torch.tensor([place[caption] for caption in captions])
-        yield normalise(images, TINY_PREPROCESS), torch.from_numpy(classes), rows, tokenize(texts)
+        if new := [text for text in texts if text not in tokens]:
+            tokens.update(zip(new, tokenize(new), strict=True))
+        tokenised = torch.stack([tokens[text] for text in texts])
+        yield normalise(images, TINY_PREPROCESS), torch.from_numpy(classes), rows, tokenised
 
 
 def contrast(model: nn.Module, batch: Batch, *, precision: str) -> Tensor:
@@ -80,7 +85,9 @@ def pretrain(params: TinyPretraining, *, folder: Path) -> tuple[nn.Module, list[
         ),
         objective=partial(contrast, precision=params.precision),
         schedule=partial(learning_rate, peak=params.lr, warmup=params.warmup_steps, steps=steps),
-        batches=partial(web_batches, batch_size=params.batch_size, seed=params.seed),
+        batches=lambda start, stop: made_ahead(
+            web_batches(start, stop, batch_size=params.batch_size, seed=params.seed)
+        ),
         seed=params.seed,
         steps=steps,
         clip_norm=params.clip_norm,

@@ -1,6 +1,6 @@
 """The recipe of fine-tuning: which parameters learn how fast, from which loss, over which steps, on which batches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,7 +168,7 @@ def new_run(
     schedule = schedule_of(recipe, epoch)
     device = world.device
 
-    def batches(start: int, stop: int) -> Iterator[Batch]:
+    def batches(start: int, stop: int) -> Generator[Batch, None, None]:
         return data.load(start, stop, workers=workers, pin=device.type == "cuda")
 
     return Run(
