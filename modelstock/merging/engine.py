@@ -35,6 +35,9 @@ from modelstock.weights.origin import kept_notices, made_by, notices_of
 from modelstock.weights.tensors import Checkpoint, in_memory
 from modelstock.weights.weight_set import WeightSet
 
+# Checkpoints above which methods that do not look at angles between updates leave out the inner products of all pairs.
+POOL = 16
+
 
 def plan_merge(
     method: str,
@@ -70,7 +73,14 @@ def plan_merge(
     tensors = sort_tensors(anchor, tuned, choose)
     if row.reads_statistics:
         check_statistics(row.needs, anchor, statistics)
-    first_pass = FirstPass(anchor=anchor, tuned=tuned, of=row.of, by_filter=granularity == "filter", progress=progress)
+    first_pass = FirstPass(
+        anchor=anchor,
+        tuned=tuned,
+        of=row.of,
+        pairs=row.reads_angles or len(tuned) <= POOL,
+        by_filter=granularity == "filter",
+        progress=progress,
+    )
     grams = first_pass.inner_products(tensors.floating, workers)
     squares = np.array([[gram[:, i, i].sum() for gram in grams.values()] for i in range(len(tuned))])
     check_different(anchor, tuned, grams, squares=squares, of=row.of)
@@ -148,6 +158,7 @@ class FirstPass:
     anchor: Checkpoint
     tuned: Sequence[Checkpoint]
     of: str
+    pairs: bool
     by_filter: bool
     progress: Callable[[int], object]
 
@@ -186,7 +197,7 @@ class FirstPass:
     def _one(self, task: tuple[str, int, list[Chunk]]) -> Float:
         name, _, run = task
         tensors = [weights.tensors[name] for weights in self.tuned]
-        return inner_products(self.anchor.tensors[name], tensors, run, of=self.of)
+        return inner_products(self.anchor.tensors[name], tensors, run, of=self.of, pairs=self.pairs)
 
 
 def _facts(gram: Float, running: bool) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class Method:
     and v_i the updates. `least`, `most`: fine-tuned checkpoints. `ordered`: their order has a meaning. `scale`: of the
     update, unless another is asked for. `needs`: what it reads besides the weights. `of`: with "weights", w0 counts as
     zero. `granular`: one set of coefficients per filter or for the whole model makes sense. `batched`: a
-    function in the span that takes the inner products of many rows at once too, (rows, N, N). `standard`: it is
+    function in the span that takes the inner products of many rows at once too, (rows, N, N). `reads_angles`: it looks
+    at the inner products of different updates. `standard`: it is
     compared where no methods are named; `sets`: which seeds then merge together. `elsewhere`: library -> its name
     there, and the difference if there is one.
     """
@@ -108,6 +109,7 @@ class Method:
     of: Of = "updates"
     granular: bool = False
     batched: bool = False
+    reads_angles: bool = False
     chooses: Choice | None = None
     standard: bool = False
     sets: Literal["ring", "pairs", "brief", "all"] = "brief"

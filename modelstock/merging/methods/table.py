@@ -78,6 +78,7 @@ ROWS = (
         ),
         least=2,
         granular=True,
+        reads_angles=True,
         batched=True,
         standard=True,
         sets="ring",
@@ -158,6 +159,7 @@ ROWS = (
             ordered=True,
             of=of,
             granular=True,
+            reads_angles=True,
             chooses=SCALE,
         )
         for suffix, of in SPACES
@@ -175,6 +177,7 @@ ROWS = (
             ordered=True,
             of=of,
             granular=True,
+            reads_angles=True,
             chooses=SCALE,
             elsewhere={"mergekit": "nuslerp" if of == "updates" else "slerp"},
         )
@@ -190,6 +193,7 @@ ROWS = (
             own_options=KARCHER,
             of=of,
             granular=True,
+            reads_angles=True,
             chooses=SCALE,
             style=Style(">", "tab:cyan"),
             elsewhere={"mergekit": "karcher"} if of == "weights" else {},
