@@ -1,5 +1,6 @@
 """Methods that thin each update and then agree on one: sparsify x consensus."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 from modelstock.merging.methods.blend import Float
 
 BLOCK = 1 << 14  # values thinned at a time: few enough to stay in a core's cache
+
+SAMPLE = 1 << 14  # values that bound the one at a place of a sorted tensor
 
 # Thins consecutive blocks of an update (n,), in place; called with where each starts.
 Thin = Callable[[int, Float], None]
@@ -20,14 +23,12 @@ class _Largest:
     """Which values belong to the `count` of largest magnitude; ties go to the earlier value."""
 
     def __init__(self, sizes: Float, count: int) -> None:
-        """`sizes`: the magnitudes (size,), which are put in another order."""
+        """`sizes`: the magnitudes (size,)."""
         self.every, self.ties = count >= sizes.size, 0
         self.least = np.inf
         if 0 < count < sizes.size:
-            at = sizes.size - count
-            sizes.partition(at)
-            self.least = float(sizes[at])
-            self.ties = count - int(np.count_nonzero(sizes[at:] > self.least))  # those of `least` that are kept
+            self.least = _in_order(sizes, sizes.size - count)
+            self.ties = count - int(np.count_nonzero(sizes > self.least))  # those of `least` that are kept
 
     def __call__(self, sizes: Float) -> NDArray[np.bool_]:
         """Of the next magnitudes in the update's own order."""
@@ -39,6 +40,22 @@ class _Largest:
             kept[tied] = True
             self.ties -= len(tied)
         return kept
+
+
+def _in_order(values: Float, place: int) -> float:
+    """The value at a place, counted from 0, of the sorted values: np.partition's, in a fraction of its time.
+
+    A sample bounds it, so that only values between the bounds are partitioned (Floyd, Rivest, CACM 18 (1975)).
+    """
+    sample = np.sort(values[:: max(1, values.size // SAMPLE)])
+    near, margin = place * sample.size // values.size, 4 * math.isqrt(sample.size)
+    low, high = sample[max(0, near - margin)], sample[min(sample.size - 1, near + margin)]
+    between = values[(values >= low) & (values <= high)]
+    place_between = place - int(np.count_nonzero(values < low))
+    if not 0 <= place_between < between.size:
+        between, place_between = values.copy(), place
+    between.partition(place_between)
+    return float(between[place_between])
 
 
 def _count(share: float, size: int) -> int:
@@ -81,7 +98,7 @@ def drop_both_ends(update: Float, generator: np.random.Generator, *, density: fl
 def drop_by_rank(update: Float, generator: np.random.Generator, *, drop: float, window: float) -> Thin:
     """Zero with a probability that falls from drop + window/2 to drop - window/2 as magnitude grows; rescale each."""
     place = np.empty(update.size, np.int64)  # from 0, the smallest; of equal magnitudes the earlier value
-    place[_stable_order(np.abs(update))] = np.arange(update.size)
+    place[np.argsort(np.abs(update), kind="stable")] = np.arange(update.size)
 
     def thin(start: int, block: Float) -> None:
         rank = (place[start : start + block.size] + 0.5) / update.size
@@ -90,18 +107,6 @@ def drop_by_rank(update: Float, generator: np.random.Generator, *, drop: float, 
         np.copyto(block, 0, where=generator.random(block.size) < chance)
 
     return thin
-
-
-def _stable_order(values: Float) -> NDArray[np.int64]:
-    """What np.argsort(kind="stable") gives, several times as fast where few values are equal."""
-    order = np.argsort(values)
-    ordered = values[order]
-    equal = ordered[1:] == ordered[:-1]
-    tied = np.flatnonzero(np.append(equal, False) | np.append(False, equal))
-    # Indices of equal values, each run of them in ascending order.
-    runs = np.cumsum(np.append(True, ~equal)[tied])
-    order[tied] = order[tied][np.lexsort((order[tied], runs))]
-    return order
 
 
 def mean_of(updates: Float) -> Float:
