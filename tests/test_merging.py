@@ -700,6 +700,17 @@ def pool(count):
 
 
 class TestLargePools:
+    def test_methods_without_a_declaration_are_given_all_inner_products(self):
+        """What looks at angles must never get their mean by an omission in a row."""
+        ignoring = {name for name, row in METHODS.items() if row.ignores_angles}
+        assert ignoring == {"uniform", "weighted", "wise_ft", "task_arithmetic", "lines"}
+        for name in ignoring:
+            gram = np.array([[2.0, 1.0, 0.5], [1.0, 3.0, 0.7], [0.5, 0.7, 4.0]])
+            other = np.diag(np.diag(gram)) + 0.1 * (1 - np.eye(3))
+            own = ([1.0] if name == "lines" else [], {"weights": [1, 2, 3]} if name == "weighted" else {})
+            here, there = (METHODS[name].function(g, *own[0], **own[1]).coefficients for g in (gram, other))
+            np.testing.assert_array_equal(here, there)
+
     @pytest.mark.parametrize("method", ["uniform", "task_arithmetic", "ties", "model_stock", "karcher"])
     @pytest.mark.parametrize("granularity", ["tensor", "filter"])
     def test_without_inner_products_of_all_pairs_a_merge_has_the_same_bytes(self, method, granularity, monkeypatch):

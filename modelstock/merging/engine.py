@@ -35,7 +35,8 @@ from modelstock.weights.origin import kept_notices, made_by, notices_of
 from modelstock.weights.tensors import Checkpoint, in_memory
 from modelstock.weights.weight_set import WeightSet
 
-# Checkpoints above which methods that do not look at angles between updates leave out the inner products of all pairs.
+# Checkpoints above which methods that look at no angles leave out the inner products of all pairs: the mean cosine in
+# their reports is then of the mean inner product.
 POOL = 16
 
 
@@ -201,7 +202,7 @@ class FirstPass:
 
 
 def _facts(gram: Float, running: bool) -> dict[str, Any]:
-    """Norms of a tensor's updates and, where none is zero, the mean cosine between two."""
+    """Norms of a tensor's updates and, where none is zero, the mean cosine between two (see POOL)."""
     norms = np.sqrt(np.diag(gram))
     facts: dict[str, Any] = {"norms": norms.tolist(), **({"running statistic": "averaged"} if running else {})}
     if len(gram) > 1 and norms.all():

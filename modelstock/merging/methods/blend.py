@@ -39,7 +39,10 @@ def pair_cosines(gram: Float) -> Float:
 def one_by_one(function: Callable[..., Blend], grams: Float, *arguments: Any, **options: Any) -> Blend:
     """The blends of all rows (rows, N, N), at least one, of a method that takes the inner products of one row."""
     blends = [function(gram, *arguments, **options) for gram in grams]
-    facts = {key: np.array([blend.facts[key] for blend in blends]) for key in blends[0].facts}
+    facts = {
+        key: np.array([np.nan if blend.facts[key] is None else blend.facts[key] for blend in blends])
+        for key in blends[0].facts
+    }
     return Blend(np.stack([blend.coefficients for blend in blends]), facts)
 
 
