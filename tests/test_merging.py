@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,14 +15,18 @@ from modelstock.cli.app import app
 from modelstock.errors import MergeError, WeightsError
 from modelstock.experiment.merge import SubsetMerges
 from modelstock.experiment.rows import row_of
+from modelstock.merging.engine import plan_merge
 from modelstock.merging.files import merge_files
-from modelstock.merging.methods.blend import Blend
+from modelstock.merging.kernels import blended, chunks
+from modelstock.merging.methods.blend import Blend, one_by_one
 from modelstock.merging.methods.model_stock import stock_ratio
 from modelstock.merging.methods.rows import Choice, Method, Option
+from modelstock.merging.methods.sparse import _in_order
 from modelstock.merging.methods.table import METHODS
 from modelstock.merging.methods.weighted import fisher, regmean
 from modelstock.params import merge_section, standard_section
 from modelstock.scoring.one_pass import ScoringOptions
+from modelstock.weights.tensors import in_memory
 from modelstock.weights.weight_set import WeightSet, load_weights
 from tests.support.merging import merge_with
 
@@ -650,6 +656,159 @@ def test_the_merge_does_not_depend_on_threads_of_a_linear_algebra_library():
             return merge_with("model_stock", sets[0], sets[1:])[0].identity
 
     assert merged(1) == merged(2)
+
+
+class TestManyRowsAtOnce:
+    """A method that takes the inner products of many rows gives each row the bits that it gets on its own."""
+
+    @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.batched])
+    @pytest.mark.parametrize("options", [{}, {"pairwise": "angle"}, {"clip": "none"}])
+    @pytest.mark.parametrize("count", [2, 3, 5, 8, 20])
+    def test_coefficients_and_facts_are_those_of_one_row_to_the_last_bit(self, method, options, count):
+        if options and method != "model_stock":
+            pytest.skip("options of Model Stock")
+        own = {**options, **({"weights": range(1, count + 1)} if method == "weighted" else {})}
+        updates = np.random.default_rng(count).standard_normal((300, count, 40)) + 0.3
+        updates[7, 1] = 0
+        updates[8] = -updates[8, :1]
+        grams = np.einsum("rik,rjk->rij", updates, updates)
+        together = METHODS[method].function(grams, **own)
+        alone = one_by_one(METHODS[method].function, grams, **own)
+        np.testing.assert_array_equal(together.coefficients, alone.coefficients)
+        for key, values in alone.facts.items():
+            np.testing.assert_array_equal(together.facts[key], values)
+
+    @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.granular])
+    def test_a_tensor_of_one_filter_is_merged_as_with_granularity_tensor(self, method):
+        pair = [at(10, 2), at(70, 4)]
+        whole, facts = one(method, [[0.0, 1.0]], [[w] for w in pair])
+        by_filter, same = one(method, [[0.0, 1.0]], [[w] for w in pair], granularity="filter")
+        np.testing.assert_array_equal(by_filter, whole)
+        assert same == facts
+
+
+def pool(count):
+    """An anchor and so many updates that share a direction, of one tensor, a running statistic and a counter."""
+    random = np.random.default_rng(0)
+    shared = random.standard_normal((30, 40))
+
+    def weights(scale, source):
+        tensors = {"w": scale * (shared + random.standard_normal(shared.shape)), "bn.running_mean": random.random(3)}
+        return WeightSet({name: np.float32(values) for name, values in tensors.items()}, source=source)
+
+    return weights(0, "anchor"), [weights(1, f"w{number}") for number in range(count)]
+
+
+class TestLargePools:
+    def test_methods_without_a_declaration_are_given_all_inner_products(self):
+        """What looks at angles must never get their mean by an omission in a row."""
+        ignoring = {name for name, row in METHODS.items() if row.ignores_angles}
+        assert ignoring == {"uniform", "weighted", "wise_ft", "task_arithmetic", "lines"}
+        for name in ignoring:
+            gram = np.array([[2.0, 1.0, 0.5], [1.0, 3.0, 0.7], [0.5, 0.7, 4.0]])
+            other = np.diag(np.diag(gram)) + 0.1 * (1 - np.eye(3))
+            own = ([1.0] if name == "lines" else [], {"weights": [1, 2, 3]} if name == "weighted" else {})
+            here, there = (METHODS[name].function(g, *own[0], **own[1]).coefficients for g in (gram, other))
+            np.testing.assert_array_equal(here, there)
+
+    @pytest.mark.parametrize("method", ["uniform", "task_arithmetic", "ties", "model_stock", "karcher"])
+    @pytest.mark.parametrize("granularity", ["tensor", "filter"])
+    def test_without_inner_products_of_all_pairs_a_merge_has_the_same_bytes(self, method, granularity, monkeypatch):
+        if granularity == "filter" and METHODS[method].kind != "span":
+            pytest.skip("not in the span")
+        anchor, tuned = pool(5)
+        expected, facts = merge_with(method, anchor, tuned, granularity=granularity)
+        monkeypatch.setattr("modelstock.merging.engine.POOL", 4)
+        found, of_pool = merge_with(method, anchor, tuned, granularity=granularity)
+        assert found.identity == expected.identity
+        assert of_pool["w"]["norms"] == facts["w"]["norms"]
+        # The mean inner product over the norms: what the mean cosine is where the norms are alike.
+        assert of_pool["w"]["cosine"] == pytest.approx(facts["w"]["cosine"], rel=1e-3)
+        if METHODS[method].reads_angles:
+            assert of_pool == facts
+
+    def test_the_same_weights_twice_are_refused_in_a_large_pool(self):
+        anchor, tuned = pool(20)
+        again = WeightSet(dict(tuned[3].tensors), source="again")
+        with pytest.raises(MergeError, match="again: got the same tensors as w3"):
+            merge_with("uniform", anchor, [*tuned, again])
+
+    def test_greedys_trials_are_the_merges_of_their_members(self):
+        """Each, by the running mean, is what a uniform soup of its members gives, up to a float32's last bit."""
+        anchor, tuned = pool(6)
+        accuracies = iter([0.6, 0.1, 0.5, 0.4, 0.3, 0.2, 0.7, 0.65, 0.8, 0.9, 0.1])
+        order, trials = [], []
+
+        def score(batch):
+            (order if len(batch) > 1 else trials).extend(w.tensors["w"].copy() for w in batch)
+            return [next(accuracies) for _ in batch]
+
+        soup, report = merge_with("greedy", anchor, tuned, score=score)
+        # In the order of the updates' norms: alone, then candidates 2, 3 (no), 4, 5 and 1 (no) beside the best, 0.
+        names = ["w0 w2", "w0 w2 w3", "w0 w2 w4", "w0 w2 w4 w5", "w0 w2 w4 w5 w1"]
+        by_values = {w.tensors["w"].tobytes(): w for w in tuned}
+        ranked = [by_values[values.tobytes()] for values in order]  # alone, each is its own values
+        for values, members in zip(trials, names, strict=True):
+            own = [ranked[int(name[1:])] for name in members.split()]
+            expected = merge_with("uniform", anchor, own)[0].tensors["w"]
+            np.testing.assert_array_max_ulp(values, expected, maxulp=1)
+        members = [ranked[number] for number in (0, 2, 4, 5)]
+        assert sorted(report["w"]["chosen"]) == sorted(w.source for w in members)
+        assert report["w"]["score"] == 0.9
+        np.testing.assert_array_equal(soup.tensors["w"], merge_with("uniform", anchor, members)[0].tensors["w"])
+
+    def test_a_greedy_candidate_reads_one_checkpoint(self):
+        """Alone each is read; then each once as a candidate, and those that are taken once more for the mean."""
+        anchor, tuned = pool(12)
+        reads = Counter()
+
+        def counted(weights):
+            opened = in_memory(weights.tensors, {}, weights.source)
+
+            def entry(tensor):
+                def read(start, stop, scratch=None):
+                    reads[weights.source] += 1
+                    return tensor.read(start, stop)
+
+                return replace(tensor, read=read)
+
+            return replace(opened, tensors={name: entry(tensor) for name, tensor in opened.tensors.items()})
+
+        def score(batch):
+            for trial in batch:
+                dict(trial.tensors)
+            return list(range(len(batch))) if len(batch) > 1 else [100 + sum(reads.values())]
+
+        plan_merge("greedy", counted(anchor), [counted(w) for w in tuned], score=score)
+        tensors = len(anchor.tensors)
+        # The first pass, alone, as a candidate, and for the mean; the best one also beside the first two candidates.
+        assert max(reads[w.source] for w in tuned) <= 6 * tensors
+        assert sum(reads[w.source] for w in tuned) <= 12 * 4 * tensors + 4 * tensors
+
+    def test_what_has_no_share_is_not_read(self):
+        anchor, tuned = pool(2)
+
+        def never(start, stop, scratch=None):
+            raise AssertionError("read")
+
+        origin, first = (in_memory(w.tensors, {}, w.source).tensors["w"] for w in (anchor, tuned[0]))
+        pieces = blended(
+            origin, [first, replace(first, read=never)], list(chunks(1200, 1)), np.array([[0.5, 0.0]]), "F32"
+        )
+        (_, values), *_ = pieces
+        expected = anchor.tensors["w"] + 0.5 * (np.float64(tuned[0].tensors["w"]) - anchor.tensors["w"])
+        np.testing.assert_array_equal(values, np.float32(expected).reshape(-1))
+
+
+@pytest.mark.parametrize("size", [2, 3, 100, 40_000])
+@pytest.mark.parametrize("distinct", [1, 3, 1000, 10**9])
+def test_the_value_at_a_place_is_that_of_the_sorted_values(size, distinct):
+    random = np.random.default_rng(size)
+    values = random.integers(0, distinct, size) / 7
+    values[: size // 2].sort()  # a sample at equal distances is then a poor one
+    expected = np.sort(values)
+    for place in {0, 1, size // 5, size // 2, size - 1}:
+        assert _in_order(values, place) == expected[place]
 
 
 class TestARowIsAllThatAMethodNeeds:

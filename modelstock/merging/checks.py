@@ -142,13 +142,9 @@ def check_different(
     """
     for i, weights in enumerate(tuned):
         for j, other in enumerate([*tuned[:i], anchor] if len(tuned) > 1 else []):
-            if other is not anchor:
-                # |v_i - v_j|^2, by inner products, is 0 for equal checkpoints; for others hardly ever.
-                near = all(
-                    (g[:, i, i] == g[:, j, j]).all() and (g[:, i, j] == g[:, i, i]).all() for g in grams.values()
-                )
-            else:
-                near = not squares[i].any() or of == "weights"
+            # All norms are the same for equal checkpoints; for others hardly ever.
+            same_norms = (squares[i] == squares[j]).all() if other is not anchor else not squares[i].any()
+            near = same_norms or (other is anchor and of == "weights")
             if near and all(other.tensors[name].equals(weights.tensors[name]) for name in grams):
                 raise MergeError(
                     weights.source,

@@ -7,7 +7,7 @@ second sums. Both run chunk by chunk (modelstock.merging.kernels).
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from modelstock.merging.checks import (
     refuse_non_finite,
 )
 from modelstock.merging.kernels import Chunk, Float, inner_products, runs
-from modelstock.merging.methods.blend import cosines
+from modelstock.merging.methods.blend import Blend, one_by_one, pair_cosines, summary
+from modelstock.merging.methods.rows import Method
 from modelstock.merging.methods.table import METHODS
 from modelstock.merging.plan import Plan
 from modelstock.merging.searches import Gradient, Scorer, search
@@ -33,6 +34,10 @@ from modelstock.weights.layout import depths
 from modelstock.weights.origin import kept_notices, made_by, notices_of
 from modelstock.weights.tensors import Checkpoint, in_memory
 from modelstock.weights.weight_set import WeightSet
+
+# Checkpoints above which methods that look at no angles leave out the inner products of all pairs: the mean cosine in
+# their reports is then of the mean inner product.
+POOL = 16
 
 
 def plan_merge(
@@ -69,7 +74,14 @@ def plan_merge(
     tensors = sort_tensors(anchor, tuned, choose)
     if row.reads_statistics:
         check_statistics(row.needs, anchor, statistics)
-    first_pass = FirstPass(anchor=anchor, tuned=tuned, of=row.of, by_filter=granularity == "filter", progress=progress)
+    first_pass = FirstPass(
+        anchor=anchor,
+        tuned=tuned,
+        of=row.of,
+        pairs=row.reads_angles or len(tuned) <= POOL,
+        by_filter=granularity == "filter",
+        progress=progress,
+    )
     grams = first_pass.inner_products(tensors.floating, workers)
     squares = np.array([[gram[:, i, i].sum() for gram in grams.values()] for i in range(len(tuned))])
     check_different(anchor, tuned, grams, squares=squares, of=row.of)
@@ -105,17 +117,27 @@ def _span(plan: Plan, grams: Mapping[str, Float], granularity: Granularity) -> P
     row = METHODS[plan.method]
     options = {name: value for name, value in plan.options.items() if name != "scale"}
     depth = _depths(plan.method, list(grams)) if row.needs == "depth" else {}
-    whole = (
-        row.function(sum(gram.sum(axis=0) for gram in grams.values()), **options) if granularity == "model" else None
-    )
-    coefficients, report = dict(plan.coefficients), dict(plan.report)
-    for name, rows in grams.items():
-        extra = [depth[name]] if depth else []
-        blends = [whole] if whole else [row.function(gram, *extra, **options) for gram in rows]
-        if blends:  # a tensor without rows has none
-            coefficients[name] = plan.options["scale"] * np.stack([blend.coefficients for blend in blends])
-            report[name] = {**report[name], **_summary([blend.facts for blend in blends])}
-    return replace(plan, coefficients=coefficients, report=report)
+    if granularity == "model":
+        blend = _blend(row, sum(gram.sum(axis=0) for gram in grams.values())[None], options)
+        blends = dict.fromkeys(grams, blend)
+    else:
+        # A tensor without rows has no coefficients.
+        blends = {
+            name: _blend(row, rows, options, *([depth[name]] if depth else []))
+            for name, rows in grams.items()
+            if len(rows)
+        }
+    scale = plan.options["scale"]
+    coefficients = {name: scale * blend.coefficients for name, blend in blends.items()}
+    report = {name: {**plan.report[name], **summary(blend.facts)} for name, blend in blends.items()}
+    return replace(plan, coefficients={**plan.coefficients, **coefficients}, report={**plan.report, **report})
+
+
+def _blend(row: Method, rows: Float, options: Mapping[str, Any], *arguments: Any) -> Blend:
+    """The coefficients and facts of all rows of a tensor, at least one, from their inner products (rows, N, N)."""
+    if row.batched:
+        return cast(Blend, row.function(rows, *arguments, **options))
+    return one_by_one(row.function, rows, *arguments, **options)
 
 
 def _depths(method: str, names: Sequence[str]) -> dict[str, float]:
@@ -137,6 +159,7 @@ class FirstPass:
     anchor: Checkpoint
     tuned: Sequence[Checkpoint]
     of: str
+    pairs: bool
     by_filter: bool
     progress: Callable[[int], object]
 
@@ -175,30 +198,16 @@ class FirstPass:
     def _one(self, task: tuple[str, int, list[Chunk]]) -> Float:
         name, _, run = task
         tensors = [weights.tensors[name] for weights in self.tuned]
-        return inner_products(self.anchor.tensors[name], tensors, run, of=self.of)
+        return inner_products(self.anchor.tensors[name], tensors, run, of=self.of, pairs=self.pairs)
 
 
 def _facts(gram: Float, running: bool) -> dict[str, Any]:
-    """Norms of a tensor's updates and, where none is zero, the mean cosine between two."""
+    """Norms of a tensor's updates and, where none is zero, the mean cosine between two (see POOL)."""
     norms = np.sqrt(np.diag(gram))
     facts: dict[str, Any] = {"norms": norms.tolist(), **({"running statistic": "averaged"} if running else {})}
     if len(gram) > 1 and norms.all():
-        facts["cosine"] = float(cosines(gram)[np.triu_indices(len(gram), 1)].mean())
+        facts["cosine"] = float(pair_cosines(gram).mean())
     return facts
-
-
-def _summary(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One row's facts, or over a tensor's filters: means of numbers, counts of flags."""
-    if len(facts) == 1:
-        return dict(facts[0])
-    merged: dict[str, Any] = {}
-    for key in facts[0]:
-        values = [row[key] for row in facts if row[key] is not None]
-        if key == "flag":
-            merged["flags"] = {flag: values.count(flag) for flag in sorted(set(values)) if flag}
-        else:
-            merged[key] = float(np.mean(values)) if values else None
-    return merged
 
 
 def merge(

@@ -239,6 +239,8 @@ def write_plan(
     placeholder = "0" * 64 if checksum else None
     file_layout = layout(plan.anchor, plan.dtype, meta, placeholder)
     work = [(name, run) for name in sorted(file_layout.begins) for run in plan.runs(name)]
+    # Tensors that are taken whole first and largest first, so that no worker is left with a large one at the end.
+    work.sort(key=lambda task: -task[1][0].stop if plan.takes_whole(task[0]) else 0)
     with atomic_path(out) as temporary, open(temporary, "wb") as file:
         file.write(file_layout.start)
         file.flush()

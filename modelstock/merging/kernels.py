@@ -53,48 +53,79 @@ def runs(size: int, rows: int) -> Iterator[list[Chunk]]:
 
 
 class Updates:
-    """The anchor's values and the updates of a tensor, chunk by chunk, in float64 and in memory that is used again."""
+    """A tensor's updates, one chunk of one checkpoint at a time, in float64 and in memory that is used again."""
 
     def __init__(self, origin: StoredTensor, tuned: Sequence[StoredTensor], *, of: str = "updates") -> None:
         self.origin, self.tuned, self.of = origin, tuned, of
         # Fresh pages for every chunk would cost as much as the sums.
         size = min(CHUNK, origin.size)
         self._stored = np.empty(8 * size, np.uint8)
-        self._base, self._updates = np.empty(size), np.empty((len(tuned), size))
+        self._base, self._update = np.empty(size), np.empty(size)
 
-    def __call__(self, piece: Chunk) -> tuple[Float, Float]:
-        """w0 (n,), zero for methods on weights, and v_i (N, n); free to be written to, until the next call."""
-        count = piece.stop - piece.start
-        base, updates = self._base[:count], self._updates[:, :count]
+    def base(self, piece: Chunk) -> Float:
+        """The anchor's values w0 (n,), zero for methods on weights; until the next chunk's."""
+        base = self._base[: piece.stop - piece.start]
         if self.of == "weights":
             base.fill(0)
         else:
             widen(self.origin.read(piece.start, piece.stop, self._stored), self.origin.dtype, base)
-        for tensor, update in zip(self.tuned, updates, strict=True):
-            widen(tensor.read(piece.start, piece.stop, self._stored), tensor.dtype, update)
-            with np.errstate(invalid="ignore"):  # infinity minus itself: what becomes of it is the caller's to say
-                np.subtract(update, base, out=update)
-        return base, updates
+        return base
+
+    def update(self, number: int, piece: Chunk, base: Float, out: Float | None = None) -> Float:
+        """v_i (n,) of checkpoint `number`, into `out` if given; else free to be written to, until the next call."""
+        update, tensor = self._update[: len(base)] if out is None else out, self.tuned[number]
+        widen(tensor.read(piece.start, piece.stop, self._stored), tensor.dtype, update)
+        with np.errstate(invalid="ignore"):  # infinity minus itself: what becomes of it is the caller's to say
+            np.subtract(update, base, out=update)
+        return update
 
 
 def inner_products(
-    origin: StoredTensor, tuned: Sequence[StoredTensor], run: Sequence[Chunk], *, of: str = "updates"
+    origin: StoredTensor,
+    tuned: Sequence[StoredTensor],
+    run: Sequence[Chunk],
+    *,
+    of: str = "updates",
+    pairs: bool = True,
 ) -> Float:
-    """Inner products (rows of the run, N, N) of the updates; each is a sum of its own, so no order of them matters."""
+    """Inner products (rows of the run, N, N) of the updates; each is a sum of its own, so no order of them matters.
+
+    Without `pairs`, whose number grows with N^2, those of two different updates are all set to their mean, which
+    follows from the norm of the updates' sum.
+    """
+    count = len(tuned)
     if not run:
-        return np.zeros((0, len(tuned), len(tuned)))
+        return np.zeros((0, count, count))
     updates = Updates(origin, tuned, of=of)
-    gram = np.zeros((run[-1].last - run[0].first, len(tuned), len(tuned)))
+    gram = np.zeros((run[-1].last - run[0].first, count, count))
+    table = np.empty((count if pairs else 1, min(CHUNK, origin.size)))
     for piece in run:
-        _, chunk = updates(piece)
-        table = chunk.reshape(len(tuned), piece.last - piece.first, -1)
-        rows = slice(piece.first - run[0].first, piece.last - run[0].first)
-        for i in range(len(tuned)):
-            for j in range(i + 1):
-                # einsum rather than BLAS, whose sums depend on its threads and on the processor.
-                gram[rows, i, j] += np.einsum("rk,rk->r", table[i], table[j])
-                gram[rows, j, i] = gram[rows, i, j]
+        base = updates.base(piece)
+        own = gram[piece.first - run[0].first : piece.last - run[0].first]
+        by_row = table[:, : len(base)].reshape(len(table), len(own), -1)
+        if pairs:
+            for i in range(count):
+                updates.update(i, piece, base, table[i, : len(base)])
+                for j in range(i + 1):
+                    own[:, i, j] += _dot(by_row[i], by_row[j])
+                    own[:, j, i] = own[:, i, j]
+        else:
+            total = by_row[0]
+            total.fill(0)
+            squares = np.empty((len(own), count))
+            for i in range(count):
+                update = updates.update(i, piece, base).reshape(total.shape)
+                squares[:, i] = _dot(update, update)
+                total += update
+            shared = (_dot(total, total) - squares.sum(axis=1)) / (count * (count - 1))
+            own += np.where(np.eye(count, dtype=bool), squares[:, None, :], shared[:, None, None])
     return gram
+
+
+def _dot(first: Float, second: Float) -> Float:
+    """Inner products (rows,) of rows (rows, n)."""
+    # einsum rather than BLAS, whose sums depend on its threads and on the processor.
+    return np.asarray(np.einsum("rk,rk->r", first, second))
 
 
 def blended(
@@ -106,12 +137,20 @@ def blended(
     *,
     of: str = "updates",
 ) -> Iterator[tuple[int, Array]]:
-    """w0 + sum_i c_i v_i of a run of chunks, `shares` (rows, N): (start, stored values), good until the next one."""
-    updates, out = Updates(origin, tuned, of=of), np.empty(min(CHUNK, origin.size), STORED[dtype])
+    """w0 + sum_i c_i v_i of a run of chunks, `shares` (rows, N): (start, stored values), good until the next one.
+
+    Checkpoints without a share are not read, unless none has one.
+    """
+    updates, size = Updates(origin, tuned, of=of), min(CHUNK, origin.size)
+    result, out = np.empty(size), np.empty(size, STORED[dtype])
+    used = np.flatnonzero(shares.any(axis=0)).tolist() or range(len(tuned))
     for piece in run:
-        result, chunk = updates(piece)
+        base = updates.base(piece)
+        merged = result[: len(base)]
+        np.copyto(merged, base)
         own = shares[piece.first : piece.last]
-        for i, update in enumerate(chunk.reshape(len(tuned), len(own), -1)):
+        for i in used:
+            update = updates.update(i, piece, base).reshape(len(own), -1)
             update *= own[:, i, None]
-            result += update.reshape(-1)
-        yield piece.start, narrow(result, dtype, out[: len(result)])
+            merged += update.reshape(-1)
+        yield piece.start, narrow(merged, dtype, out[: len(merged)])

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from modelstock.errors import MergeError
-from modelstock.merging.kernels import Array, Chunk, Float, blended, runs
+from modelstock.merging.kernels import Array, Chunk, Float, Updates, blended, chunks, runs
 from modelstock.merging.methods.table import METHODS
 from modelstock.weights.tensors import FLOATS, STORED, Checkpoint, StoredTensor, narrow, widen
 
@@ -37,10 +38,14 @@ class Plan:
         """The stored dtype of a tensor of the result."""
         return result_dtype(self.anchor.tensors[name].dtype, self.dtype)
 
+    def takes_whole(self, name: str) -> bool:
+        """Whether a tensor cannot be done in parts, as the method looks at all its values."""
+        return name in self.chosen and name not in self.coefficients
+
     def runs(self, name: str) -> list[list[Chunk]]:
         """What can be done side by side of a tensor; methods that look at single values take it whole."""
         size = self.anchor.tensors[name].size
-        if name in self.chosen and name not in self.coefficients:
+        if self.takes_whole(name):
             return [[Chunk(0, 1, 0, size)]]
         return list(runs(size, len(self.coefficients[name]) if name in self.coefficients else 1))
 
@@ -71,13 +76,20 @@ class Plan:
                 kept = source.read(piece.start, piece.stop)
                 yield piece.start, kept if dtype == source.dtype else narrow(widen(kept, source.dtype), dtype)
         elif origin.size:
-            yield 0, narrow(self._by_values(name, origin, others), dtype).reshape(-1)
+            update = self._by_values(name, origin, others).reshape(-1)
+            for piece in chunks(origin.size, 1):
+                merged = origin.values(piece.start, piece.stop)
+                merged += self.options["scale"] * update[piece.start : piece.stop]
+                yield piece.start, narrow(merged, dtype)
 
     def _by_values(self, name: str, origin: StoredTensor, others: Sequence[StoredTensor]) -> Float:
-        """w0 + scale * update of a whole tensor, by a method that looks at single values."""
-        row = METHODS[self.method]
-        base = origin.values().reshape(origin.shape)
-        updates = np.stack([w.values().reshape(origin.shape) for w in others]) - base
+        """The update of a whole tensor, by a method that looks at single values."""
+        row, read = METHODS[self.method], Updates(origin, others)
+        updates = np.empty((len(others), origin.size))
+        for piece in chunks(origin.size, 1):
+            base = read.base(piece)
+            for i, values in enumerate(updates):
+                read.update(i, piece, base, values[piece.start : piece.stop])
         given: list[Any] | None
         if row.needs:
             known = [s.tensors.get(name) for s in self.statistics]
@@ -86,19 +98,39 @@ class Plan:
             key = np.frombuffer(name.encode(), np.uint8)
             given = [np.random.default_rng([*key, i]) for i in range(len(updates))]
         own = {k: v for k, v in self.options.items() if k != "scale"}
-        return np.asarray(base + self.options["scale"] * row.function(updates, given, **own))
+        update: Float = row.function(updates.reshape(len(others), *origin.shape), given, **own)
+        return update
+
+    def tensor(self, name: str) -> Array:
+        """A tensor of the result in memory, bfloat16 as float32, which holds it exactly."""
+        origin, dtype = self.anchor.tensors[name], self.dtype_of(name)
+        merged = np.empty(origin.size, np.float32 if dtype == "BF16" else STORED[dtype])
+        for run in self.runs(name):
+            for start, piece in self.pieces(name, run):
+                merged[start : start + piece.size] = widen(piece, dtype) if dtype == "BF16" else piece
+        return merged.reshape(origin.shape)
+
+    def as_checkpoint(self) -> Checkpoint:
+        """The result as a checkpoint whose values are computed when they are read: one row of coefficients a tensor."""
+
+        def entry(name: str) -> StoredTensor:
+            dtype = self.dtype_of(name)
+
+            def read(start: int, stop: int, scratch: NDArray[np.uint8] | None = None) -> Array:
+                values = np.empty(stop - start, STORED[dtype])
+                for chunk in chunks(stop - start, 1):
+                    moved = Chunk(0, 1, start + chunk.start, start + chunk.stop)
+                    for at, piece in self.pieces(name, [moved]):
+                        values[at - start : at - start + piece.size] = piece
+                return values
+
+            return StoredTensor(dtype, self.anchor.tensors[name].shape, read)
+
+        return Checkpoint({name: entry(name) for name in self.anchor.tensors})
 
     def tensors(self) -> dict[str, Array]:
-        """The result in memory, bfloat16 as float32, which holds it exactly."""
-        found = {}
-        for name, origin in self.anchor.tensors.items():
-            dtype = self.dtype_of(name)
-            merged = np.empty(origin.size, np.float32 if dtype == "BF16" else STORED[dtype])
-            for run in self.runs(name):
-                for start, piece in self.pieces(name, run):
-                    merged[start : start + piece.size] = widen(piece, dtype) if dtype == "BF16" else piece
-            found[name] = merged.reshape(origin.shape)
-        return found
+        """The result in memory."""
+        return {name: self.tensor(name) for name in self.anchor.tensors}
 
 
 def result_dtype(own: str, asked: str | None) -> str:

@@ -10,7 +10,8 @@ from modelstock.errors import MergeError
 from modelstock.merging.kernels import Array, Float
 from modelstock.merging.methods.table import METHODS
 from modelstock.merging.plan import Plan
-from modelstock.weights.weight_set import WeightSet
+from modelstock.weights.tensors import Checkpoint, in_memory
+from modelstock.weights.weight_set import LazyArrays, WeightSet
 
 # Accuracies of weight sets on the held-out split, in one pass over it.
 Scorer = Callable[[Sequence[WeightSet]], Sequence[float]]
@@ -35,18 +36,64 @@ class Trials:
 
     def merged(self, shares: Mapping[str, Float]) -> WeightSet:
         """The merge by these shares, in memory."""
-        tensors = self.with_shares(shares).tensors()
+        return self.weights(self.with_shares(shares).tensors())
+
+    def weights(self, tensors: Mapping[str, Array]) -> WeightSet:
+        """The weight set of a trial."""
         return WeightSet(tensors, self.plan.anchor.meta, f"a trial of {self.plan.method}")
+
+
+class RunningMean:
+    """Plans of merges whose members have equal shares, the same for every tensor, for members that grow one by one.
+
+    The mean of the members that two merges in a row have in common is kept, in float64, and taken as one checkpoint:
+    so a greedy soup's candidate costs a pass over it and that mean, however large the soup is. Sums round in another
+    order than those of a plan that names each member: a trial can differ from it by a float32's last bit.
+    """
+
+    def __init__(self, trials: Trials) -> None:
+        self._trials = trials
+        self._kept: frozenset[int] = frozenset()  # members of the mean
+        self._mean: Checkpoint | None = None
+        self._last: frozenset[int] = frozenset()  # members of the merge before
+
+    def plan(self, shares: Float) -> Plan:
+        """The plan of the merge by these shares (N,)."""
+        members = frozenset(np.flatnonzero(shares).tolist())
+        if len({shares[member] for member in members}) != 1:
+            return self._trials.with_shares(dict.fromkeys(self._trials.names, shares))
+        common, self._last = members & self._last, members
+        if not self._kept <= members:
+            self._kept, self._mean = frozenset(), None
+        if len(common) > max(1, len(self._kept)):
+            mean = replace(self._by_share(common, 1 / len(common), scale=1.0), dtype="F64")
+            tensors = {name: mean.tensor(name) for name in mean.coefficients}
+            self._kept, self._mean = common, in_memory(tensors, {}, "the mean of the soup")
+        (share,) = {float(shares[member]) for member in members}
+        return self._by_share(members, share, scale=self._trials.plan.options["scale"])
+
+    def _by_share(self, members: frozenset[int], share: float, *, scale: float) -> Plan:
+        """The plan of a merge with the same share for each of `members`, all that are in the mean among them."""
+        plan, others = self._trials.plan, sorted(members - self._kept)
+        sources, counts = [plan.tuned[member] for member in others], np.ones(len(others))
+        if self._mean is not None:
+            sources, counts = [self._mean, *sources], np.append(len(self._kept), counts)
+        averaged = dict.fromkeys(plan.coefficients, (counts / len(members))[None])
+        merged = dict.fromkeys(self._trials.names, scale * (share * counts)[None])
+        return replace(plan, tuned=tuple(sources), coefficients={**averaged, **merged})
 
 
 def search_by_score(plan: Plan, score: Scorer) -> Plan:
     """Settle the coefficients, the same for every tensor, by the accuracies of merges."""
     trials, method = Trials(plan), METHODS[plan.method]
-    blend = method.function(
-        len(plan.tuned),
-        lambda batch: score([trials.merged(dict.fromkeys(trials.names, shares)) for shares in batch]),
-        **trials.options,
-    )
+    mean = RunningMean(trials)
+
+    def score_batch(batch: Sequence[Float]) -> Sequence[float]:
+        # Many at once are merged tensor by tensor when they are asked for, so that they need not be in memory together.
+        plans = [mean.plan(shares) for shares in batch]
+        return score([trials.weights(LazyArrays(p.as_checkpoint()) if len(plans) > 1 else p.tensors()) for p in plans])
+
+    blend = method.function(len(plan.tuned), score_batch, **trials.options)
     facts: dict[str, Any] = dict(blend.facts)
     if "chosen" in facts:
         facts["chosen"] = [plan.tuned[number].source for number in facts["chosen"]]

@@ -7,7 +7,7 @@ import numpy as np
 
 from modelstock.errors import few
 from modelstock.merging.kernels import Float
-from modelstock.merging.methods.blend import cosines
+from modelstock.merging.methods.blend import pair_cosines
 from modelstock.notices import notice
 from modelstock.weights.layout import is_counter, is_running_statistic
 from modelstock.weights.tensors import FLOATS, Checkpoint, StoredTensor
@@ -100,7 +100,7 @@ def _notice_shared_direction(anchor: Checkpoint, grams: Mapping[str, Float]) -> 
     """Where all updates point the same way, as from an anchor that is not theirs."""
     whole = sum((gram.sum(axis=0) for gram in grams.values()), np.zeros(()))
     if len(whole) > 1 and np.diag(whole).all():
-        cosine = float(cosines(whole)[np.triu_indices(len(whole), 1)].mean())
+        cosine = float(pair_cosines(whole).mean())
         if cosine > LIKE_ONE:
             notice(
                 anchor.source,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modelstock.merging.kernels import blended, chunks, inner_products, runs
-from modelstock.merging.methods.blend import Blend
+from modelstock.merging.methods.blend import Blend, summary
 from modelstock.merging.methods.model_stock import model_stock
 from modelstock.training.distributed import ALONE, World
 from modelstock.weights.layout import is_running_statistic
@@ -105,7 +105,7 @@ def merge_models(
             state[name].copy_(whole[offset : offset + state[name].numel()].reshape(state[name].shape))
             offset += state[name].numel()
     return {
-        name: {"norms": np.sqrt(np.diag(gram)).tolist(), **blend.facts}
+        name: {"norms": np.sqrt(np.diag(gram)).tolist(), **summary(blend.facts)}
         for name, gram, blend in zip(names, grams, blends, strict=True)
     }
 

@@ -88,9 +88,11 @@ class Method:
     `kind`: what `function` takes and gives, see modelstock.merging.methods. `formula`: of the result, w0 the anchor
     and v_i the updates. `least`, `most`: fine-tuned checkpoints. `ordered`: their order has a meaning. `scale`: of the
     update, unless another is asked for. `needs`: what it reads besides the weights. `of`: with "weights", w0 counts as
-    zero. `granular`: one set of coefficients per filter or for the whole model makes sense. `standard`: it is
-    compared where no methods are named; `sets`: which seeds then merge together. `elsewhere`: library -> its name
-    there, and the difference if there is one.
+    zero. `granular`: one set of coefficients per filter or for the whole model makes sense. `batched`: a function in
+    the span that takes the inner products of many rows at once too, (rows, N, N). `ignores_angles`: one that does not
+    look at those of two different updates, which then need not be exact. `standard`: it is compared where no methods
+    are named; `sets`: which seeds then merge together. `elsewhere`: library -> its name there, and the difference if
+    there is one.
     """
 
     name: str
@@ -106,6 +108,8 @@ class Method:
     needs: Needs = ""
     of: Of = "updates"
     granular: bool = False
+    batched: bool = False
+    ignores_angles: bool = False
     chooses: Choice | None = None
     standard: bool = False
     sets: Literal["ring", "pairs", "brief", "all"] = "brief"
@@ -123,6 +127,11 @@ class Method:
     def defaults(self) -> dict[str, Any]:
         """Option -> default."""
         return {name: option.default for name, option in self.options.items()}
+
+    @property
+    def reads_angles(self) -> bool:
+        """Whether it looks at the inner products of two different updates."""
+        return self.kind == "span" and not self.ignores_angles
 
     @property
     def reads_statistics(self) -> bool:

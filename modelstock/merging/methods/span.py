@@ -1,6 +1,7 @@
 """Methods in the span of the updates: coefficients that depend on nothing but the inner products <v_i, v_j>.
 
-`(gram, *, options) -> Blend`; the engine streams any model through it.
+`(gram, *, options) -> Blend`; the engine streams any model through it. Those that their row of the table declares
+`batched` take the inner products of one row (N, N) or of many at once (rows, N, N).
 """
 
 from collections.abc import Sequence
@@ -10,12 +11,17 @@ import numpy as np
 from modelstock.merging.methods.blend import Blend, Float, cosines
 
 
+def _same_for_all_rows(gram: Float, coefficients: float | Sequence[float] | Float) -> Float:
+    """Coefficients (..., N), the same for every row of the inner products (..., N, N)."""
+    return np.broadcast_to(np.asarray(coefficients, np.float64), gram.shape[:-1])
+
+
 def uniform(gram: Float) -> Blend:
     """w0 + mean(v_i), the plain average.
 
     Source: Wortsman et al., arXiv 2203.05482.
     """
-    return Blend(np.full(len(gram), 1 / len(gram)))
+    return Blend(_same_for_all_rows(gram, 1 / gram.shape[-1]))
 
 
 def weighted(gram: Float, *, weights: Sequence[float] = ()) -> Blend:
@@ -23,7 +29,7 @@ def weighted(gram: Float, *, weights: Sequence[float] = ()) -> Blend:
 
     Source: Wortsman et al., arXiv 2203.05482, learned soup.
     """
-    return Blend(np.asarray(weights, np.float64) / sum(weights))
+    return Blend(_same_for_all_rows(gram, np.asarray(weights, np.float64) / sum(weights)))
 
 
 def wise_ft(gram: Float, *, alpha: float = 0.5) -> Blend:
@@ -31,7 +37,7 @@ def wise_ft(gram: Float, *, alpha: float = 0.5) -> Blend:
 
     Source: Wortsman et al., arXiv 2109.01903.
     """
-    return Blend(np.full(len(gram), alpha / len(gram)))
+    return Blend(_same_for_all_rows(gram, alpha / gram.shape[-1]))
 
 
 def task_arithmetic(gram: Float) -> Blend:
@@ -39,7 +45,7 @@ def task_arithmetic(gram: Float) -> Blend:
 
     Source: Ilharco et al., arXiv 2212.04089.
     """
-    return Blend(np.ones(len(gram)))
+    return Blend(_same_for_all_rows(gram, 1))
 
 
 def lines(gram: Float, depth: float, *, alpha: float = 0.5) -> Blend:
