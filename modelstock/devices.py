@@ -8,7 +8,7 @@ from modelstock.errors import ParamsError
 
 
 def device_kind(device: str) -> str:
-    """ "cuda" or "cpu"; "auto" is a GPU where there is one.
+    """ "cuda" or "cpu"; "auto" is a GPU where there is one, on which float32 is float32 from here on.
 
     Raises:
         ParamsError: no such device.
@@ -16,6 +16,9 @@ def device_kind(device: str) -> str:
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         raise ParamsError("device", got=device, expected="a device that torch can use", cure="set it to cpu or auto")
+    if kind == "cuda":
+        # By default, convolutions alone round what they multiply to the 10 bits of TF32.
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     return kind
 
 
