@@ -49,7 +49,7 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses():
 
 def batches_of(*parts):
     """The same batch at every step."""
-    return lambda start, stop: iter([parts] * (stop - start))
+    return lambda start, stop: (parts for _ in range(start, stop))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,6 @@ def test_statistics_of_the_data_keep_to_one_device(anchor):
 
 def test_batch_norm_is_estimated_on_one_device(tmp_path, monkeypatch, anchor):
     make_split(tmp_path, "train", 20)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
     train_split = open_dataset(tmp_path)
@@ -108,14 +107,13 @@ def test_batch_norm_is_estimated_on_one_device(tmp_path, monkeypatch, anchor):
         assert estimated(anchor, train_split, examples=10, batch_size=5, device="cuda").tensors
 
 
-def test_scoring_keeps_to_one_device(tmp_path, anchor, variants):
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_scoring_keeps_to_one_device(tmp_path, variants, name):
     make_split(tmp_path, "shapes", 40)
     dataset, members = open_dataset(tmp_path), [w.identity for w in variants]
-    for options in ({"resident": 1}, {"precision": "bfloat16"}):
-        with pretended_gpu():
-            options = ScoringOptions(device="cuda", batch_size=16, **options)
-            outcomes = score(dataset, variants, [members], options)
-        assert [len(outcome) for outcome in outcomes.values()] == [40] * 4
+    with pretended_gpu():
+        outcomes = score(dataset, variants, [members], ScoringOptions(device="cuda", batch_size=16, precision=name))
+    assert [len(outcome) for outcome in outcomes.values()] == [40] * 4
 
 
 def test_the_precisions_are_measured_on_one_device(anchor, monkeypatch):

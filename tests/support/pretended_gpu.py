@@ -79,6 +79,7 @@ def pretended_gpu() -> Iterator[None]:
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "synchronize", lambda: None)
         patch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 34, 1 << 34))
         patch.setattr(torch.cuda, "memory_reserved", lambda: 0)
