@@ -18,7 +18,7 @@ def device_kind(device: str) -> str:
         raise ParamsError("device", got=device, expected="a device that torch can use", cure="set it to cpu or auto")
     if kind == "cuda":
         # By default, convolutions alone round what they multiply to the 10 bits of TF32.
-        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        torch.backends.cudnn.allow_tf32 = False  # torch's newer setting makes torch.compile fail, which reads this one
     return kind
 
 
@@ -30,7 +30,9 @@ def device_model(kind: str) -> str:
     if kind == "cpu":
         return torch.backends.cpu.get_cpu_capability()
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
+    # cuBLAS chooses among ways to add up by the memory that it may take.
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", "of its own")
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {cudnn}, cuBLAS's workspace {workspace}"
 
 
 def deterministic(threads: int) -> None:

@@ -11,7 +11,7 @@ from modelstock.data.classes import templates
 from modelstock.data.dataset import open_dataset
 from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
 from modelstock.data.shapes.render import draw
-from modelstock.devices import deterministic, device_kind
+from modelstock.devices import deterministic, device_kind, device_model
 from modelstock.models.anchor import anchor_of
 from modelstock.models.towers import TINY_CLIP, Classifier, build_classifier
 from modelstock.params import ClassesParams
@@ -133,17 +133,27 @@ def test_zero_shot_heads_are_made_on_one_device():
 
 
 def test_on_a_gpu_float32_is_float32_in_convolutions_too(monkeypatch):
-    setting = torch.backends.cudnn.conv.fp32_precision
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    try:
-        torch.backends.cudnn.conv.fp32_precision = "tf32"
-        device_kind("cpu")
-        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
-        device_kind("auto")
-        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = setting
-    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    device_kind("cpu")
+    assert torch.backends.cudnn.allow_tf32
+    device_kind("auto")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.conv.fp32_precision != "tf32"
+    with torch.backends.cudnn.flags():  # which reads what is set, as torch.compile does
+        pass
+
+
+def test_results_with_another_workspace_of_cublas_are_kept_apart(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    names = set()
+    for workspace in (":4096:8", ":16:8"):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+        names.add(device_model("cuda"))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    assert len(names | {device_model("cuda")}) == 3
 
 
 def test_lawa_divides_where_a_resumed_run_does(tmp_path, anchor):
