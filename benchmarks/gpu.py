@@ -242,11 +242,11 @@ def main() -> int:
     card = "none: a rehearsal on the CPU" if rehearsal else torch.cuda.get_device_name()
     sheet, product = (None if rehearsal else peak_of(card)), product_peak(options.device)
     rates = forward_rates(options.device, 4 if rehearsal else 500)
-    rates += training_rates(options, small if rehearsal else ["--batch-size", 256, "--steps", 20, *threads])
+    rates += training_rates(options, small if rehearsal else ["--batch-size", 256, "--steps", 60, *threads])
     rates += scoring_rates(
         options,
         2 if rehearsal else 8,
-        ["--images", 8, "--batch-size", 4] if rehearsal else ["--images", 2048, "--batch-size", 256],
+        ["--images", 8, "--batch-size", 4] if rehearsal else ["--images", 1024, "--batch-size", 256],
     )
     cudnn = torch.backends.cudnn.version() if not rehearsal else "unused"
     known = "unknown card" if sheet is None else f"{sheet:g} TFLOP/s"

@@ -40,7 +40,7 @@ PREPROCESS = {
     "std": list(open_clip.OPENAI_DATASET_STD),
     "interpolation": "bicubic",
 }
-WARM_UP = 3  # steps that are not timed
+WARM_UP = 3  # steps that are not timed, without workers
 
 
 def classifier(device: str) -> Classifier:
@@ -93,7 +93,8 @@ def bare(options: argparse.Namespace) -> float:
 def recipe_of(options: argparse.Namespace) -> FinetuneParams:
     """The recipe of params.yaml with this batch, and as many steps."""
     recipe = load_params(ROOT / "params.yaml").finetune
-    changes = {"batch_size": options.batch_size, "precision": options.precision, "epochs": WARM_UP + options.steps}
+    epochs = warm_up(options.workers) + options.steps  # of two steps each: more than are taken
+    changes = {"batch_size": options.batch_size, "precision": options.precision, "epochs": epochs}
     changes |= {"lr": 1e-5, "warmup_steps": 1, "ema": [], "lawa": 0, "snapshots": False, "micro_batch": None}
     return recipe.model_copy(update={**changes, "devices": 1})
 
@@ -124,12 +125,18 @@ def loop(options: argparse.Namespace, examples: InMemory, *, workers: int | None
         run.batches = lambda start, stop: (batch for _ in range(start, stop))
     waited: list[float] = []
     run.batches = watched(run.batches, waited)
-    return _timed(run, options), sum(waited[WARM_UP:])
+    untimed = warm_up(workers)
+    return _timed(run, options, untimed), sum(waited[untimed:])
 
 
-def _timed(run: Run, options: argparse.Namespace) -> float:
-    for step in run.stepping(until=WARM_UP + options.steps):
-        if step == WARM_UP:
+def warm_up(workers: int | None) -> int:
+    """Steps that are not timed: until what workers make ahead of the first step is used up."""
+    return WARM_UP + 2 * (workers or 0)
+
+
+def _timed(run: Run, options: argparse.Namespace, untimed: int) -> float:
+    for step in run.stepping(until=untimed + options.steps):
+        if step == untimed:
             synchronize(options.device)
             begun = time.perf_counter()
     synchronize(options.device)
