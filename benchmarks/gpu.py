@@ -136,6 +136,7 @@ def product_peak(device: str) -> float:
 
 def forward_rates(device: str, batch_size: int) -> list[Rate]:
     """A forward pass of a ViT-B/32 in each precision, as scoring measures it to choose one."""
+    import torch
     import vit
 
     from modelstock.models.towers import tensors_of
@@ -145,6 +146,8 @@ def forward_rates(device: str, batch_size: int) -> list[Rate]:
     meta = {"architecture": vit.CONFIG, "preprocess": vit.PREPROCESS}
     weights = WeightSet(tensors_of(vit.classifier("cpu")), meta, "ViT-B/32")
     measured = speeds(weights, device, batch_size=batch_size)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # for the processes that come
     flops = vit.flops(training=False)
     return [
         Rate(name=f"forward, {name}, batch {batch_size}", images=rate, flops=flops) for name, rate in measured.items()

@@ -214,12 +214,12 @@ def test_dropout_depends_on_seed_and_step_alone(device):
     assert not torch.equal(drawn(1, 0)[0], first)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_through_pinned_memory_arrive_as_they_were_made(device, workers):
+@pytest.mark.parametrize(("workers", "mixup"), [(0, 0.0), (0, 0.2), (2, 0.0)])
+def test_batches_through_pinned_memory_arrive_as_they_were_made(device, workers, mixup):
     images = np.random.default_rng(0).integers(0, 256, (48, 40, 48, 3), np.uint8)
     data = TrainingBatches(
         type(examples())(images, np.arange(48) % 24),
-        Augmentation(crop_scale=(0.5, 1.0), mixup=0.2),
+        Augmentation(crop_scale=(0.5, 1.0), mixup=mixup),
         {**TINY_PREPROCESS, "size": 64},
         batch_size=8,
         seed=0,
