@@ -12,6 +12,10 @@ Variants take turns, `rounds` times; a figure is the median over rounds of the r
 elapsed time and in this process's processor time, which other work on the machine disturbs less (and which leaves out
 the process of `workers` 1).
 Resume points are timed by themselves: seconds per save, and its share of the time at the pipeline's pace.
+
+    python benchmarks/train.py --setting vit-b-32 [--device cpu|cuda] [--precision NAME] [--workers N] ...
+
+A ViT-B/32 on photographs in memory instead: benchmarks/vit.py.
 """
 
 import argparse
@@ -179,7 +183,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--setting", choices=["shapes", "vit-b-32"], default="shapes")
+    parser.add_argument("--device", default="cpu", help="of --setting vit-b-32")
+    parser.add_argument("--precision", default="bfloat16", help="of --setting vit-b-32")
+    parser.add_argument("--workers", type=int, default=1, help="of --setting vit-b-32")
     options = parser.parse_args()
+    if options.setting == "vit-b-32":
+        from vit import measure
+
+        print(measure(options))
+        return
     torch.set_num_threads(options.threads)
     pixels, numbers = draw("train", range(1500), seed=0)
     images, labels = normalise(pixels, TINY_PREPROCESS), torch.from_numpy(numbers.astype(np.int64))

@@ -9,6 +9,15 @@ import pytest
 
 from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
 
+NO_GPU = "no GPU that torch can use"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line for all tests that were skipped for want of a GPU."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_GPU in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} tests marked gpu skipped: {NO_GPU}")
+
 
 @pytest.fixture(scope="session")
 def anchor():

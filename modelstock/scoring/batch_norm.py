@@ -34,7 +34,8 @@ def estimated(
     model = build_classifier(weights).to(device)
     bounds = range(0, len(images), batch_size)
     batches = (normalise(images[start : start + batch_size], weights.meta["preprocess"]) for start in bounds)
-    with torch.random.fork_rng(), torch.no_grad():
+    # Without a list, torch would start up every GPU there is, also for a model on the CPU.
+    with torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)  # of towers with dropout
         update_bn(batches, model, torch.device(device))
     changed = tensors_of(model)

@@ -143,7 +143,7 @@ def loss_gradient(
         model, value = build_classifier(weights).to(device), 0.0
         for start in range(0, len(images), batch_size):
             pixels = normalise(images[start : start + batch_size], weights.meta["preprocess"]).to(device)
-            truth = torch.from_numpy(labels[start : start + batch_size])
+            truth = torch.from_numpy(labels[start : start + batch_size]).to(device)
             loss = functional.cross_entropy(model(pixels), truth, reduction="sum") / len(images)
             loss.backward()  # type: ignore[no-untyped-call]
             value += loss.item()

@@ -89,7 +89,11 @@ class Tower:
 def fitting(weights: Sequence[WeightSet], device: str, precision: str) -> int:
     """How many of these weight sets fit the device together, each as large as the largest, in half of what is free."""
     largest = max(w.nbytes for w in weights) // (2 if precision == "bfloat16" else 1)
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    if device == "cuda":
+        # What torch keeps of freed memory is free for torch: of an earlier pass, or of measuring the precision.
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    else:
+        free = psutil.virtual_memory().available
     return max(1, free // 2 // largest)
 
 

@@ -96,8 +96,11 @@ class Lawa(Average):
             self._count += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """The mean, in float32."""
-        return {name: (total / self._count).float() for name, total in self._sum.items()}
+        """The mean, in float32, on the CPU: a GPU multiplies by the inverse, which may round otherwise.
+
+        A run that resumes after its last step has its sums on the CPU too.
+        """
+        return {name: (total.cpu() / self._count).float() for name, total in self._sum.items()}
 
     def state(self) -> dict[str, Any]:
         """The sum so far."""

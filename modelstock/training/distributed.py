@@ -90,7 +90,8 @@ def processes(count: int, device: str, module: str) -> Iterator[World]:
         return
     if not size:
         here = "127.0.0.1"
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
         launcher = [
             sys.executable,
             "-m",

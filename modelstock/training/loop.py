@@ -71,8 +71,9 @@ def adamw(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the CPU's allocator, refused memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether a device, one of its libraries, or the CPU's allocator, refused memory."""
+    refusals = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in refusals)
 
 
 class DamagedPoint(Exception):
@@ -237,6 +238,8 @@ class Run:
 
     def _gradients(self, batch: Batch) -> Tensor:
         """Gradients of the batch's mean loss, and that loss; smaller micro-batches where memory says so."""
+        # A forward pass that fails on its way has changed BatchNorm's statistics already.
+        before = [buffer.clone() for buffer in self.model.buffers()] if self.micro_batch == "auto" else []
         while True:
             seed_torch(step_seed(self.seed, f"{self.name}/forward/{self.world.rank}", self.step))
             size = self._fitting or (self.micro_batch if isinstance(self.micro_batch, int) else len(batch[0]))
@@ -255,6 +258,8 @@ class Run:
                         "gradient_checkpointing to true, or precision to bfloat16",
                     ) from error
             # Outside of the handler, which keeps the failed step's tensors alive.
+            for buffer, kept in zip(self.model.buffers(), before, strict=True):
+                buffer.copy_(kept)
             self._fitting = size // 2
             if self.world.device.type == "cuda":
                 torch.cuda.empty_cache()

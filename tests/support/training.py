@@ -58,7 +58,7 @@ def train(
     **changes: Any,
 ) -> tuple[Tensors, list[HistoryRow], dict[str, Tensors]]:
     """Fine-tune on noise, by RECIPE with `changes`; returns tensors, history and averages."""
-    model = build_classifier(anchor)
+    model = build_classifier(anchor).to(world.device)
     history, averages = finetune(
         model,
         data or examples(),
@@ -70,7 +70,7 @@ def train(
         workers=workers,
         world=world,
     )
-    return tensors_of(model), history, {a.name: {k: v.numpy() for k, v in a.tensors().items()} for a in averages}
+    return tensors_of(model), history, {a.name: {k: v.cpu().numpy() for k, v in a.tensors().items()} for a in averages}
 
 
 def train_side_by_side(
