@@ -99,7 +99,7 @@ def test_mixup_of_neighbours_by_hand():
 def test_the_batches_are_the_same_at_every_number_of_loader_workers(shards, workers):
     images, labels = read_all(open_dataset(shards))
     data = batches(InMemory(images, labels), **EVERYTHING)
-    ahead = list(data.load(3, 12, workers=workers, gpu=False))
+    ahead = list(data.load(3, 12, workers=workers, pin=False))
     assert len(ahead) == 9
     assert all(same(found, data[step]) for found, step in zip(ahead, range(3, 12), strict=True))
 
@@ -135,7 +135,7 @@ NO_GPU = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true
 def test_batches_that_a_thread_makes_are_those_made_one_by_one_whatever_is_drawn_meanwhile(changes):
     expected = [batches(Watched(), **changes)[step] for step in range(3, 13)]
     examples = Watched()
-    made = batches(examples, **changes).load(3, 13, workers=0, gpu=True)
+    made = batches(examples, **changes).load(3, 13, workers=0, pin=True)
     for batch in expected:
         assert same(next(made), batch)
         torch.manual_seed(1)
@@ -152,7 +152,7 @@ def test_batches_that_a_thread_makes_are_those_made_one_by_one_whatever_is_drawn
 def test_an_image_that_does_not_decode_is_an_error_of_its_own_step():
     rows = batch_rows(4, count=40, batch_size=8, seed=0)
     examples = Watched(unreadable=rows[3])
-    made = batches(examples).load(0, 5, workers=0, gpu=True)
+    made = batches(examples).load(0, 5, workers=0, pin=True)
     assert all(same(next(made), batches(Watched())[step]) for step in range(4))
     with pytest.raises(DataError, match="shard: got noise"):
         next(made)
@@ -179,18 +179,18 @@ def test_two_items_are_made_before_they_are_asked_for_and_none_after_a_stop():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
-def fine_tuning(anchor, *, gpu, callbacks=()):
+def fine_tuning(anchor, *, pin, callbacks=()):
     """A fine-tuning with dropout, on batches that are made as for a GPU or not."""
     run = new_run(
         build_classifier(dropping(anchor)), Watched(), RECIPE, preprocess=TINY_PREPROCESS, seed=0, callbacks=callbacks
     )
-    run.batches = partial(batches(Watched()).load, workers=0, gpu=gpu)
+    run.batches = partial(batches(Watched()).load, workers=0, pin=pin)
     return run
 
 
 @NO_GPU
 def test_the_thread_changes_no_byte_of_a_training_with_dropout(anchor):
-    runs = [fine_tuning(anchor, gpu=gpu) for gpu in (False, True)]
+    runs = [fine_tuning(anchor, pin=pin) for pin in (False, True)]
     for run in runs:
         run.train(until=8)
     expected, found = (tensors_of(run.model) for run in runs)
@@ -208,14 +208,14 @@ def test_training_that_is_stopped_leaves_no_thread(anchor, stop):
 
     running = []
     with pytest.raises(stop) as raised:
-        fine_tuning(anchor, gpu=True, callbacks=[Stop()]).train()
+        fine_tuning(anchor, pin=True, callbacks=[Stop()]).train()
     assert len(running) == 1
     assert not running[0].is_alive(), raised  # although the error still holds the training's frames
 
 
 def test_beside_training_on_cpus_there_is_no_thread():
     examples = Watched()
-    assert len(list(batches(examples).load(0, 5, workers=0, gpu=False))) == 5
+    assert len(list(batches(examples).load(0, 5, workers=0, pin=False))) == 5
     assert examples.threads == {threading.current_thread()}
 
 
@@ -248,7 +248,7 @@ def test_an_epoch_over_devices_and_workers_holds_every_example_once(shards):
     seen = [
         int(label)
         for rank in range(2)
-        for _, labels in batches(marked, rank=rank, size=2).load(0, 5, workers=2, gpu=False)
+        for _, labels in batches(marked, rank=rank, size=2).load(0, 5, workers=2, pin=False)
         for label in labels
     ]
     assert sorted(seen) == list(range(count))

@@ -202,20 +202,20 @@ class TrainingBatches(Dataset[Batch | DataError]):
         changed: NDArray[np.uint8] = augmented.permute(1, 2, 0).contiguous().numpy()
         return changed
 
-    def load(self, start: int, stop: int, *, workers: int, gpu: bool) -> Generator[Batch, None, None]:
+    def load(self, start: int, stop: int, *, workers: int, pin: bool) -> Generator[Batch, None, None]:
         """The batches of steps `start` to `stop`, made ahead by `workers` processes; closing it ends them.
 
-        `gpu`: in memory that a GPU copies from, and without workers ahead by a thread. There is no thread with mixup or
-        RandAugment, for it would draw from the generator that dropout draws from; nor beside training on CPUs, which
-        uses all cores and waits for each: with two, a thread cost more than it saved.
+        `pin`: for a GPU, in memory that it copies from. Then, without workers, a thread makes them ahead, except with
+        mixup or RandAugment: it would draw from the generator that dropout draws from. Beside training on CPUs, which
+        uses all cores, a thread costs more than it saves.
 
         Raises:
             DataError: an image that does not decode.
         """
         loader: DataLoader[Batch | DataError] = DataLoader(
-            self, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=gpu
+            self, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin
         )
-        if gpu and not workers and not self._augmentation.by_global_generator:
+        if pin and not workers and not self._augmentation.by_global_generator:
             with contextlib.closing(made_ahead(iter(loader))) as batches:
                 yield from _good(batches)
         else:

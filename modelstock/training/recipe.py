@@ -169,7 +169,7 @@ def new_run(
     device = world.device
 
     def batches(start: int, stop: int) -> Generator[Batch, None, None]:
-        return data.load(start, stop, workers=workers, gpu=device.type == "cuda")
+        return data.load(start, stop, workers=workers, pin=device.type == "cuda")
 
     return Run(
         name=name,
