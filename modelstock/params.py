@@ -214,9 +214,8 @@ class PeriodicParams(Section):
 class LoadingParams(Section):
     """How training images are read; the same bytes come out either way.
 
-    `workers`: processes that make batches ahead per seed; 0: a thread of the training process, or with mixup or
-    RandAugment the process itself, between two steps. `in_memory`: decoded once and kept, or read from the shards at
-    every use.
+    `workers`: processes that make batches ahead per seed; 0: the training process itself, on a GPU by a thread
+    where neither mixup nor RandAugment is on. `in_memory`: decoded once and kept, or read from the shards at every use.
     """
 
     workers: int = Field(ge=0, le=256)

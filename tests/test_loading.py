@@ -3,6 +3,7 @@
 import io
 import tarfile
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from modelstock.data.images import normalise
 from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
 from modelstock.data.shards import write_shards
 from modelstock.errors import DataError
-from modelstock.models.towers import build_classifier
+from modelstock.models.towers import build_classifier, tensors_of
 from modelstock.training.ahead import made_ahead
 from modelstock.training.batches import (
     Augmentation,
@@ -32,7 +33,7 @@ from modelstock.training.loop import Callback
 from modelstock.training.recipe import new_run
 from modelstock.training.validation import validation_batches
 from tests.support.splits import make_split
-from tests.support.training import RECIPE
+from tests.support.training import RECIPE, dropping, equal
 
 EVERYTHING = {"mixup": 0.4, "rand_augment_operations": 2, "flip": True, "crop_scale": (0.3, 1.0)}
 
@@ -126,11 +127,15 @@ AUGMENTATIONS = {
 }
 
 
+NO_GPU = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
+
+
+@NO_GPU
 @pytest.mark.parametrize("changes", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
 def test_batches_that_a_thread_makes_are_those_made_one_by_one_whatever_is_drawn_meanwhile(changes):
     expected = [batches(Watched(), **changes)[step] for step in range(3, 13)]
     examples = Watched()
-    made = batches(examples, **changes).load(3, 13, workers=0, pin=False)
+    made = batches(examples, **changes).load(3, 13, workers=0, pin=True)
     for batch in expected:
         assert same(next(made), batch)
         torch.manual_seed(1)
@@ -143,10 +148,11 @@ def test_batches_that_a_thread_makes_are_those_made_one_by_one_whatever_is_drawn
     assert not any(thread.is_alive() for thread in by_thread)
 
 
+@NO_GPU
 def test_an_image_that_does_not_decode_is_an_error_of_its_own_step():
     rows = batch_rows(4, count=40, batch_size=8, seed=0)
     examples = Watched(unreadable=rows[3])
-    made = batches(examples).load(0, 5, workers=0, pin=False)
+    made = batches(examples).load(0, 5, workers=0, pin=True)
     assert all(same(next(made), batches(Watched())[step]) for step in range(4))
     with pytest.raises(DataError, match="shard: got noise"):
         next(made)
@@ -173,6 +179,26 @@ def test_two_items_are_made_before_they_are_asked_for_and_none_after_a_stop():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
+def fine_tuning(anchor, *, pin, callbacks=()):
+    """A fine-tuning with dropout, on batches that are made as for a GPU or not."""
+    run = new_run(
+        build_classifier(dropping(anchor)), Watched(), RECIPE, preprocess=TINY_PREPROCESS, seed=0, callbacks=callbacks
+    )
+    run.batches = partial(batches(Watched()).load, workers=0, pin=pin)
+    return run
+
+
+@NO_GPU
+def test_the_thread_changes_no_byte_of_a_training_with_dropout(anchor):
+    runs = [fine_tuning(anchor, pin=pin) for pin in (False, True)]
+    for run in runs:
+        run.train(until=8)
+    expected, found = (tensors_of(run.model) for run in runs)
+    assert equal(found, expected)
+    assert runs[0].last == runs[1].last
+
+
+@NO_GPU
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
 def test_training_that_is_stopped_leaves_no_thread(anchor, stop):
     class Stop(Callback):
@@ -181,11 +207,16 @@ def test_training_that_is_stopped_leaves_no_thread(anchor, stop):
             raise stop
 
     running = []
-    run = new_run(build_classifier(anchor), Watched(), RECIPE, preprocess=TINY_PREPROCESS, seed=0, callbacks=[Stop()])
     with pytest.raises(stop) as raised:
-        run.train()
+        fine_tuning(anchor, pin=True, callbacks=[Stop()]).train()
     assert len(running) == 1
     assert not running[0].is_alive(), raised  # although the error still holds the training's frames
+
+
+def test_beside_training_on_cpus_there_is_no_thread():
+    examples = Watched()
+    assert len(list(batches(examples).load(0, 5, workers=0, pin=False))) == 5
+    assert examples.threads == {threading.current_thread()}
 
 
 def test_reading_from_the_shards_gives_the_batches_of_memory(shards):

@@ -203,10 +203,11 @@ class TrainingBatches(Dataset[Batch | DataError]):
         return changed
 
     def load(self, start: int, stop: int, *, workers: int, pin: bool) -> Generator[Batch, None, None]:
-        """The batches of steps `start` to `stop`, made ahead by `workers` processes, or by a thread for 0.
+        """The batches of steps `start` to `stop`, made ahead by `workers` processes; closing it ends them.
 
-        With mixup or RandAugment there is no thread, for it would draw from the generator that dropout draws from.
-        Closing the generator ends whatever makes batches.
+        `pin`: for a GPU, in memory that it copies from. Then, without workers, a thread makes them ahead, except with
+        mixup or RandAugment: it would draw from the generator that dropout draws from. Beside training on CPUs, which
+        uses all cores, a thread costs more than it saves.
 
         Raises:
             DataError: an image that does not decode.
@@ -214,11 +215,11 @@ class TrainingBatches(Dataset[Batch | DataError]):
         loader: DataLoader[Batch | DataError] = DataLoader(
             self, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin
         )
-        if workers or self._augmentation.by_global_generator:
-            yield from _good(iter(loader))
-        else:
+        if pin and not workers and not self._augmentation.by_global_generator:
             with contextlib.closing(made_ahead(iter(loader))) as batches:
                 yield from _good(batches)
+        else:
+            yield from _good(iter(loader))
 
 
 def _good(batches: Iterator[Batch | DataError]) -> Generator[Batch, None, None]:

@@ -16,7 +16,6 @@ from modelstock.models.heads import tokenizer
 from modelstock.models.towers import TINY_CLIP, build_clip, tensors_of
 from modelstock.params import TinyPretraining
 from modelstock.tracking.history import write_history
-from modelstock.training.ahead import made_ahead
 from modelstock.training.callbacks import Log
 from modelstock.training.job import Job, Setting
 from modelstock.training.loop import Batch, HistoryRow, Run, adamw, autocast, learning_rate
@@ -85,9 +84,7 @@ def pretrain(params: TinyPretraining, *, folder: Path) -> tuple[nn.Module, list[
         ),
         objective=partial(contrast, precision=params.precision),
         schedule=partial(learning_rate, peak=params.lr, warmup=params.warmup_steps, steps=steps),
-        batches=lambda start, stop: made_ahead(
-            web_batches(start, stop, batch_size=params.batch_size, seed=params.seed)
-        ),
+        batches=partial(web_batches, batch_size=params.batch_size, seed=params.seed),
         seed=params.seed,
         steps=steps,
         clip_norm=params.clip_norm,
