@@ -117,7 +117,8 @@ def mean_of(updates: Float) -> Float:
 def _mean_of_signed(updates: Float, sign: Float) -> Float:
     """The mean of the values that have the sign, 0 where none has it or no sign was elected."""
     agree = updates * sign > 0
-    return np.asarray(np.where(agree, updates, 0).sum(axis=0) / np.maximum(agree.sum(axis=0), 1))
+    count = agree.sum(axis=0, dtype=np.min_scalar_type(len(updates)))  # of few bits, which are summed fastest
+    return np.asarray(np.where(agree, updates, 0).sum(axis=0) / np.maximum(count, 1, dtype=np.float64))
 
 
 def mean_of_elected(updates: Float) -> Float:
