@@ -3,8 +3,8 @@
     python benchmarks/train.py [--steps N] [--rounds N] [--batch-size N] [--threads N]
 
 - bare: forward, backward, clipping and AdamW on normalised images already in memory; no crops, no checks, no history.
-- ours: the stage's loop, with crops, checks and history, its batches made ahead by a thread (`workers` 0) or by one
-  process.
+- ours: the stage's loop, with crops, checks and history, its batches made in the training process (`workers` 0) or
+  ahead by one process.
 - each extra: the loop with workers 0 and that extra. EMA and LAWA as in params.yaml, LAWA summing every 20 steps (in
   the pipeline: every epoch). Tracking is the live mirror into a SQLite store, sending every 5 seconds.
 

@@ -6,7 +6,7 @@ resume.py          resume points
 job.py             a training job: a folder that can be resumed and is gone once the outputs are written
 inputs.py          what seeds are trained from: the anchor and both splits
 batches.py         training batches by (seed, step), augmented
-ahead.py           a thread that makes the next batches while a step trains
+ahead.py           a thread that makes the next batches while a GPU trains
 recipe.py          parameter groups, loss and schedule of fine-tuning
 validation.py      accuracy on the held-out split while a seed trains
 finetune.py        one seed, with its averages and snapshots

@@ -207,7 +207,7 @@ class TrainingBatches(Dataset[Batch | DataError]):
 
         `pin`: for a GPU, in memory that it copies from. Then, without workers, a thread makes them ahead, except with
         mixup or RandAugment: it would draw from the generator that dropout draws from. Beside training on CPUs, which
-        uses all cores, a thread costs more than it saves.
+        uses all cores, a thread saves little, and costs much where other work runs (docs/benchmarks.md).
 
         Raises:
             DataError: an image that does not decode.
