@@ -3,7 +3,8 @@
 Notation: w0 the anchor, w_i the fine-tuned weights, v_i = w_i - w0 the updates (task vectors), N of them. Every method
 gives w0 + scale * u; what differs is u. Exact zeros are handled as cases, never by an epsilon. Three kinds:
 
-- span: u = sum_i c_i v_i, the c_i from the inner products <v_i, v_j> alone: `(gram, *, options) -> Blend`.
+- span: u = sum_i c_i v_i, the c_i from the inner products <v_i, v_j> alone: `(gram, *, options) -> Blend`,
+  gram (N, N), or (rows, N, N) too where the row declares `batched`.
 - values: u looks at single values: `(updates, given, *, options) -> update`, one tensor at a time; `given` are
   generators for methods that draw, statistics of the data for those that weigh.
 - search: u = sum_i c_i v_i, the c_i found by scoring: `(count, score, *, options) -> Blend`, or by the gradient of the
