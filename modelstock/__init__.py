@@ -20,6 +20,8 @@ import os
 
 __version__ = "0.1.0"
 
-# Threads of torch that wait for each other sleep rather than spin, which OpenMP reads when it is loaded. Spinning costs
-# up to eight times the time wherever another process wants the cores; see docs/benchmarks.md. No result depends on it.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# How long threads of torch that wait for each other spin before they sleep, which GNU's OpenMP reads when it is loaded.
+# Its own 300,000 rounds win nothing where the cores are free, and cost several times the time where others want them;
+# see docs/benchmarks.md, "Threads that wait". No result depends on it.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -6,7 +6,7 @@ import torch
 
 from modelstock.errors import ParamsError
 
-FORWARD_BATCH = {"cpu": 128, "cuda": 500}  # examples of a batch that a kind of device is fast with; docs/benchmarks.md
+FORWARD_BATCH = {"cpu": 256, "cuda": 500}  # examples of a batch that a kind of device is fast with; docs/benchmarks.md
 
 
 def device_kind(device: str) -> str:
