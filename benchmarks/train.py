@@ -41,8 +41,8 @@ from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
 from modelstock.data.shapes.render import draw
 from modelstock.models.towers import TINY_CLIP, Classifier, build_clip
 from modelstock.params import FinetuneParams, load_params
+from modelstock.tracking import mirror
 from modelstock.tracking.history import write_rows
-from modelstock.tracking.mirror import Mirror
 from modelstock.tracking.mlflow import MlflowTracker
 from modelstock.tracking.tracker import NullTracker
 from modelstock.training import resume
@@ -160,7 +160,7 @@ class Ours:
         run.batches = waited.around(run.batches)
         history.write_text("")
         tracker = MlflowTracker(self.folder) if track else NullTracker()  # before the clock starts: once per run
-        with Mirror(lambda: tracker, history, key="benchmark", name="benchmark", params={}, after_s=0.0):
+        with mirror.Mirror(lambda: tracker, history, key="benchmark", name="benchmark", params={}):
             begun = Seconds.now()
             run.train(until=self.steps)
             seconds = Seconds.now().since(begun)
@@ -202,6 +202,7 @@ def main() -> None:
         update={"batch_size": options.batch_size, "epochs": epochs, "warmup_steps": 1}
     )
     folder = Path(tempfile.mkdtemp())
+    mirror.AFTER_S = 0.0
     ours = Ours(examples=examples, recipe=recipe, steps=options.steps, folder=folder)
     variants: dict[str, Callable[[], tuple[Seconds, float, Run]]] = {
         "ours, workers 0": ours,

@@ -175,7 +175,7 @@ def test_determinism_is_asked_of_cublas_before_it_starts(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("stage", ["anchor", "evaluate", "merge", "pretrain", "prepare"])
+@pytest.mark.parametrize("stage", ["anchor", "evaluate", "merge", "pretrain"])
 def test_stages_ask_for_determinism_before_they_look_for_a_device(stage):
     lines = (Path(__file__).parent.parent / "stages" / f"{stage}.py").read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if "deterministic(params.threads)" in line)

@@ -11,6 +11,7 @@ import pytest
 from modelstock import provenance
 from modelstock.errors import TrackingError
 from modelstock.params import TinyPretraining
+from modelstock.tracking import mirror
 from modelstock.tracking.history import read_history
 from modelstock.tracking.tracker import TRACKERS, open_tracker
 from modelstock.training import finetune, resume
@@ -219,6 +220,7 @@ def test_a_stopped_job_goes_on_only_with_the_code_libraries_threads_and_data_it_
 def test_a_tracker_of_ones_own_follows_a_job_to_its_last_row(anchor, monkeypatch):
     monkeypatch.setitem(TRACKERS, "recorder", "tests.support.tracker:Recorder")
     monkeypatch.setattr(Recorder, "live_rows", {})
+    monkeypatch.setattr(mirror, "AFTER_S", 0.0)
     seed_0(anchor, Path("out"), setting=Setting(tracker=partial(open_tracker, "recorder", Path.cwd(), "e")))
     assert Recorder.live_rows["seed-0"] == read_history(Path("out/history.jsonl"))
     assert left() == []

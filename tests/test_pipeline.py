@@ -218,7 +218,8 @@ def test_a_dead_mlflow_server_stops_neither_training_nor_comparison(project):
     for stage in ("finetune@0", "compare"):
         done = run(project, "dvc", "repro", "--force", "--single-item", stage, **dead)
         assert done.returncode == 0, done.stderr
-        assert "MLflow at http://***@127.0.0.1:9: got" in done.stderr
+        # So short a training does not open the tracker; one that does is in test_tracking.py.
+        assert ("MLflow at http://***@127.0.0.1:9: got" in done.stderr) == (stage == "compare")
         assert "sesame" not in done.stdout + done.stderr
     assert "MLflow: .venv/bin/mlflow ui --backend-store-uri http://***@127.0.0.1:9" in done.stdout
     assert hashes(project) == before

@@ -218,7 +218,8 @@ def test_a_real_server_that_is_killed_midway_is_sent_what_it_lacks_exactly_once(
     assert [p.name for p in (tmp_path / "artifacts").rglob("*.safetensors")] == ["weights.safetensors"]
 
 
-def test_a_dead_server_costs_seconds_and_never_the_training(tmp_path, weights):
+def test_a_dead_server_costs_seconds_and_never_the_training(tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(mirror, "AFTER_S", 0.01)
     begun = time.monotonic()
     with pytest.raises(TrackingError, match=r"MLflow at http://127\.0\.0\.1:9: got .*; expected a tracking server"):
         MlflowTracker(tmp_path, "e", "http://127.0.0.1:9")
@@ -231,7 +232,6 @@ def test_a_dead_server_costs_seconds_and_never_the_training(tmp_path, weights):
             key="k",
             name="n",
             params={},
-            after_s=0.01,
         ):
             time.sleep(0.1)
             trained.append(True)
@@ -240,11 +240,10 @@ def test_a_dead_server_costs_seconds_and_never_the_training(tmp_path, weights):
     assert time.monotonic() - begun < 30
 
 
-def test_the_mirror_sends_the_last_rows_when_the_block_ends(tmp_path, weights):
+def test_the_mirror_sends_the_last_rows_when_the_block_ends(tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(mirror, "AFTER_S", 0.01)
     history = weights.with_name("history.jsonl")
-    with Mirror(
-        lambda: MlflowTracker(tmp_path, "e"), history, key="k3", name="seed-3", params={}, after_s=0.01, every_s=60
-    ):
+    with Mirror(lambda: MlflowTracker(tmp_path, "e"), history, key="k3", name="seed-3", params={}, every_s=60):
         time.sleep(0.1)
     tracker = MlflowTracker(tmp_path, "e")
     run = tracker.client.search_runs([tracker.experiment])[0]
@@ -389,6 +388,7 @@ def test_of_several_models_of_one_weight_set_only_the_one_that_is_ready_remains(
 
 def test_a_server_that_accepts_and_never_answers_costs_seconds_and_is_one_line(tmp_path, weights, monkeypatch):
     monkeypatch.setattr(mirror, "PATIENCE_S", 2)
+    monkeypatch.setattr(mirror, "AFTER_S", 0.01)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     with socket.socket() as silent, warnings.catch_warnings(record=True) as caught, collected() as kept:
         silent.bind(("127.0.0.1", 0))
@@ -397,9 +397,7 @@ def test_a_server_that_accepts_and_never_answers_costs_seconds_and_is_one_line(t
         warnings.simplefilter("always")
         begun = time.monotonic()
         history = weights.with_name("history.jsonl")
-        with Mirror(
-            lambda: MlflowTracker(tmp_path, "e", uri), history, key="k", name="seed-3", params={}, after_s=0.01
-        ):
+        with Mirror(lambda: MlflowTracker(tmp_path, "e", uri), history, key="k", name="seed-3", params={}):
             time.sleep(0.1)
         assert time.monotonic() - begun < 10
     lines = [str(w.message) for w in caught if "seed-3" in str(w.message)]

@@ -10,17 +10,17 @@ from typing import Any
 from modelstock.notices import notice
 from modelstock.tracking.tracker import Tracker
 
+AFTER_S = 30.0  # opening a tracker costs seconds of processor time
 PATIENCE_S = 10
 
 
 class Mirror:
     """Sends a growing history to a tracker every few seconds while the block trains; never lets an error reach it.
 
-    `tracker` is opened by the mirror's own thread, and only once the block has lasted `after_s`: a tracker costs
-    seconds of processor time to open, and a shorter run is there when `compare` sends it. The first failure is one
-    notice, later ones are silent: what was missed is sent by the stage `compare`. When the block has ended, the last
-    rows are sent; a tracker that has not taken them after `PATIENCE_S` is left behind. Notices are printed and not
-    kept: the results are the same without.
+    `tracker` is opened by the mirror's own thread, once the block has lasted `AFTER_S`; a shorter run is there when the
+    stage `compare` sends it. The first failure is one notice, later ones are silent: what was missed is sent by
+    `compare`. When the block has ended, the last rows are sent; a tracker that has not taken them after `PATIENCE_S` is
+    left behind. Notices are printed and not kept: the results are the same without.
     """
 
     def __init__(
@@ -31,10 +31,9 @@ class Mirror:
         key: str,
         name: str,
         params: Mapping[str, Any],
-        after_s: float = 30.0,
         every_s: float = 5.0,
     ) -> None:
-        self._tracker, self._history, self._after_s, self._every_s = tracker, history, after_s, every_s
+        self._tracker, self._history, self._every_s = tracker, history, every_s
         self._key, self._name, self._params = key, name, dict(params)
         self._stop, self._left = threading.Event(), False
         self._thread = threading.Thread(target=self._follow, name="mirror", daemon=True)
@@ -55,7 +54,7 @@ class Mirror:
 
     def _follow(self) -> None:
         try:
-            if self._stop.wait(self._after_s):
+            if self._stop.wait(AFTER_S):
                 return
             tracker, last = self._tracker(), False
             while not last:
