@@ -235,7 +235,12 @@ def in_terminal(command: list[str], folder: Path, *, interrupt: bytes = b"") -> 
     """What a command writes to a terminal, and its exit code; Ctrl-C once it has written `interrupt`."""
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (40, 100))
-    with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, preexec_fn=lambda: os.login_tty(theirs)) as process:
+
+    def become_the_terminals() -> None:
+        os.login_tty(theirs)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, and inherited so, where tests run in the background
+
+    with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, preexec_fn=become_the_terminals) as process:
         os.close(theirs)
         written, deadline = b"", time.monotonic() + 120
         while time.monotonic() < deadline:
