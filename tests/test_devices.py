@@ -1,5 +1,6 @@
 """What GPUs do otherwise than CPUs, held where there is none: whose tensors meet, how memory and rounding are met."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from modelstock.training.validation import accuracy
 from tests.support.models import clip_of
 from tests.support.pretended_gpu import pretended_gpu
 from tests.support.splits import make_split
-from tests.support.training import RECIPE, dropping, examples
+from tests.support.training import RECIPE, child, dropping, examples
 
 GPU = torch.device("cuda", 0)
 
@@ -37,6 +38,17 @@ GPU = torch.device("cuda", 0)
 # ---------------------------------------------------------------- tensors of two devices never meet
 
 
+def in_a_process_of_its_own(test):
+    """Autograd's threads for a GPU, also for one that is pretended, forbid any later fork of a process."""
+
+    @functools.wraps(test)
+    def forked(*arguments, **named):
+        assert child(lambda: test(*arguments, **named)) == 0
+
+    return forked
+
+
+@in_a_process_of_its_own
 def test_the_pretended_gpu_refuses_what_a_gpu_refuses():
     with pretended_gpu():
         there = torch.ones(2, 3, device="cuda")
@@ -63,6 +75,7 @@ def batches_of(*parts):
     ids=str,
 )
 @pytest.mark.parametrize("mixup", [False, True])
+@in_a_process_of_its_own
 def test_training_steps_with_averages_keep_to_one_device(anchor, changes, mixup):
     # The batches are of values, which are drawn on the CPU in any case.
     batch = [torch.zeros(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)]
@@ -82,6 +95,7 @@ def test_training_steps_with_averages_keep_to_one_device(anchor, changes, mixup)
         assert all(tensor.cpu().numpy().size for tensor in averages)
 
 
+@in_a_process_of_its_own
 def test_validation_and_merging_in_training_keep_to_one_device(anchor):
     with pretended_gpu():
         models = [build_classifier(anchor).to("cuda") for _ in range(2)]
@@ -89,6 +103,7 @@ def test_validation_and_merging_in_training_keep_to_one_device(anchor):
         assert accuracy(models[0], examples(), TINY_PREPROCESS, GPU) >= 0
 
 
+@in_a_process_of_its_own
 def test_statistics_of_the_data_keep_to_one_device(anchor):
     images, labels = draw("train", range(12), seed=3)
     with pretended_gpu():
@@ -98,6 +113,7 @@ def test_statistics_of_the_data_keep_to_one_device(anchor):
         assert slopes.keys() == anchor.tensors.keys()
 
 
+@in_a_process_of_its_own
 def test_batch_norm_is_estimated_on_one_device(tmp_path, monkeypatch, anchor):
     make_split(tmp_path, "train", 20)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
@@ -108,6 +124,7 @@ def test_batch_norm_is_estimated_on_one_device(tmp_path, monkeypatch, anchor):
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@in_a_process_of_its_own
 def test_scoring_keeps_to_one_device(tmp_path, variants, name):
     make_split(tmp_path, "shapes", 40)
     dataset, members = open_dataset(tmp_path), [w.identity for w in variants]
@@ -116,12 +133,14 @@ def test_scoring_keeps_to_one_device(tmp_path, variants, name):
     assert [len(outcome) for outcome in outcomes.values()] == [40] * 4
 
 
+@in_a_process_of_its_own
 def test_the_precisions_are_measured_on_one_device(anchor, monkeypatch):
     monkeypatch.setattr(precision, "_SECONDS", 0.01)
     with pretended_gpu():
         assert precision.speeds(anchor, "cuda", batch_size=4).keys() == {"float32", "bfloat16"}
 
 
+@in_a_process_of_its_own
 def test_zero_shot_heads_are_made_on_one_device():
     _, clip = clip_of(TINY_CLIP)
     prompts = templates(ClassesParams(names="shapes", templates="shapes"))
@@ -156,6 +175,7 @@ def test_results_with_another_workspace_of_cublas_are_kept_apart(monkeypatch):
     assert len(names | {device_model("cuda")}) == 3
 
 
+@in_a_process_of_its_own
 def test_lawa_divides_where_a_resumed_run_does(tmp_path, anchor):
     """A GPU multiplies by 1/3, which rounds otherwise than dividing by 3: both a whole and a resumed run divide."""
     with pretended_gpu():
