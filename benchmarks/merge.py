@@ -58,20 +58,24 @@ save_file(out, sys.argv[-1])
 MAKE = """
 import sys, numpy as np, open_clip, torch
 from pathlib import Path
+from safetensors.numpy import save_file
 from modelstock.weights.weight_set import WeightSet
+checked = sys.argv[1] == "True"
+def save(tensors, name):
+    WeightSet(tensors).save(Path(name)) if checked else save_file(tensors, name)
 with torch.device("meta"):
-    model = open_clip.CLIP(**open_clip.get_model_config(sys.argv[1]))
+    model = open_clip.CLIP(**open_clip.get_model_config(sys.argv[2]))
 shapes = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
 print(sum(int(np.prod(s)) for s in shapes.values()))
 random = np.random.default_rng(0)
 def draw(scale):
     return {k: np.asarray(scale * random.standard_normal(s, np.float32), np.float32) for k, s in shapes.items()}
 anchor, common = draw(0.02), draw(1e-3)
-WeightSet(anchor).save(Path(sys.argv[2]))
-for name in sys.argv[3:]:
+save(anchor, sys.argv[3])
+for name in sys.argv[4:]:
     own = draw(1e-3)
     tuned = {k: np.asarray(anchor[k] + (common[k] + own[k]) / np.float32(2**0.5), np.float32) for k in shapes}
-    WeightSet(tuned).save(Path(name))
+    save(tuned, name)
 """
 
 
@@ -136,6 +140,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2, help="fine-tuned checkpoints")
     parser.add_argument("--method", nargs="+", default=["model_stock"])
     parser.add_argument("--granularity", nargs="+", default=["tensor"])
+    parser.add_argument(
+        "--checked", action="store_true", help="files with modelstock's checksum, which a merge verifies"
+    )
     parser.add_argument("--others", action="store_true", help="measure torch too; two checkpoints")
     parser.add_argument("--mergekit", help="the python of an environment with mergekit")
     parser.add_argument("--rounds", type=int, default=3)
@@ -144,7 +151,7 @@ def main() -> None:
         folder = Path(place)
         names = [str(folder / f"{name}.safetensors") for name in ("anchor", *range(options.count))]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        make = [sys.executable, "-c", MAKE, options.model, *names]
+        make = [sys.executable, "-c", MAKE, str(options.checked), options.model, *names]
         made = subprocess.run(make, env=env, capture_output=True, text=True, check=True)
         out = str(folder / "out.safetensors")
         commands = {f"floor: read {len(names)}, write one": [sys.executable, "-c", FLOOR, *names, out]}
