@@ -38,6 +38,7 @@ import open_clip
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from vit import CONFIG, PREPROCESS
 
 from modelstock.data.dataset import open_dataset
 from modelstock.data.manifest import make_manifest, save_manifest
@@ -51,12 +52,6 @@ from modelstock.scoring.outcome import Outcome
 from modelstock.weights.weight_set import WeightSet, classes_sha256
 
 VARIANTS = ("usual", "ours", "bare", "kept")
-VIT = {
-    "size": 224,
-    "mean": list(open_clip.OPENAI_DATASET_MEAN),
-    "std": list(open_clip.OPENAI_DATASET_STD),
-    "interpolation": "bicubic",
-}
 
 
 def weight_sets(config: dict, preprocess: dict, count: int) -> list[WeightSet]:
@@ -254,11 +249,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pictures, drawn = photographs(options.images), shapes(4 * options.images)
-    real = open_clip.get_model_config("ViT-B-32-quickgelu")
     settings = {
         "photographs": lambda: measure("tiny tower, photographs", TINY_CLIP, TINY_PREPROCESS, pictures, options),
         "shapes": lambda: measure("tiny tower, shapes", TINY_CLIP, TINY_PREPROCESS, drawn, options),
-        "vit-b-32": lambda: measure("ViT-B/32, photographs", real, VIT, pictures, options),
+        "vit-b-32": lambda: measure("ViT-B/32, photographs", CONFIG, PREPROCESS, pictures, options),
     }
     lines = [settings[name]() for name in options.setting or settings]
     print(

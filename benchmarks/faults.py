@@ -15,9 +15,9 @@ import sys
 from contextlib import nullcontext
 
 import numpy as np
-import open_clip
 import torch
-from evaluate import VIT, weight_sets
+from evaluate import weight_sets
+from vit import CONFIG, PREPROCESS
 
 from modelstock.models.towers import build_classifier
 from modelstock.scoring.memory import memory_kept
@@ -41,7 +41,7 @@ def measure(case: str, options: argparse.Namespace) -> str:
     """One row of the table."""
     together, kept = CASES[case]
     torch.set_num_threads(options.threads)
-    sets = weight_sets(open_clip.get_model_config("ViT-B-32-quickgelu"), VIT, options.towers)
+    sets = weight_sets(CONFIG, PREPROCESS, options.towers)
     images, cost = torch.randn(64, 3, 224, 224), np.zeros(3)
     with memory_kept("cpu") if kept else nullcontext():
         build_classifier(sets[0])(images)

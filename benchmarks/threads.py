@@ -16,7 +16,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SPINS = {"by itself": "300000", "as modelstock sets it": "3000", "not at all": "0"}
+os.environ.pop("OMP_WAIT_POLICY", None)
+os.environ.pop("GOMP_SPINCOUNT", None)
+import modelstock  # noqa: E402, F401  (sets GOMP_SPINCOUNT)
+
+SPINS = {"by itself": "300000", "as modelstock sets it": os.environ["GOMP_SPINCOUNT"], "not at all": "0"}
 PROCESSES = (1, 2, 4)
 
 TRAIN = """

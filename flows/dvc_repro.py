@@ -5,12 +5,10 @@ made from the messages that DVC logs as it comes to each stage.
 """
 
 import logging
-import os
 import re
 import shlex
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 from flows.graph import FlowError, plan_of_repro
 from flows.progress import SKIPS, Progress
@@ -58,8 +56,6 @@ def main(arguments: list[str]) -> int:
         from dvc.cli import DvcParserError, parse_args
         from dvc.cli import main as dvc
 
-        # Stages call `python`: ours.
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         command, watch = ["repro", *arguments], None
         try:
             options = parse_args(command)

@@ -126,7 +126,7 @@ def _run(name: str, *, root: Path, children: Children, slots: Slots | None, prog
     slot = slots.get() if slots else {}
     try:
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-        env = {**os.environ, **slot, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        env = {**os.environ, **slot}
         last: deque[str] = deque(maxlen=8)
         skipped = False
         log.info(progress.started(name))

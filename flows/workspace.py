@@ -1,16 +1,14 @@
 """What holds before DVC touches an output: params.yaml is valid, no other job is at work here, DVC's state is private.
 
-`python -m flows.workspace COMMAND...` makes sure of it and then becomes the command, which holds the lock to its end.
+Stages find this Python by the name `python`.
 """
 
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from modelstock.errors import ModelstockError
 from modelstock.files import held
 from modelstock.params import load_params
 
@@ -25,9 +23,16 @@ def _private() -> None:
     os.environ.setdefault("DVC_SITE_CACHE_DIR", str(SITE.absolute()))
 
 
+def _find_our_python() -> None:
+    """Let stages, which call `python`, find this one first."""
+    folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if path.split(os.pathsep)[0] != folder:
+        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
+
+
 @contextmanager
-def ready(command: str) -> Iterator[int]:
-    """Check params.yaml, and hold the workspace's lock for the block; yields the lock's file descriptor.
+def ready(command: str) -> Iterator[None]:
+    """Check params.yaml, set what DVC and its stages find in the environment, and hold the workspace's lock.
 
     Raises:
         ParamsError: as load_params. DVC deletes a stage's outputs before the stage could refuse.
@@ -36,21 +41,6 @@ def ready(command: str) -> Iterator[int]:
     if Path("params.yaml").exists():
         load_params()
     _private()
-    with held(LOCK, command) as lock:
-        yield lock
-
-
-def main(command: list[str]) -> None:
-    """Become the command; the lock goes with it."""
-    with ready(shlex.join([Path(command[0]).name, *command[1:]])) as lock:
-        os.set_inheritable(lock, True)
-        sys.stdout.flush()
-        os.execvp(command[0], command)
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ModelstockError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    _find_our_python()
+    with held(LOCK, command):
+        yield

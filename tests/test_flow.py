@@ -217,15 +217,22 @@ def test_a_failed_stage_stops_what_needs_it_and_nothing_else(project, server):
     assert not (project / "d.txt").exists()
 
 
-WORKSPACE = [sys.executable, "-m", "flows.workspace"]
-DVC = [sys.executable, "-m", "dvc", "repro", "-q"]
+REPRO = [sys.executable, "-m", "flows.dvc_repro", "-q"]
+# Another job, for some seconds.
+SLEEP = """
+import sys, time
+from flows.workspace import ready
+with ready(f"sleep {sys.argv[1]}"):
+    time.sleep(float(sys.argv[1]))
+"""
+JOB = [sys.executable, "-c", SLEEP]
 
 
 def test_bad_params_are_refused_before_dvc_deletes_an_output(project, server):
     (project / "dvc.yaml").write_text("stages: {a: {cmd: python log.py a 0 > a.txt, params: [threads], outs: [a.txt]}}")
     (project / "params.yaml").write_text("threads: 0")
     (project / "a.txt").write_text("precious")
-    for command in ([*WORKSPACE, *DVC], [sys.executable, "-m", "flows.reproduce"]):
+    for command in (REPRO, [sys.executable, "-m", "flows.reproduce"]):
         done = subprocess.run(command, cwd=project, env=server, capture_output=True, text=True)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
         assert done.stderr.startswith("error: params.yaml: got ")
@@ -233,20 +240,20 @@ def test_bad_params_are_refused_before_dvc_deletes_an_output(project, server):
 
 
 def test_a_second_job_in_a_workspace_is_refused_at_once_and_says_who_is_at_work(project, server):
-    with subprocess.Popen([*WORKSPACE, "sleep", "300"], cwd=project, env=server) as first:
+    with subprocess.Popen([*JOB, "300"], cwd=project, env=server) as first:
         lock = project / ".dvc/tmp/modelstock.lock"
         assert within(30, lambda: lock.exists() and lock.read_text())
-        for command in ([*WORKSPACE, *DVC], [sys.executable, "-m", "flows.reproduce"]):
+        for command in (REPRO, [sys.executable, "-m", "flows.reproduce"]):
             done = subprocess.run(command, cwd=project, env=server, capture_output=True, text=True)
             assert (done.returncode, done.stderr.count("\n")) == (2 if "flows.reproduce" in command else 1, 1)
             assert f"got another job at work: process {first.pid}, `sleep 300`, since 20" in done.stderr
         first.kill()
-    assert subprocess.run([*WORKSPACE, "true"], cwd=project, env=server).returncode == 0
+    assert subprocess.run([*JOB, "0"], cwd=project, env=server).returncode == 0
 
 
 def test_what_dvc_knows_about_files_lies_in_a_private_folder(project, server):
     env = {name: value for name, value in server.items() if name != "DVC_SITE_CACHE_DIR"}
-    assert subprocess.run([*WORKSPACE, *DVC, "a"], cwd=project, env={**env, "PATH": path()}).returncode == 0
+    assert subprocess.run([*REPRO, "a"], cwd=project, env=env).returncode == 0
     site = project / ".dvc/tmp/site"
     assert oct(site.stat().st_mode)[-3:] == "700"
     assert (site / "repo").is_dir()
