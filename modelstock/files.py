@@ -96,8 +96,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(path: Path, command: str, *, wait: bool = False) -> Iterator[int]:
-    """Hold a lock for the block, as `command`; yields its file descriptor. It ends with the process, however that ends.
+def held(path: Path, command: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock for the block, as `command`. It ends with the process, however that ends.
 
     Raises:
         BusyError: another process holds it, and `wait` is not set; which one, and since when.
@@ -118,7 +118,7 @@ def held(path: Path, command: str, *, wait: bool = False) -> Iterator[int]:
         os.ftruncate(lock, 0)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         os.write(lock, f"process {os.getpid()}, `{command}`, since {now}".encode())
-        yield lock
+        yield
     finally:
         os.close(lock)
 
