@@ -55,28 +55,33 @@ for name, w0 in anchor.items():
 save_file(out, sys.argv[-1])
 """
 
-MAKE = """
-import sys, numpy as np, open_clip, torch
+# Writes random numbers of `shapes` as `names`, the anchor's first; `checked`: with modelstock's checksum.
+DRAW = """
+import numpy as np
 from pathlib import Path
 from safetensors.numpy import save_file
 from modelstock.weights.weight_set import WeightSet
-checked = sys.argv[1] == "True"
-def save(tensors, name):
-    WeightSet(tensors).save(Path(name)) if checked else save_file(tensors, name)
-with torch.device("meta"):
-    model = open_clip.CLIP(**open_clip.get_model_config(sys.argv[2]))
-shapes = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
 print(sum(int(np.prod(s)) for s in shapes.values()))
 random = np.random.default_rng(0)
 def draw(scale):
     return {k: np.asarray(scale * random.standard_normal(s, np.float32), np.float32) for k, s in shapes.items()}
+def save(tensors, name):
+    WeightSet(tensors).save(Path(name)) if checked else save_file(tensors, name)
 anchor, common = draw(0.02), draw(1e-3)
-save(anchor, sys.argv[3])
-for name in sys.argv[4:]:
+save(anchor, names[0])
+for name in names[1:]:
     own = draw(1e-3)
     tuned = {k: np.asarray(anchor[k] + (common[k] + own[k]) / np.float32(2**0.5), np.float32) for k in shapes}
     save(tuned, name)
 """
+
+MAKE = f"""
+import sys, open_clip, torch
+checked, names = sys.argv[1] == "True", sys.argv[3:]
+with torch.device("meta"):
+    model = open_clip.CLIP(**open_clip.get_model_config(sys.argv[2]))
+shapes = {{k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}}
+{DRAW}"""
 
 
 @dataclass(frozen=True)

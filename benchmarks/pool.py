@@ -7,8 +7,8 @@
 - greedy: `merge_files` with a score that reads every tensor of a trial once, and that each further member improves: so
   all of them are taken, `count` are scored alone and `count` - 1 as candidates, and what it takes is merging.
 
-The files have the tensors of open_clip's ViT-B/32 image tower with `blocks` of its 12 blocks (one: 10.3M parameters,
-41 MB; twelve: 88M, 350 MB, 26 GB for all of them), and random numbers: an anchor and updates of rms 1e-3 and cosine
+The files have the tensors of open_clip's ViT-B/32 image tower with `blocks` of its 12 blocks (one: 9.9M parameters,
+40 MB; twelve: 88M, 350 MB, 26 GB for all of them), and random numbers: an anchor and updates of rms 1e-3 and cosine
 0.5. Turns, ratios and memory as in benchmarks/merge.py.
 """
 
@@ -19,28 +19,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from merge import FLOOR, ROOT, machine, merge_command, take_turns
+from merge import DRAW, FLOOR, ROOT, machine, merge_command, take_turns
 
-MAKE = """
-import sys, numpy as np, open_clip, torch
-from pathlib import Path
-from modelstock.weights.weight_set import WeightSet
-blocks, names = int(sys.argv[1]), sys.argv[2:]
+MAKE = f"""
+import sys, open_clip, torch
+checked, blocks, names = True, int(sys.argv[1]), sys.argv[2:]
 with torch.device("meta"):
     model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
-state = {k: tuple(v.shape) for k, v in model.visual.state_dict().items()}
-kept = {k: s for k, s in state.items() if "resblocks" not in k or int(k.split("resblocks.")[1].split(".")[0]) < blocks}
-print(sum(int(np.prod(s)) for s in kept.values()))
-random = np.random.default_rng(0)
-def draw(scale):
-    return {k: np.asarray(scale * random.standard_normal(s, np.float32), np.float32) for k, s in kept.items()}
-anchor, common = draw(0.02), draw(1e-3)
-WeightSet(anchor).save(Path(names[0]))
-for name in names[1:]:
-    own = draw(1e-3)
-    tuned = {k: np.asarray(anchor[k] + (common[k] + own[k]) / np.float32(2**0.5), np.float32) for k in kept}
-    WeightSet(tuned).save(Path(name))
-"""
+state = {{k: tuple(v.shape) for k, v in model.visual.state_dict().items()}}
+number = lambda name: int(name.split("resblocks.")[1].split(".")[0])
+shapes = {{k: s for k, s in state.items() if "resblocks" not in k or number(k) < blocks}}
+{DRAW}"""
 
 GREEDY = """
 import sys

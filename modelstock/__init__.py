@@ -20,8 +20,9 @@ import os
 
 __version__ = "0.1.0"
 
-# How long threads of torch that wait for each other spin before they sleep, which GNU's OpenMP reads when it is loaded.
-# Its own 300,000 rounds win nothing where the cores are free, and cost several times the time where others want them;
+# Rounds that threads of torch spin while they wait for each other, before they sleep; GNU's OpenMP reads it when it is
+# loaded. Its own 300,000 win nothing where the cores are free, and cost several times the time where others want them;
 # see docs/benchmarks.md, "Threads that wait". No result depends on it.
+SPIN_COUNT = "3000"
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
