@@ -802,13 +802,14 @@ class TestLargePools:
 
 @pytest.mark.parametrize("size", [2, 3, 100, 40_000])
 @pytest.mark.parametrize("distinct", [1, 3, 1000, 10**9])
-def test_the_value_at_a_place_is_that_of_the_sorted_values(size, distinct):
+def test_the_magnitude_at_a_place_is_that_of_the_sorted_ones_and_the_larger_are_counted(size, distinct):
     random = np.random.default_rng(size)
     values = random.integers(0, distinct, size) / 7
     values[: size // 2].sort()  # a sample at equal distances is then a poor one
     expected = np.sort(values)
+    update = values * random.choice([-1, 1], size)
     for place in {0, 1, size // 5, size // 2, size - 1}:
-        assert _in_order(values, place) == expected[place]
+        assert _in_order(update, place) == (expected[place], np.count_nonzero(values > expected[place]))
 
 
 class TestARowIsAllThatAMethodNeeds:

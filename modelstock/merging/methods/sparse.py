@@ -22,13 +22,12 @@ Sparsify = Callable[..., Thin]
 class _Largest:
     """Which values belong to the `count` of largest magnitude; ties go to the earlier value."""
 
-    def __init__(self, sizes: Float, count: int) -> None:
-        """`sizes`: the magnitudes (size,)."""
-        self.every, self.ties = count >= sizes.size, 0
+    def __init__(self, update: Float, count: int) -> None:
+        self.every, self.ties = count >= update.size, 0
         self.least = np.inf
-        if 0 < count < sizes.size:
-            self.least = _in_order(sizes, sizes.size - count)
-            self.ties = count - int(np.count_nonzero(sizes > self.least))  # those of `least` that are kept
+        if 0 < count < update.size:
+            self.least, larger = _in_order(update, update.size - count)
+            self.ties = count - larger  # those of `least` that are kept
 
     def __call__(self, sizes: Float) -> NDArray[np.bool_]:
         """Of the next magnitudes in the update's own order."""
@@ -42,20 +41,33 @@ class _Largest:
         return kept
 
 
-def _in_order(values: Float, place: int) -> float:
-    """The value at a place, counted from 0, of the sorted values: np.partition's, in a fraction of its time.
+def _in_order(update: Float, place: int) -> tuple[float, int]:
+    """The magnitude at a place, counted from 0, of the sorted magnitudes, and how many are larger.
 
-    A sample bounds it, so that only values between the bounds are partitioned (Floyd, Rivest, CACM 18 (1975)).
+    np.partition's, in a fraction of its time: a sample bounds the magnitude, so that only those between the bounds are
+    partitioned (Floyd, Rivest, CACM 18 (1975)), which are picked out block by block.
     """
-    sample = np.sort(values[:: max(1, values.size // SAMPLE)])
-    near, margin = place * sample.size // values.size, 4 * math.isqrt(sample.size)
+    sample = np.sort(np.abs(update[:: max(1, update.size // SAMPLE)]))
+    near, margin = place * sample.size // update.size, 4 * math.isqrt(sample.size)
     low, high = sample[max(0, near - margin)], sample[min(sample.size - 1, near + margin)]
-    between = values[(values >= low) & (values <= high)]
-    place_between = place - int(np.count_nonzero(values < low))
-    if not 0 <= place_between < between.size:
-        between, place_between = values.copy(), place
-    between.partition(place_between)
-    return float(between[place_between])
+    between, smaller = _between(update, low, high)
+    if not 0 <= place - smaller < between.size:
+        between, smaller = np.abs(update), 0
+    between.partition(place - smaller)
+    found = between[place - smaller]
+    larger = update.size - smaller - int(np.count_nonzero(between <= found))
+    return float(found), larger
+
+
+def _between(update: Float, low: float, high: float) -> tuple[Float, int]:
+    """The magnitudes from `low` to `high`, and how many are smaller."""
+    parts, smaller = [], 0
+    for start in range(0, update.size, BLOCK):
+        sizes = np.abs(update[start : start + BLOCK])
+        reaches = sizes >= low
+        smaller += sizes.size - int(np.count_nonzero(reaches))
+        parts.append(sizes[reaches & (sizes <= high)])
+    return np.concatenate(parts), smaller
 
 
 def _count(share: float, size: int) -> int:
@@ -65,7 +77,7 @@ def _count(share: float, size: int) -> int:
 
 def keep_largest(update: Float, generator: np.random.Generator, *, density: float) -> Thin:
     """Zero all but the `density` of largest magnitude."""
-    is_large = _Largest(np.abs(update), _count(density, update.size))
+    is_large = _Largest(update, _count(density, update.size))
 
     def thin(start: int, block: Float) -> None:
         np.copyto(block, 0, where=~is_large(np.abs(block)))
@@ -85,8 +97,7 @@ def drop_at_random(update: Float, generator: np.random.Generator, *, drop: float
 
 def drop_both_ends(update: Float, generator: np.random.Generator, *, density: float, outliers: float) -> Thin:
     """Zero the share `outliers` of largest magnitude and, of the rest, all but `density` (a share of the whole)."""
-    sizes = np.abs(update)
-    is_large, is_outlier = (_Largest(sizes, _count(share, sizes.size)) for share in (density + outliers, outliers))
+    is_large, is_outlier = (_Largest(update, _count(share, update.size)) for share in (density + outliers, outliers))
 
     def thin(start: int, block: Float) -> None:
         sizes = np.abs(block)
