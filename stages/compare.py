@@ -1,12 +1,11 @@
 """Intervals, paired tests, tables, figure and report; the tracker made complete; the champion by the held-out split."""
 
-import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from modelstock.comparison.compare import Comparison
 from modelstock.comparison.report import summary_lines
-from modelstock.errors import TrackingError, redacted
+from modelstock.errors import TrackingError
 from modelstock.experiment.compare import compare_results, files_by_identity
 from modelstock.experiment.left_over import remove_left_over, remove_left_over_models
 from modelstock.experiment.paths import (
@@ -18,32 +17,14 @@ from modelstock.experiment.paths import (
     results_file,
     seed_file,
 )
+from modelstock.experiment.tracked import tracked
 from modelstock.files import project
-from modelstock.params import TrackingParams, load_params
-from modelstock.scoring.results import Scores, load_scores
-from modelstock.tracking.replay import Record, replay
-from modelstock.tracking.tracker import Measurements, open_tracker
+from modelstock.params import load_params
+from modelstock.scoring.results import load_scores
+from modelstock.tracking.lineage import dvc_hashes
+from modelstock.tracking.tracker import open_tracker
 from modelstock.weights.weight_set import load_weights
 from stages import run
-
-
-def track(params: TrackingParams, results: list[Scores], comparison: Comparison, files: dict[str, Path]) -> None:
-    """Send every row and its metrics to the tracker, and move the alias `champion`."""
-    datasets = {scores.benchmark: scores.data for scores in results}
-    records = [
-        Record(
-            name=row.name,
-            identity=row.identity,
-            measurements=Measurements(
-                metrics=comparison.metrics[row.name], datasets=datasets, held_out=comparison.held_out
-            ),
-            weights=None if row.kind == "ensemble" else files[row.identity],
-            params={"method": row.kind, "members": "-".join(map(str, row.members))},
-        )
-        for row in results[0].rows
-    ]
-    tracker = open_tracker(params.tracker, project(), params.experiment)
-    replay(tracker, records, model_name=params.model, champion=comparison.champion, root=Path.cwd())
 
 
 def main(results: Path, models: Path, out: Path) -> None:
@@ -71,15 +52,27 @@ def main(results: Path, models: Path, out: Path) -> None:
         draws=params.compare.draws,
         seed=params.compare.seed,
     )
+    shown: Sequence[str] = []
     try:
-        track(params.tracking, scores, comparison, files)
+        tracker = open_tracker(params.tracking.tracker, project(), params.tracking.experiment)
+        shown = tracker.record(
+            tracked(
+                comparison,
+                scores,
+                files,
+                report=out,
+                params=params.model_dump(mode="json"),
+                model_name=params.tracking.model,
+                dvc_hashes=dvc_hashes(Path.cwd()),
+            )
+        )
     except TrackingError as error:
         # The figures do not depend on a tracker: what is missing there is sent by the next `dvc repro -f compare`.
         print(f"warning: {error}", file=sys.stderr)
     print(summary_lines(comparison))
-    store = redacted(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
     print(f"report: {out / 'comparison.html'} | champion by the held-out split: {comparison.champion}")
-    print(f"MLflow: .venv/bin/mlflow ui --backend-store-uri {store}   (or: make up)")
+    for line in shown:
+        print(line)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ TABLE = {
         [
             "modelstock/errors.py",
             "modelstock/cli/__init__.py",
-            "modelstock/tracking/mlflow.py",
+            "modelstock/tracking/mlflow/tracker.py",
             "modelstock/files.py",
             "modelstock/params.py",
             "modelstock/progress.py",

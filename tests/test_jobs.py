@@ -11,7 +11,7 @@ import pytest
 from modelstock import provenance
 from modelstock.errors import TrackingError
 from modelstock.params import TinyPretraining
-from modelstock.tracking import mirror
+from modelstock.tracking import mirror, times
 from modelstock.tracking.history import read_history
 from modelstock.tracking.tracker import TRACKERS, open_tracker
 from modelstock.training import finetune, resume
@@ -82,8 +82,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def left() -> list[Path]:
-    """The files in scratch/."""
-    return [path for path in Path("scratch").rglob("*") if path.is_file()]
+    """The files in scratch/ but for the times of trainings, a line each."""
+    return [path for path in Path("scratch").rglob("*") if path.is_file() and path.parent != times.FOLDER]
 
 
 def test_a_finished_job_leaves_nothing_and_run_again_it_trains_again_to_the_same_bytes(stage, steps):
@@ -226,8 +226,21 @@ def test_a_tracker_of_ones_own_follows_a_job_to_its_last_row(anchor, monkeypatch
     assert left() == []
 
 
+def test_a_trainings_times_are_kept_from_its_first_start_to_its_end_and_a_new_one_begins_anew():
+    assert times.times_of("k") == times.Times()
+    first = times.note_began("k").began
+    stopped = times.note_began("k")  # it was stopped and goes on
+    assert (stopped.began, stopped.ended) == (first, None)
+    ended = times.note_ended("k")
+    assert ended == times.times_of("k")
+    assert ended.began == first <= ended.ended
+    assert times.note_began("k").ended is None
+    (times.FOLDER / "k.json").write_text("{")
+    assert times.times_of("k") == times.Times()
+
+
 def test_a_job_without_a_tracker_sends_nothing_and_an_unknown_tracker_is_refused():
-    assert open_tracker("none", Path.cwd(), "e").live(key="k", name="n", params={}, history=Path("none")) == ""
+    assert open_tracker("none", Path.cwd(), "e").live(key="k", name="n", params={}, history=Path("none")) is None
     with pytest.raises(
         TrackingError, match=r"tracking\.tracker: got mlfow; expected mlflow or none; did you mean mlflow"
     ):

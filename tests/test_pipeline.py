@@ -167,36 +167,53 @@ def test_a_stage_run_again_gives_the_same_bytes(project):
     assert hashes(project) == before
 
 
-def test_mlflow_holds_one_run_a_weight_set_and_a_second_comparison_adds_none(project):
+def test_mlflow_holds_one_run_per_row_and_a_second_comparison_adds_none(project):
     def content():
         tracker = MlflowTracker(project, uri=f"sqlite:///{project / 'mlflow.db'}")
         client = tracker.client
-        runs = client.search_runs([tracker.experiment])
+        runs = {
+            kind: {
+                r.info.run_name: r
+                for r in client.search_runs([tracker.experiment], f"tags.`modelstock.kind` = '{kind}'")
+            }
+            for kind in ("row", "training", "comparison")
+        }
         models = client.search_logged_models([tracker.experiment])
         versions = client.search_model_versions("name = 'modelstock-shapes'")
-        history = {r.info.run_name: len(client.get_metric_history(r.info.run_id, "shapes/top1")) for r in runs}
+        history = {
+            name: len(client.get_metric_history(r.info.run_id, "shapes/top1")) for name, r in runs["row"].items()
+        }
         champion = client.get_model_version_by_alias("modelstock-shapes", "champion").tags[IDENTITY]
-        return {r.data.tags[IDENTITY]: r for r in runs}, len(runs), len(models), len(versions), history, champion
+        counts = {kind: len(by_name) for kind, by_name in runs.items()}
+        return runs, counts, len(models), len(versions), history, champion
 
-    runs, count, models, versions, history, champion = content()
+    runs, counts, models, versions, history, champion = content()
     scores = load_scores(project / "results/shapes.safetensors")
-    identities = {row.identity for row in scores.rows}
-    ensembles = {row.identity for row in scores.rows if row.kind == "ensemble"}
-    assert set(runs) == identities
-    assert count == len(identities)
-    assert models == versions == len(identities - ensembles)
+    weights = {row.identity for row in scores.rows if row.kind != "ensemble"}
+    assert set(runs["row"]) == {row.name for row in scores.rows}
+    assert set(runs["training"]) == {
+        f"training of {name}" for name in ("seed-0", "seed-1", "seed-2", "periodic/0-1", "longer@2/0")
+    }
+    assert counts == {"row": len(scores.rows), "training": 5, "comparison": 1}
+    assert models == len(weights)
     assert set(history.values()) == {1}
     for row, correct in zip(scores.rows, scores.correct, strict=True):
-        assert runs[row.identity].data.metrics["shapes/top1"] == pytest.approx(correct.mean())
+        assert runs["row"][row.name].data.metrics["shapes/top1"] == pytest.approx(correct.mean())
     held = load_scores(project / "results/held-out.safetensors")
     best = json.loads((project / "reports/comparison.json").read_text())["champion"]
     assert champion == next(row.identity for row in held.rows if row.name == best)
-    seed = runs[next(row.identity for row in scores.rows if row.name == "seed-1")]
-    assert seed.data.params["seed"] == "1"
-    assert seed.data.metrics["validation/top1"] >= 0
-    assert "dvc.md5" in seed.data.tags
+    kinds = {row.kind for row in scores.rows} - {"ensemble", "anchor"}
+    assert 1 < versions <= len(kinds)  # fewer where the best of two methods have the same tensors
+    training = runs["training"]["training of seed-1"]
+    assert training.data.params["seed"] == "1"
+    assert training.data.metrics["validation/top1"] >= 0
+    assert training.info.start_time < training.info.end_time < runs["row"]["seed-1"].info.start_time
+    assert "dvc.md5" in runs["row"]["seed-1"].data.tags
+    (parent,) = runs["comparison"].values()
+    assert parent.data.params["finetune.epochs"] == "2"
+    assert "dvc.data/train" in parent.data.params
     assert run(project, "dvc", "repro", "--force", "--single-item", "compare").returncode == 0
-    assert content()[1:] == (count, models, versions, history, champion)
+    assert content()[1:] == (counts, models, versions, history, champion)
 
 
 def test_a_weight_set_says_where_it_comes_from(project):

@@ -26,7 +26,7 @@ from modelstock.errors import WeightsError
 from modelstock.scoring.results import Row, save_scores
 from modelstock.tracking.mlflow import IDENTITY, MlflowTracker
 from modelstock.tracking.tracker import TRACKERS
-from modelstock.weights.weight_set import WeightSet, load_weights
+from modelstock.weights.weight_set import WeightSet
 from stages.compare import main as compare_stage
 from tests.support.tracker import Recorder
 from tests.test_comparison import ACCURACY, LABELS, ROWS, made, without_shifts
@@ -363,31 +363,46 @@ def test_the_stage_compares_somebodys_own_checkpoints_on_one_test_set(own, capsy
     assert facts["cosines"]["median"] == pytest.approx(20 / np.sqrt(6 * 74))
     tracker = MlflowTracker(own)
     runs = {run.info.run_name: run for run in tracker.client.search_runs([tracker.experiment])}
-    assert set(runs) == {"anchor", "seed-0", "seed-1", "uniform/0-1"}
+    assert set(runs) == {"comparison", "anchor", "seed-0", "seed-1", "uniform/0-1"}
     values = {b: [0.7, 0.9, 1.2, 0.18] for b in ("held-out", "shapes")}
-    assert runs["seed-1"].data.metrics == {
+    expected = {
         f"{b}/{key}": pytest.approx(value, abs=1e-6)
         for b, found in values.items()
         for key, value in zip(("top1", "top5", "nll", "ece"), found, strict=True)
     }
-    best = tracker.client.get_model_version_by_alias("modelstock-shapes", "champion").tags[IDENTITY]
-    assert best == runs["uniform/0-1"].data.tags[IDENTITY]
+    seen = runs["seed-1"].data.metrics
+    assert {name: seen[name] for name in expected} == expected
+    assert seen["in_distribution"] == seen["held_out"] == 0.7
+    assert seen["in_distribution_low"] < 0.7 < seen["in_distribution_high"]
+    client = tracker.client
+    for alias, row in (("champion", "uniform/0-1"), ("uniform", "uniform/0-1"), ("seed", "seed-1")):
+        version = client.get_model_version_by_alias("modelstock-shapes", alias)
+        assert version.tags[IDENTITY] == runs[row].data.tags[IDENTITY]
+        assert version.run_id == runs[row].info.run_id
+    assert len(client.search_model_versions("name = 'modelstock-shapes'")) == 2
+    files = {file.path for file in client.list_artifacts(runs["comparison"].info.run_id)}
+    assert files == {path.name for path in (own / "reports").iterdir()}
 
 
-def test_a_tracker_of_ones_own_gets_every_row_with_its_metrics_and_the_champion(own, monkeypatch):
+def test_a_tracker_of_ones_own_gets_every_row_with_its_metrics_and_the_champion(own, monkeypatch, capsys):
     monkeypatch.setitem(TRACKERS, "recorder", "tests.support.tracker:Recorder")
-    for name in ("metrics", "aliases"):
-        monkeypatch.setattr(Recorder, name, {})
+    monkeypatch.setattr(Recorder, "comparisons", [])
     params = (own / "params.yaml").read_text()
     assert "tracker: mlflow" in params
     (own / "params.yaml").write_text(params.replace("tracker: mlflow", "tracker: recorder"))
     compare_stage(Path("results"), Path("models"), Path("reports"))
-    assert {name: metrics["shapes"]["top1"] for name, metrics in Recorder.metrics.items()} == pytest.approx(
+    (comparison,) = Recorder.comparisons
+    assert {row.name: row.metrics["shapes"]["top1"] for row in comparison.rows} == pytest.approx(
         {"anchor": 0.5, "seed-0": 0.6, "seed-1": 0.7, "uniform/0-1": 0.8}
     )
-    champion = load_weights(own / "models/merged/uniform/0-1.safetensors").identity
-    assert len(Recorder.aliases) == 4
-    assert [identity for identity, alias in Recorder.aliases.items() if alias == "champion"] == [champion]
+    aliases = {row.name: list(row.aliases) for row in comparison.rows if row.aliases}
+    assert aliases == {"seed-1": ["seed"], "uniform/0-1": ["champion", "uniform"]}
+    merged = comparison.rows[-1]
+    assert merged.params == {"method": "uniform", "seeds": "2", "members": "0-1", "options": "none"}
+    assert merged.description == (
+        "uniform of seeds 0, 1: top-1 accuracy 80.0 % on the held-out split, 80.0 % in distribution."
+    )
+    assert "shown nowhere" in capsys.readouterr().out
     assert not (own / "mlflow.db").exists()
 
 

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Any
 
 from modelstock.notices import notice
-from modelstock.tracking.tracker import Tracker
+from modelstock.tracking.times import note_began, note_ended
+from modelstock.tracking.tracker import Times, Tracker
 
 AFTER_S = 30.0  # opening a tracker costs seconds of processor time
 PATIENCE_S = 10
@@ -35,16 +36,19 @@ class Mirror:
     ) -> None:
         self._tracker, self._history, self._every_s = tracker, history, every_s
         self._key, self._name, self._params = key, name, dict(params)
-        self._stop, self._left = threading.Event(), False
+        self._stop, self._left, self._times = threading.Event(), False, Times()
         self._thread = threading.Thread(target=self._follow, name="mirror", daemon=True)
 
     def __enter__(self) -> "Mirror":
+        self._times = note_began(self._key)
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            self._times = note_ended(self._key)
         self._stop.set()
         self._thread.join(timeout=PATIENCE_S)
         if self._thread.is_alive():
@@ -59,7 +63,9 @@ class Mirror:
             tracker, last = self._tracker(), False
             while not last:
                 last = self._stop.wait(self._every_s)
-                tracker.live(key=self._key, name=self._name, params=self._params, history=self._history)
+                tracker.live(
+                    key=self._key, name=self._name, params=self._params, history=self._history, times=self._times
+                )
         except Exception as error:
             if not self._left:
                 notice(error, "training goes on")

@@ -1,6 +1,6 @@
 """What a tracker is. One more tracker is a class with these methods and a row in `TRACKERS`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,53 +13,81 @@ TRACKERS = {"mlflow": "modelstock.tracking.mlflow:MlflowTracker", "none": "model
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurements:
-    """What was measured of one row of a comparison.
+class Times:
+    """When a training began and ended, in milliseconds since 1970; None where that is not known."""
 
-    `metrics`: benchmark -> metric -> value; `datasets`: benchmark -> sha256 of its data; `held_out`: the benchmark
-    whose data are for validation, all others being for tests.
+    began: int | None = None
+    ended: int | None = None
+
+
+UNKNOWN = Times()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedRow:
+    """One row of a comparison.
+
+    `metrics`: benchmark -> metric -> value; `summary`: metric -> value, over benchmarks, each with its interval's ends
+    as `<metric>_low` and `<metric>_high`. `params`: what tells rows apart. `weights`: the row's file; None for what
+    has scores but no weights, such as an ensemble. `training`: the key of the training that made the weights, if one
+    did. `shown`: among those that a table of all methods shows. `aliases`: of its version among the models that
+    somebody may ship; without one, it is no version. `description`: one sentence.
     """
 
+    name: str
+    identity: str
     metrics: Mapping[str, Mapping[str, float]]
+    summary: Mapping[str, float]
+    params: Mapping[str, str]
+    description: str
+    weights: Path | None = None
+    dvc_md5: str | None = None
+    training: str | None = None
+    shown: bool = True
+    aliases: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedTraining:
+    """A training that has ended. `key`: names it as in `live`; `history`: its `history.jsonl`."""
+
+    key: str
+    name: str
+    params: Mapping[str, Any]
+    history: Path
+    times: Times = UNKNOWN
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedComparison:
+    """A comparison and everything that it is of.
+
+    `datasets`: benchmark -> sha256 of its data; `held_out`: the benchmark whose data are for validation, all others
+    being for tests. `files`: the report's. `note`: Markdown. `precision`: of the towers when they were scored.
+    """
+
+    rows: Sequence[TrackedRow]
+    trainings: Sequence[TrackedTraining]
     datasets: Mapping[str, str]
-    held_out: str = "held-out"
+    held_out: str
+    params: Mapping[str, Any]
+    files: Sequence[Path]
+    note: str
+    model_name: str
+    precision: str = "float32"
 
 
 class Tracker(Protocol):
     """Where runs are shown. A call may be repeated: what is there already is not added again.
 
-    Methods return the run's name in the tracker, `register` that of the version. Each raises TrackingError where the
-    tracker does not answer; training and comparing go on without it.
+    Each raises TrackingError where the tracker does not answer; training and comparing go on without it.
     """
 
-    def live(self, *, key: str, name: str, params: Mapping[str, Any], history: Path) -> str:
-        """While a run trains: the rows so far of its growing `history.jsonl`. `key` names the training."""
+    def live(self, *, key: str, name: str, params: Mapping[str, Any], history: Path, times: Times = UNKNOWN) -> None:
+        """The rows so far of a training's growing `history.jsonl`. `key` names the training; `times.ended`: it has."""
 
-    def record(
-        self,
-        weights: Path,
-        *,
-        name: str,
-        measurements: Measurements,
-        tags: Mapping[str, str],
-        key: str | None = None,
-        history: Path | None = None,
-    ) -> str:
-        """A finished weight set; its metadata say what made it. `key`: of the training that `live` has shown."""
-
-    def record_scores(
-        self,
-        identity: str,
-        *,
-        name: str,
-        measurements: Measurements,
-        tags: Mapping[str, str],
-        params: Mapping[str, Any],
-    ) -> str:
-        """What has scores but no weights of its own, such as a logit ensemble."""
-
-    def register(self, identity: str, *, model_name: str, alias: str | None = None) -> str:
-        """A recorded weight set as a version of the model `model_name`; `alias` then points to it."""
+    def record(self, comparison: TrackedComparison) -> Sequence[str]:
+        """A whole comparison, with its trainings. Returns lines that say where it is shown."""
 
 
 class NullTracker:
@@ -68,21 +96,12 @@ class NullTracker:
     def __init__(self, root: Path | None = None, experiment: str = "") -> None:
         pass
 
-    def live(self, *, key: str, name: str, params: Mapping[str, Any], history: Path) -> str:
+    def live(self, *, key: str, name: str, params: Mapping[str, Any], history: Path, times: Times = UNKNOWN) -> None:
         """Nothing."""
-        return ""
 
-    def record(self, weights: Path, *, name: str, **facts: Any) -> str:
+    def record(self, comparison: TrackedComparison) -> Sequence[str]:
         """Nothing."""
-        return ""
-
-    def record_scores(self, identity: str, *, name: str, **facts: Any) -> str:
-        """Nothing."""
-        return ""
-
-    def register(self, identity: str, *, model_name: str, alias: str | None = None) -> str:
-        """Nothing."""
-        return ""
+        return []
 
 
 def open_tracker(kind: str, root: Path, experiment: str) -> Tracker:
@@ -101,7 +120,7 @@ def open_tracker(kind: str, root: Path, experiment: str) -> Tracker:
 
 
 def params_of(made_by: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's params from what made its weight set: one per option, and members as in its name."""
+    """A training's params from what made its weight set: one per option, and members as in its name."""
     params = {name: value for name, value in made_by.items() if name not in ("options", "key", "members")}
     params |= {f"options.{name}": value for name, value in made_by.get("options", {}).items()}
     if "members" in made_by:

@@ -1,0 +1,44 @@
+"""When trainings began and ended, kept in scratch: files whose bytes repeat carry no times, and trackers show them."""
+
+import json
+import time
+from pathlib import Path
+
+from modelstock.files import SCRATCH, write_json
+from modelstock.tracking.tracker import Times
+
+FOLDER = SCRATCH / "times"
+
+
+def times_of(key: str) -> Times:
+    """The times of a training on this machine; none where it was trained elsewhere, or they were cleaned away."""
+    try:
+        kept = json.loads(_file(key).read_bytes())
+        return Times(began=int(kept["began"]), ended=kept["ended"] and int(kept["ended"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return Times()
+
+
+def note_began(key: str) -> Times:
+    """A training begins, or goes on after it was stopped."""
+    known = times_of(key)
+    times = known if known.began and not known.ended else Times(began=_now())
+    return _keep(key, times)
+
+
+def note_ended(key: str) -> Times:
+    """A training has ended."""
+    return _keep(key, Times(began=times_of(key).began or _now(), ended=_now()))
+
+
+def _keep(key: str, times: Times) -> Times:
+    write_json(_file(key), {"began": times.began, "ended": times.ended})
+    return times
+
+
+def _file(key: str) -> Path:
+    return FOLDER / f"{key}.json"
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
