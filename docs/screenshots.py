@@ -14,6 +14,8 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
+from modelstock.tracking.mlflow import views
+
 DOCS = Path(__file__).parent
 QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
 
@@ -46,7 +48,7 @@ def main() -> int:
     found = ask(f"{options.mlflow}/api/2.0/mlflow/experiments/search", {"max_results": 10})
     assert isinstance(found, dict)
     experiment = next(e["experiment_id"] for e in found["experiments"] if e["name"] == "modelstock")
-    take(f"{options.mlflow}/#/experiments/{experiment}/runs", DOCS / "mlflow.png")
+    take(views.link(options.mlflow, experiment, views.MERGES), DOCS / "mlflow.png", size="1900,900")
     runs = ask(f"{options.prefect}/api/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
     assert isinstance(runs, list)
     take(f"{options.prefect}/runs/flow-run/{runs[0]['id']}", DOCS / "prefect.png")

@@ -67,7 +67,7 @@ def main(results: Path, models: Path, out: Path) -> None:
             )
         )
     except TrackingError as error:
-        # The figures do not depend on a tracker: what is missing there is sent by the next `dvc repro -f compare`.
+        # The figures do not depend on a tracker: what is missing there is sent by the next `dvc repro -s -f compare`.
         print(f"warning: {error}", file=sys.stderr)
     print(summary_lines(comparison))
     print(f"report: {out / 'comparison.html'} | champion by the held-out split: {comparison.champion}")

@@ -638,7 +638,7 @@ def test_a_server_that_accepts_and_never_answers_costs_seconds_and_is_one_line(t
             time.sleep(0.1)
         assert time.monotonic() - begun < 10
     lines = [str(w.message) for w in caught if "seed-3" in str(w.message)]
-    assert lines == ["seed-3: the tracker has not answered for 2 s; `dvc repro -f compare` sends what it lacks"]
+    assert lines == ["seed-3: the tracker has not answered for 2 s; `dvc repro -s -f compare` sends what it lacks"]
     assert kept == []  # what is made is the same with and without a tracker
 
 

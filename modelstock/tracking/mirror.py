@@ -53,7 +53,7 @@ class Mirror:
         self._thread.join(timeout=PATIENCE_S)
         if self._thread.is_alive():
             self._left = True
-            text = f"the tracker has not answered for {PATIENCE_S} s; `dvc repro -f compare` sends what it lacks"
+            text = f"the tracker has not answered for {PATIENCE_S} s; `dvc repro -s -f compare` sends what it lacks"
             Context().run(notice, self._name, text)  # outside of what collects notices
 
     def _follow(self) -> None:

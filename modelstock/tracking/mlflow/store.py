@@ -134,9 +134,9 @@ class Connection:
         except Exception as error:
             text = " ".join(redacted(error).split())
             text = text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"  # the cause is at its end
-            cure = "start it or correct MLFLOW_TRACKING_URI; `dvc repro -f compare` then sends what is missing"
+            cure = "start it or correct MLFLOW_TRACKING_URI; `dvc repro -s -f compare` then sends what is missing"
             if self.file is not None and self.file.exists():
-                cure = f"move {self.file.name} away where it is damaged; `dvc repro -f compare` then sends everything"
+                cure = f"move {self.file.name} away where it is damaged; `dvc repro -s -f compare` then sends everything"
             raise TrackingError(
                 f"MLflow at {self.uri}",
                 got=f"{type(error).__name__}: {text}",
@@ -175,7 +175,7 @@ class Connection:
                 got=f"a deleted experiment {name!r}",
                 expected="one that is active",
                 cure=f"`MLFLOW_TRACKING_URI=... mlflow experiments restore --experiment-id {existing.experiment_id}`, "
-                "or another name as tracking.experiment; `dvc repro -f compare` then sends what is missing",
+                "or another name as tracking.experiment; `dvc repro -s -f compare` then sends what is missing",
             )
         old = existing.artifact_location
         if self.file == self.root / "mlflow.db" and old != artifacts.as_uri() and old.endswith("/mlruns"):
