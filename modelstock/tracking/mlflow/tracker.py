@@ -9,6 +9,7 @@ the moment it was sent; a training's are those that its machine kept.
 import getpass
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -78,12 +79,18 @@ class MlflowTracker(Connection):
                     bar.update(1)
             self._show(digest, comparison)
             self._end(parent)
-        return views.links(self._server, self.experiment, TITLES)
+        return self.links()
 
-    @property
-    def _server(self) -> str:
-        """Where the experiment is seen: on the server it is sent to, or on the one that `make up` starts."""
-        return redacted(self.uri) if self.uri.startswith("http") else views.NEW_SERVER
+    def links(self) -> list[str]:
+        """Lines that say where the latest comparison is seen; none where there is no comparison yet.
+
+        The server is that which runs are sent to, or the one that `make up` starts.
+        """
+        if views.tag(views.MERGES) not in self.client.get_experiment(self.experiment).tags:
+            return []
+        local = os.environ.get("MODELSTOCK_MLFLOW_URL", views.NEW_SERVER)
+        server = redacted(self.uri) if self.uri.startswith("http") else local
+        return views.links(server, self.experiment, TITLES)
 
     @cached_property
     def _about(self) -> dict[str, str]:
