@@ -136,7 +136,7 @@ class Connection:
             text = text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"  # the cause is at its end
             cure = "start it or correct MLFLOW_TRACKING_URI; `dvc repro -s -f compare` then sends what is missing"
             if self.file is not None and self.file.exists():
-                cure = f"move {self.file.name} away where it is damaged; `dvc repro -s -f compare` then sends everything"
+                cure = f"move {self.file.name} away if it is damaged; `dvc repro -s -f compare` then sends everything"
             raise TrackingError(
                 f"MLflow at {self.uri}",
                 got=f"{type(error).__name__}: {text}",
