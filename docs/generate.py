@@ -155,11 +155,12 @@ def from_results(results: Path, preset: str) -> tuple[str, str, dict[str, bytes]
     text = as_markdown(comparison, {}, {name: title for name, (title, _) in drawn.items()})
     body = text.partition("\n\n")[2]
     option = "" if preset == DEFAULT else f" --preset {preset}"
+    other = " The same with all methods: [preset=methods](results-methods.md)." if preset == DEFAULT else ""
     page = (
         f"# Results of `{command}`\n\nGenerated from the results per example of a run: `{command}`, then "
         f"`.venv/bin/python docs/generate.py --results results{option}`. Methods: [merging](merging.md); error bars: "
         "[scoring](scoring.md#error-bars). The embedded benchmark is a tower of 0.8M parameters on procedural "
-        "pictures: read the figures as a test of the pipeline, not of the paper at scale.\n\n"
+        f"pictures: read the figures as a test of the pipeline, not of the paper at scale.{other}\n\n"
     )
     return headline(comparison) + "\n", page + body, {name: picture for name, (_, picture) in drawn.items()}
 
