@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from modelstock.comparison.compare import Comparison
-from modelstock.comparison.report import summary_lines
+from modelstock.comparison.report import summary_lines, write_summary
 from modelstock.errors import TrackingError, redacted
 from modelstock.experiment.compare import compare_results, files_by_identity
 from modelstock.experiment.left_over import remove_left_over, remove_left_over_models
@@ -46,8 +46,11 @@ def track(params: TrackingParams, results: list[Scores], comparison: Comparison,
     replay(tracker, records, model_name=params.model, champion=comparison.champion, root=Path.cwd())
 
 
-def main(results: Path, models: Path, out: Path) -> None:
-    """RESULTS: results per example; MODELS: anchor.safetensors and folders of weight sets; OUT: the report's folder."""
+def main(results: Path, models: Path, out: Path, metrics: Path) -> None:
+    """RESULTS: results per example; MODELS: anchor.safetensors and folders of weight sets; OUT: the report's folder.
+
+    METRICS: the folder of what `dvc metrics show` prints.
+    """
     params = load_params()
     remove_left_over_models(models, params)
     remove_left_over(results, [results_file(results, name).name for name in params.evaluate.benchmarks])
@@ -71,6 +74,7 @@ def main(results: Path, models: Path, out: Path) -> None:
         draws=params.compare.draws,
         seed=params.compare.seed,
     )
+    remove_left_over(metrics, write_summary(comparison, metrics))
     try:
         track(params.tracking, scores, comparison, files)
     except TrackingError as error:

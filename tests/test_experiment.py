@@ -83,7 +83,7 @@ def run_stages(project: Path, data: Path) -> None:
         merge_stage(method, anchor_file(models), finetuned_folder(models), data / "train", data / "held-out", out)
     for split in SPLITS:
         evaluate_stage(data / split, models, results_file(Path("results"), split))
-    compare_stage(Path("results"), models, Path("reports"))
+    compare_stage(Path("results"), models, Path("reports"), Path("metrics"))
 
 
 def run_command(project: Path, data: Path) -> str:

@@ -31,7 +31,8 @@ def test_a_stages_inputs_and_outputs_stand_on_its_command_line_and_its_params_ex
     words = stage["cmd"].split()
     assert words[:3] == ["python", "-m", f"stages.{name}"]
     inputs = {d for d in stage["deps"] if not d.startswith(("modelstock/", "stages/"))}
-    assert set(words[3:]) - {"${item}", "${key}"} == inputs | set(stage["outs"])
+    outs = {*stage["outs"], *(path for metric in stage.get("metrics", []) for path in metric)}
+    assert set(words[3:]) - {"${item}", "${key}"} == inputs | outs
     for param in stage["params"]:
         section = Params
         for key in param.split("."):
@@ -142,13 +143,45 @@ def test_everything_is_there_after_dvc_repro(project):
     assert merges["4"]["visual.proj"]["flag"] in ("", "clipped")
     report = json.loads((project / "models/merged/model_stock/report.json").read_text())
     assert 0 <= report["0-1"]["visual.proj"]["ratio"] <= 1
-    shown = run(project, "dvc", "metrics", "show", "--json")
-    assert "zero-shot anchor" in shown.stdout
     metrics = json.loads((project / "reports/metrics.json").read_text())
     anchor = next(i for i, row in enumerate(scores.rows) if row.name == "anchor")
     assert metrics["zero-shot anchor"]["shapes-objectnet"] == pytest.approx(
         100 * scores.correct[anchor].mean(), abs=1e-4
     )
+
+
+def test_dvc_shows_a_short_line_each_for_champion_seeds_and_merges(project):
+    shown = run(project, "dvc", "metrics", "show").stdout.splitlines()
+    lines = ["champion", "mean-seed", "model_stock", "uniform"]
+    assert [line.split()[0] for line in shown[1:]] == [f"metrics/{name}.json" for name in lines]
+    assert shown[0].split() == ["Path", "held-out", "in-distribution", "seeds", "shifts"]
+    assert max(map(len, shown)) < 100
+    full = json.loads((project / "reports/metrics.json").read_text())
+    for line, name in zip(
+        shown[2:], ("mean single seed", "model_stock of 2, mean of 3", "uniform of 2, mean of 3"), strict=True
+    ):
+        assert float(line.split()[2]) == pytest.approx(full[name]["shapes"], abs=0.01)
+        assert float(line.split()[4]) == pytest.approx(full[name]["shift-mean"], abs=0.01)
+
+
+def test_a_clone_without_caches_has_every_commits_metrics_and_their_differences(project, tmp_path):
+    folder = tmp_path / "clone"
+    for name in (".dvc", "metrics"):
+        shutil.copytree(project / name, folder / name, ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml"):
+        shutil.copy(project / name, folder / name)
+    shutil.copy(ROOT / ".gitignore", folder / ".gitignore")
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a run"]):
+        subprocess.run([*git, *words], cwd=folder, check=True)
+    champion = folder / "metrics/champion.json"
+    figures = json.loads(champion.read_text())
+    champion.write_text(json.dumps(figures | {"held-out": figures["held-out"] + 1}))
+    done = run(folder, "dvc", "metrics", "diff", "HEAD")
+    assert done.returncode == 0, done.stderr
+    [line] = done.stdout.splitlines()[1:]
+    assert line.split()[:2] == ["metrics/champion.json", "held-out"]
+    assert float(line.split()[-1]) == pytest.approx(1)
 
 
 def test_nothing_runs_the_second_time(project):

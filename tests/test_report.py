@@ -16,6 +16,7 @@ from modelstock.comparison.figures import WITH_SHIFTS, WITHOUT_SHIFTS, draw, tit
 from modelstock.comparison.report import (
     as_class_csv,
     as_markdown,
+    as_summary,
     as_validation_csv,
     headline,
     published_figures,
@@ -99,6 +100,19 @@ def test_table_metrics_and_csv_agree(comparison, folder):
     assert {r["name"]: float(r["shapes"]) for r in rows}["greedy/0-2"] == 73.0
     assert "median 0.75" in text
     assert "4 tests" in text
+
+
+def test_the_lines_for_dvc_are_the_champion_the_mean_seed_and_the_highlighted_merges_of_fewest_seeds(comparison):
+    assert comparison.champion == "model_stock/0-1"
+    figures = ("seeds", "held-out", "in-distribution", "shifts")
+    assert as_summary(comparison) == {
+        "champion": dict(zip(figures, (2, 78, 76, 48), strict=True)),
+        "mean-seed": dict(zip(figures, (1, 70, 70, 40), strict=True)),
+        "model_stock": dict(zip(figures, (2, 77, 76, 48), strict=True)),
+        "uniform": dict(zip(figures, (2, 74, 74, 44), strict=True)),
+    }
+    alone = as_summary(compare(without_shifts(results()), draws=100))
+    assert alone["champion"] == {"seeds": 2, "held-out": 78, "in-distribution": 76}
 
 
 def test_the_page_needs_no_other_file_and_no_network(folder):
@@ -354,9 +368,11 @@ def own(tmp_path, monkeypatch):
 
 
 def test_the_stage_compares_somebodys_own_checkpoints_on_one_test_set(own, capsys):
-    compare_stage(Path("results"), Path("models"), Path("reports"))
+    compare_stage(Path("results"), Path("models"), Path("reports"), Path("metrics"))
     assert "champion by the held-out split: uniform/0-1" in capsys.readouterr().out
     assert (own / "reports/held_out.csv").read_text() == "step,high,low,mean\n"
+    # Without Model Stock among the methods it has no line.
+    assert {path.name for path in (own / "metrics").iterdir()} == {"champion.json", "mean-seed.json", "uniform.json"}
     assert "<table>" in (own / "reports/comparison.html").read_text()
     facts = json.loads((own / "reports/comparison.json").read_text())["facts"]
     # The first updates, from ones to 0..3 and to their squares: (-1, 0, 1, 2) and (-1, 0, 3, 8).
@@ -381,7 +397,7 @@ def test_a_tracker_of_ones_own_gets_every_row_with_its_metrics_and_the_champion(
     params = (own / "params.yaml").read_text()
     assert "tracker: mlflow" in params
     (own / "params.yaml").write_text(params.replace("tracker: mlflow", "tracker: recorder"))
-    compare_stage(Path("results"), Path("models"), Path("reports"))
+    compare_stage(Path("results"), Path("models"), Path("reports"), Path("metrics"))
     assert {name: metrics["shapes"]["top1"] for name, metrics in Recorder.metrics.items()} == pytest.approx(
         {"anchor": 0.5, "seed-0": 0.6, "seed-1": 0.7, "uniform/0-1": 0.8}
     )
@@ -394,7 +410,7 @@ def test_a_tracker_of_ones_own_gets_every_row_with_its_metrics_and_the_champion(
 def test_scored_weights_without_a_file_are_refused_before_anything_is_written(own):
     (own / "models/merged/uniform/0-1.safetensors").unlink()
     with pytest.raises(WeightsError, match="models: got no file with the weights of uniform/0-1; expected"):
-        compare_stage(Path("results"), Path("models"), Path("reports"))
+        compare_stage(Path("results"), Path("models"), Path("reports"), Path("metrics"))
     assert not (own / "reports").exists()
 
 

@@ -205,12 +205,19 @@ def published_figures(comparison: Comparison, backbone: Mapping[str, str] | None
     return [dataclasses.asdict(figure) for figure in side_by_side(rows, lines)]
 
 
+def _chosen_merges(comparison: Comparison) -> list[Line]:
+    """Of each highlighted method the line of fewest seeds: a rule that looks at no figure."""
+    chosen = []
+    for name, method in METHODS.items():
+        lines = [line for line in comparison.lines if line.key == name and method.style.highlight]
+        chosen += sorted(lines, key=lambda line: line.size)[:1]
+    return chosen
+
+
 def headline(comparison: Comparison) -> str:
     """The six lines that say most: anchor, mean and best seed, the highlighted merges of fewest seeds, the champion."""
     wanted = [line for line in comparison.lines if line.key in ("anchor", "mean-seed", "best-seed")]
-    for name, method in METHODS.items():
-        lines = [line for line in comparison.lines if line.key == name and method.style.highlight]
-        wanted += sorted(lines, key=lambda line: line.size)[:1]
+    wanted += _chosen_merges(comparison)
     rows = [(line.name, line.summary) for line in comparison.lines if line in wanted]
     champion = comparison.summary[comparison.champion]
     rows.append((f"**{comparison.champion}**, champion by the held-out split", champion))
@@ -306,12 +313,38 @@ def as_html(text: str, pictures: Mapping[str, bytes]) -> str:
 
 
 def as_metrics(comparison: Comparison) -> dict[str, dict[str, float]]:
-    """Line -> benchmark -> top-1 in percent, as `dvc metrics show` prints it."""
+    """Line -> benchmark -> top-1 in percent."""
     return {
         line.name: {name: round(100 * e.value, 4) for name, e in line.accuracy.items()}
         | {FIELDS[s]: round(100 * line.summary[s].value, 4) for s in comparison.summaries[1:]}
         for line in comparison.lines
     }
+
+
+def as_summary(comparison: Comparison) -> dict[str, dict[str, float]]:
+    """The rows of `dvc metrics show`: top-1 in percent, and how many seeds are in each weight set.
+
+    The champion, the mean single seed, and of each highlighted method the mean over its weight sets of fewest seeds.
+    """
+    champion = next(row for row in comparison.rows if row.name == comparison.champion)
+    rows = {"champion": (len(champion.members), [champion.name], comparison.summary[champion.name])}
+    for line in [*(line for line in comparison.lines if line.key == "mean-seed"), *_chosen_merges(comparison)]:
+        rows[line.key] = (line.size, list(line.rows), line.summary)
+
+    def percent(names: Sequence[str], summary: Mapping[str, Estimate]) -> dict[str, float]:
+        held_out = float(np.mean([comparison.accuracy[name][comparison.held_out].value for name in names]))
+        values = {"held-out": held_out} | {name: estimate.value for name, estimate in summary.items()}
+        return {name: round(100 * value, 2) for name, value in values.items()}
+
+    return {key: {"seeds": size, **percent(names, summary)} for key, (size, names, summary) in rows.items()}
+
+
+def write_summary(comparison: Comparison, folder: Path) -> list[str]:
+    """Write a file per row of `as_summary`, since DVC shows a line per file, to `folder`; the files' names."""
+    summary = as_summary(comparison)
+    for name, values in summary.items():
+        write_json(folder / f"{name}.json", values)
+    return [f"{name}.json" for name in summary]
 
 
 def as_quality(comparison: Comparison) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
