@@ -30,10 +30,12 @@ def test_a_stages_inputs_and_outputs_stand_on_its_command_line_and_its_params_ex
     stage = definition(name)
     words = stage["cmd"].split()
     assert words[:3] == ["python", "-m", f"stages.{name}"]
-    inputs = {d for d in stage["deps"] if not d.startswith(("modelstock/", "stages/"))}
-    outs = {*stage["outs"], *(path for metric in stage.get("metrics", []) for path in metric)}
+    inputs = {d for d in stage["deps"] if not d.startswith(("modelstock/", "stages/"))} - {"params.checked"}
+    outs = {
+        path for out in [*stage["outs"], *stage.get("metrics", [])] for path in ([out] if isinstance(out, str) else out)
+    }
     assert set(words[3:]) - {"${item}", "${key}"} == inputs | outs
-    for param in stage["params"]:
+    for param in stage.get("params", []):
         section = Params
         for key in param.split("."):
             if section is not None and hasattr(section, "model_fields") and "$" not in key:
@@ -188,6 +190,24 @@ def test_nothing_runs_the_second_time(project):
     done = run(project, "dvc", "repro")
     assert "Data and pipelines are up to date" in done.stdout
     assert "Running stage" not in done.stdout
+
+
+def test_a_bad_value_is_refused_before_dvc_deletes_anything_and_a_good_one_runs_only_what_reads_it(project):
+    text, before = (project / "params.yaml").read_text(), hashes(project)
+    write_params(project, {"pretrain": {"lr": 7}})
+    done = run(project, "dvc", "repro")
+    (project / "params.yaml").write_text(text)
+    assert done.returncode != 0
+    assert "error: params.yaml: got 1 problem: pretrain.lr" in done.stderr
+    assert [line for line in done.stdout.splitlines() if "Running" in line] == ["Running stage 'check':"]
+    assert (project / "models/clip/clip.safetensors").is_file()
+    assert run(project, "dvc", "repro").stdout.count("Running stage") == 0
+    (project / "params.yaml").write_text(text + "# a comment\n")
+    done = run(project, "dvc", "repro")
+    (project / "params.yaml").write_text(text)
+    assert [line for line in done.stdout.splitlines() if "Running" in line] == ["Running stage 'check':"]
+    assert run(project, "dvc", "repro").returncode == 0
+    assert hashes(project) == before
 
 
 def test_a_stage_run_again_gives_the_same_bytes(project):
