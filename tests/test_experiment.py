@@ -242,7 +242,7 @@ def test_merges_are_those_that_their_report_names(tmp_path):
     assert [file.name for file in files] == ["0-1-2.safetensors", "0-1.safetensors"]
     for content in ("{", "7", ""):
         (folder / "report.json").write_text(content)
-        with pytest.raises(MergeError, match=r"report\.json: got .*; dvc repro -f merge@ties"):
+        with pytest.raises(MergeError, match=r"report\.json: got .*; dvc repro -s -f merge@ties"):
             merged_files(tmp_path, ["ties"])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -164,6 +165,19 @@ def test_dvc_shows_a_short_line_each_for_champion_seeds_and_merges(project):
     ):
         assert float(line.split()[2]) == pytest.approx(full[name]["shapes"], abs=0.01)
         assert float(line.split()[4]) == pytest.approx(full[name]["shift-mean"], abs=0.01)
+
+
+def test_dvcs_page_of_plots_needs_no_network(project):
+    done = run(project, "dvc", "plots", "show", "-o", "page")
+    assert (done.returncode, done.stderr) == (0, "")
+    page = (project / "page/index.html").read_text()
+    assert "http" not in page
+    pictures = re.findall(r'src="([^"]+)"', page)
+    assert [Path(name).name for name in pictures] == [
+        f"workspace_reports_{name}.png" for name in ("figure", "held_out", "methods")
+    ]
+    assert all((project / "page" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    shutil.rmtree(project / "page")
 
 
 def test_a_clone_without_caches_has_every_commits_metrics_and_their_differences(project, tmp_path):

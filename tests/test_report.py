@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from modelstock.comparison.compare import compare
-from modelstock.comparison.figures import WITH_SHIFTS, WITHOUT_SHIFTS, draw, title_of
+from modelstock.comparison.figures import WITH_SHIFTS, WITHOUT_SHIFTS, draw, title_of, training_figure
 from modelstock.comparison.report import (
     as_class_csv,
     as_markdown,
@@ -21,6 +21,7 @@ from modelstock.comparison.report import (
     headline,
     published_figures,
     summary_lines,
+    validation_curve,
     write_report,
 )
 from modelstock.errors import WeightsError
@@ -310,8 +311,16 @@ def test_the_anchors_backbone_says_which_published_figures_stand_there():
 def test_the_held_out_curve_is_over_the_seeds_that_have_one_and_only_a_head_line_where_none_has():
     one = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "validation/top1": 0.5}]
     other = [{"step": 2, "validation/top1": 0.75}]
-    assert as_validation_csv([one, [], other]) == "step,high,low,mean\n2,75.0,50.0,62.5\n"
-    assert as_validation_csv([[], []]) == "step,high,low,mean\n"
+    assert as_validation_csv(map(validation_curve, [one, [], other])) == "step,high,low,mean\n2,75.0,50.0,62.5\n"
+    assert as_validation_csv(map(validation_curve, [[], []])) == "step,high,low,mean\n"
+
+
+def test_the_picture_of_the_held_out_curve_is_there_where_a_seed_has_one(comparison, tmp_path):
+    history = [{"step": step, "validation/top1": step / 10} for step in range(5)]
+    write_report(comparison, tmp_path, facts={}, histories=[history, []])
+    assert (tmp_path / "held_out.png").read_bytes().startswith(b"\x89PNG")
+    assert "![held-out accuracy while the seeds train](held_out.png)" in (tmp_path / "comparison.md").read_text()
+    assert training_figure([{}, {}]) == {}
 
 
 def test_without_shifts_no_file_mentions_them(comparison, tmp_path):

@@ -14,7 +14,7 @@ import markdown
 import numpy as np
 
 from modelstock.comparison.compare import Comparison, Line
-from modelstock.comparison.figures import figures
+from modelstock.comparison.figures import figures, training_figure
 from modelstock.comparison.intervals import Estimate
 from modelstock.comparison.metrics import METRICS, Metric
 from modelstock.comparison.paired_tests import Test
@@ -396,16 +396,17 @@ def as_class_csv(comparison: Comparison) -> str:
     return _csv(["row", "benchmark", "label", "images", "accuracy"], body)
 
 
-def as_validation_csv(histories: Iterable[Sequence[Mapping[str, float]]]) -> str:
-    """By step, the seeds' mean, lowest and highest top-1 on the held-out split while they trained, in percent.
+def validation_curve(history: Sequence[Mapping[str, float]]) -> dict[float, float]:
+    """Step -> top-1 on the held-out split; empty of a seed without a history, such as an adopted checkpoint."""
+    return {moment["step"]: moment["validation/top1"] for moment in history if "validation/top1" in moment}
 
-    Seeds without a history, such as adopted checkpoints, add nothing.
-    """
+
+def as_validation_csv(curves: Iterable[Mapping[float, float]]) -> str:
+    """By step, the seeds' mean, lowest and highest top-1 on the held-out split while they trained, in percent."""
     steps: dict[float, list[float]] = {}
-    for history in histories:
-        for moment in history:
-            if "validation/top1" in moment:
-                steps.setdefault(moment["step"], []).append(100 * moment["validation/top1"])
+    for curve in curves:
+        for step, accuracy in curve.items():
+            steps.setdefault(step, []).append(100 * accuracy)
     body = [[step, max(held), min(held), float(np.mean(held))] for step, held in sorted(steps.items())]
     return _csv(["step", "high", "low", "mean"], body)
 
@@ -422,7 +423,8 @@ def write_report(
     `facts`: where known, `cosines`, a mapping of quantiles, and `published`, a list of mappings with row, backbone,
     figure, published, ours, low, high (percent), gap (points), within, source. `histories`: the seeds' training.
     """
-    drawn = figures(comparison)
+    curves = [validation_curve(history) for history in histories]
+    drawn = figures(comparison) | training_figure(curves)
     pictures = {name: picture for name, (_, picture) in drawn.items()}
     text = as_markdown(comparison, facts, {name: title for name, (title, _) in drawn.items()})
     for name, content in {
@@ -431,7 +433,7 @@ def write_report(
         **pictures,
         "accuracy.csv": as_csv(comparison).encode(),
         "per_class.csv": as_class_csv(comparison).encode(),
-        "held_out.csv": as_validation_csv(histories).encode(),
+        "held_out.csv": as_validation_csv(curves).encode(),
     }.items():
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(content)
