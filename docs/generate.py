@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ruamel.yaml import YAML
+
 from modelstock.comparison.metrics import METRICS
 from modelstock.merging.methods.table import METHODS
 
@@ -71,6 +73,32 @@ def metrics() -> str:
     return table(["metric", "what it is", "in", "better", "source"], rows)
 
 
+def stages() -> str:
+    """A picture of dvc.yaml by kind of stage; a need that another one implies is left out."""
+    import networkx
+
+    kinds = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    definitions = {kind: stage.get("do", stage) for kind, stage in kinds.items()}
+
+    def touch(one: str, other: str) -> bool:
+        """Whether one path is the other, or a folder around it; `${...}` is any name."""
+        pairs = zip(one.split("/"), other.split("/"), strict=False)
+        return all(a == b or "$" in a or "$" in b for a, b in pairs)
+
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(kinds)
+    for kind, stage in definitions.items():
+        outs = [next(iter(out)) if isinstance(out, dict) else out for out in stage["outs"]]
+        needing = [k for k, other in definitions.items() if any(touch(o, d) for o in outs for d in other["deps"])]
+        graph.add_edges_from((kind, other) for other in needing if other != kind)
+    reduced = set(networkx.transitive_reduction(graph).edges)
+    each = {kind: stage["foreach"].strip("${}") for kind, stage in kinds.items() if "foreach" in stage}
+    lines = ["flowchart LR"]
+    lines += [f'  {kind}["{kind}' + (f'@<br>each of {each[kind]}"]' if kind in each else '"]') for kind in kinds]
+    lines += [f"  {kind} --> {other}" for kind, other in graph.edges if (kind, other) in reduced]
+    return "```mermaid\n" + "\n".join(lines) + "\n```\n"
+
+
 def triangle() -> str:
     """The picture of concepts.md: an angle of 60 degrees between two updates of equal length, so t = 2/3."""
     length, angle = 330.0, math.pi / 3
@@ -123,7 +151,7 @@ def triangle() -> str:
     )
 
 
-PARTS: dict[str, Callable[[], str]] = {"packages": packages, "methods": methods, "metrics": metrics}
+PARTS: dict[str, Callable[[], str]] = {"packages": packages, "stages": stages, "methods": methods, "metrics": metrics}
 FILES: dict[str, Callable[[], str]] = {"docs/triangle.svg": triangle}
 
 

@@ -89,14 +89,15 @@ def _opened(root: Path, *, wait: bool) -> Iterator[Any]:
 
 
 def _plan(repo: Any, order: list[Any], *, force: bool) -> Plan:
-    """The plan of these stages: what changed must run, and all that depends on it."""
+    """The plan of these stages: what changed must run, and all that depends on it, except on a gate."""
     import networkx
 
     graph = repo.index.graph  # an edge points from a stage to one that it needs
     chosen, changed = set(order), set(repo.status())
     dirty = {stage for stage in graph if stage.addressing in changed or stage.always_changed}
     for stage in list(dirty):
-        dirty |= networkx.ancestors(graph, stage)
+        if not (stage.meta or {}).get("gate"):
+            dirty |= networkx.ancestors(graph, stage)
     return Plan(
         needs={s.addressing: frozenset(d.addressing for d in graph.successors(s) if d in chosen) for s in order},
         dirty=frozenset(stage.addressing for stage in order if force or stage in dirty),

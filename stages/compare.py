@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modelstock.comparison.report import summary_lines
+from modelstock.comparison.report import summary_lines, write_summary
 from modelstock.errors import TrackingError
 from modelstock.experiment.compare import compare_results, files_by_identity
 from modelstock.experiment.left_over import remove_left_over, remove_left_over_models
@@ -27,8 +27,11 @@ from modelstock.weights.weight_set import load_weights
 from stages import run
 
 
-def main(results: Path, models: Path, out: Path) -> None:
-    """RESULTS: results per example; MODELS: anchor.safetensors and folders of weight sets; OUT: the report's folder."""
+def main(results: Path, models: Path, out: Path, metrics: Path) -> None:
+    """RESULTS: results per example; MODELS: anchor.safetensors and folders of weight sets; OUT: the report's folder.
+
+    METRICS: the folder of what `dvc metrics show` prints.
+    """
     params = load_params()
     remove_left_over_models(models, params)
     remove_left_over(results, [results_file(results, name).name for name in params.evaluate.benchmarks])
@@ -52,6 +55,7 @@ def main(results: Path, models: Path, out: Path) -> None:
         draws=params.compare.draws,
         seed=params.compare.seed,
     )
+    remove_left_over(metrics, write_summary(comparison, metrics))
     shown: Sequence[str] = []
     try:
         tracker = open_tracker(params.tracking.tracker, project(), params.tracking.experiment)

@@ -1,10 +1,12 @@
 """What must run again when something changes, asked of DVC itself on a project whose stages are all up to date."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
 
+import networkx
 import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
@@ -173,7 +175,16 @@ def test_a_changed_layout_retrains_nothing_if_the_shards_bytes_stay(project):
 )
 def test_what_a_changed_setting_runs_again(project, old, new, must):
     with changed(project, "params.yaml", edit=lambda text: text.replace(old, new)):
-        assert dirty(project) == must
+        assert dirty(project) == {"check"} | must
+
+
+def test_the_picture_in_the_docs_is_dvcs_graph_by_kind(project):
+    needs = [(need, name) for name, needed in plan(project, []).needs.items() for need in needed]
+    kinds = {(need.partition("@")[0], name.partition("@")[0]) for need, name in needs}
+    graph = networkx.DiGraph((need, kind) for need, kind in kinds if need != kind)
+    picture = re.findall(r"^  (\w+) --> (\w+)$", (ROOT / "docs/pipeline.md").read_text(), re.MULTILINE)
+    assert set(picture) == set(networkx.transitive_reduction(graph).edges)
+    assert set(graph) == set(STAGES)
 
 
 def test_a_setting_of_one_method_merges_by_no_other_method_again(project):

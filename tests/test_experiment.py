@@ -83,7 +83,7 @@ def run_stages(project: Path, data: Path) -> None:
         merge_stage(method, anchor_file(models), finetuned_folder(models), data / "train", data / "held-out", out)
     for split in SPLITS:
         evaluate_stage(data / split, models, results_file(Path("results"), split))
-    compare_stage(Path("results"), models, Path("reports"))
+    compare_stage(Path("results"), models, Path("reports"), Path("metrics"))
 
 
 def run_command(project: Path, data: Path) -> str:
@@ -242,7 +242,7 @@ def test_merges_are_those_that_their_report_names(tmp_path):
     assert [file.name for file in files] == ["0-1-2.safetensors", "0-1.safetensors"]
     for content in ("{", "7", ""):
         (folder / "report.json").write_text(content)
-        with pytest.raises(MergeError, match=r"report\.json: got .*; dvc repro -f merge@ties"):
+        with pytest.raises(MergeError, match=r"report\.json: got .*; dvc repro -s -f merge@ties"):
             merged_files(tmp_path, ["ties"])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,9 +31,12 @@ def test_a_stages_inputs_and_outputs_stand_on_its_command_line_and_its_params_ex
     stage = definition(name)
     words = stage["cmd"].split()
     assert words[:3] == ["python", "-m", f"stages.{name}"]
-    inputs = {d for d in stage["deps"] if not d.startswith(("modelstock/", "stages/"))}
-    assert set(words[3:]) - {"${item}", "${key}"} == inputs | set(stage["outs"])
-    for param in stage["params"]:
+    inputs = {d for d in stage["deps"] if not d.startswith(("modelstock/", "stages/"))} - {"params.checked"}
+    outs = {
+        path for out in [*stage["outs"], *stage.get("metrics", [])] for path in ([out] if isinstance(out, str) else out)
+    }
+    assert set(words[3:]) - {"${item}", "${key}"} == inputs | outs
+    for param in stage.get("params", []):
         section = Params
         for key in param.split("."):
             if section is not None and hasattr(section, "model_fields") and "$" not in key:
@@ -142,8 +146,6 @@ def test_everything_is_there_after_dvc_repro(project):
     assert merges["4"]["visual.proj"]["flag"] in ("", "clipped")
     report = json.loads((project / "models/merged/model_stock/report.json").read_text())
     assert 0 <= report["0-1"]["visual.proj"]["ratio"] <= 1
-    shown = run(project, "dvc", "metrics", "show", "--json")
-    assert "zero-shot anchor" in shown.stdout
     metrics = json.loads((project / "reports/metrics.json").read_text())
     anchor = next(i for i, row in enumerate(scores.rows) if row.name == "anchor")
     assert metrics["zero-shot anchor"]["shapes-objectnet"] == pytest.approx(
@@ -151,10 +153,75 @@ def test_everything_is_there_after_dvc_repro(project):
     )
 
 
+def test_dvc_shows_a_short_line_each_for_champion_seeds_and_merges(project):
+    shown = run(project, "dvc", "metrics", "show").stdout.splitlines()
+    lines = ["champion", "mean-seed", "model_stock", "uniform"]
+    assert [line.split()[0] for line in shown[1:]] == [f"metrics/{name}.json" for name in lines]
+    assert shown[0].split() == ["Path", "held-out", "in-distribution", "seeds", "shifts"]
+    assert max(map(len, shown)) < 100
+    full = json.loads((project / "reports/metrics.json").read_text())
+    for line, name in zip(
+        shown[2:], ("mean single seed", "model_stock of 2, mean of 3", "uniform of 2, mean of 3"), strict=True
+    ):
+        assert float(line.split()[2]) == pytest.approx(full[name]["shapes"], abs=0.01)
+        assert float(line.split()[4]) == pytest.approx(full[name]["shift-mean"], abs=0.01)
+
+
+def test_dvcs_page_of_plots_needs_no_network(project):
+    done = run(project, "dvc", "plots", "show", "-o", "page")
+    assert (done.returncode, done.stderr) == (0, "")
+    page = (project / "page/index.html").read_text()
+    assert "http" not in page
+    pictures = re.findall(r'src="([^"]+)"', page)
+    assert [Path(name).name for name in pictures] == [
+        f"workspace_reports_{name}.png" for name in ("figure", "held_out", "methods")
+    ]
+    assert all((project / "page" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    shutil.rmtree(project / "page")
+
+
+def test_a_clone_without_caches_has_every_commits_metrics_and_their_differences(project, tmp_path):
+    folder = tmp_path / "clone"
+    for name in (".dvc", "metrics"):
+        shutil.copytree(project / name, folder / name, ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml"):
+        shutil.copy(project / name, folder / name)
+    shutil.copy(ROOT / ".gitignore", folder / ".gitignore")
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a run"]):
+        subprocess.run([*git, *words], cwd=folder, check=True)
+    champion = folder / "metrics/champion.json"
+    figures = json.loads(champion.read_text())
+    champion.write_text(json.dumps(figures | {"held-out": figures["held-out"] + 1}))
+    done = run(folder, "dvc", "metrics", "diff", "HEAD")
+    assert done.returncode == 0, done.stderr
+    [line] = done.stdout.splitlines()[1:]
+    assert line.split()[:2] == ["metrics/champion.json", "held-out"]
+    assert float(line.split()[-1]) == pytest.approx(1)
+
+
 def test_nothing_runs_the_second_time(project):
     done = run(project, "dvc", "repro")
     assert "Data and pipelines are up to date" in done.stdout
     assert "Running stage" not in done.stdout
+
+
+def test_a_bad_value_is_refused_before_dvc_deletes_anything_and_a_good_one_runs_only_what_reads_it(project):
+    text, before = (project / "params.yaml").read_text(), hashes(project)
+    write_params(project, {"pretrain": {"lr": 7}})
+    done = run(project, "dvc", "repro")
+    (project / "params.yaml").write_text(text)
+    assert done.returncode != 0
+    assert "error: params.yaml: got 1 problem: pretrain.lr" in done.stderr
+    assert [line for line in done.stdout.splitlines() if "Running" in line] == ["Running stage 'check':"]
+    assert (project / "models/clip/clip.safetensors").is_file()
+    assert run(project, "dvc", "repro").stdout.count("Running stage") == 0
+    (project / "params.yaml").write_text(text + "# a comment\n")
+    done = run(project, "dvc", "repro")
+    (project / "params.yaml").write_text(text)
+    assert [line for line in done.stdout.splitlines() if "Running" in line] == ["Running stage 'check':"]
+    assert run(project, "dvc", "repro").returncode == 0
+    assert hashes(project) == before
 
 
 def test_a_stage_run_again_gives_the_same_bytes(project):

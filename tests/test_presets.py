@@ -104,6 +104,13 @@ def test_an_experiment_writes_the_preset_to_params_yaml_and_repro_goes_on_from_t
     written = (folder / "params.yaml").read_bytes()
     assert "up to date" in call(*dvc, "repro", stage)
     assert (folder / "params.yaml").read_bytes() == written
+    # A bad value is refused where nothing is lost yet; the file has to be brought back.
+    bad = ("exp", "run", "-S", "preset=digits", "-S", "prepare.shard_size=0", stage)
+    with pytest.raises(AssertionError, match=r"error: params.yaml: got 1 problem: prepare.shard_size"):
+        call(*dvc, *bad)
+    assert (folder / "data/digits/manifest.json").is_file()
+    (folder / "params.yaml").write_bytes(written)
+    assert "up to date" in call(*dvc, "repro", stage)
     # In a copy that DVC makes and removes, the project's data are read, and nothing of the project is taken along.
     copy = ("exp", "run", "--temp", "-n", "copied", "-S", "preset=digits", "-S", "prepare.shard_size=5")
     call(*dvc, *copy, stage)

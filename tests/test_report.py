@@ -12,14 +12,16 @@ import pytest
 from ruamel.yaml import YAML
 
 from modelstock.comparison.compare import compare
-from modelstock.comparison.figures import WITH_SHIFTS, WITHOUT_SHIFTS, draw, title_of
+from modelstock.comparison.figures import WITH_SHIFTS, WITHOUT_SHIFTS, draw, title_of, training_figure
 from modelstock.comparison.report import (
     as_class_csv,
     as_markdown,
+    as_summary,
     as_validation_csv,
     headline,
     published_figures,
     summary_lines,
+    validation_curve,
     write_report,
 )
 from modelstock.errors import WeightsError
@@ -99,6 +101,19 @@ def test_table_metrics_and_csv_agree(comparison, folder):
     assert {r["name"]: float(r["shapes"]) for r in rows}["greedy/0-2"] == 73.0
     assert "median 0.75" in text
     assert "4 tests" in text
+
+
+def test_the_lines_for_dvc_are_the_champion_the_mean_seed_and_the_highlighted_merges_of_fewest_seeds(comparison):
+    assert comparison.champion == "model_stock/0-1"
+    figures = ("seeds", "held-out", "in-distribution", "shifts")
+    assert as_summary(comparison) == {
+        "champion": dict(zip(figures, (2, 78, 76, 48), strict=True)),
+        "mean-seed": dict(zip(figures, (1, 70, 70, 40), strict=True)),
+        "model_stock": dict(zip(figures, (2, 77, 76, 48), strict=True)),
+        "uniform": dict(zip(figures, (2, 74, 74, 44), strict=True)),
+    }
+    alone = as_summary(compare(without_shifts(results()), draws=100))
+    assert alone["champion"] == {"seeds": 2, "held-out": 78, "in-distribution": 76}
 
 
 def test_the_page_needs_no_other_file_and_no_network(folder):
@@ -296,8 +311,16 @@ def test_the_anchors_backbone_says_which_published_figures_stand_there():
 def test_the_held_out_curve_is_over_the_seeds_that_have_one_and_only_a_head_line_where_none_has():
     one = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "validation/top1": 0.5}]
     other = [{"step": 2, "validation/top1": 0.75}]
-    assert as_validation_csv([one, [], other]) == "step,high,low,mean\n2,75.0,50.0,62.5\n"
-    assert as_validation_csv([[], []]) == "step,high,low,mean\n"
+    assert as_validation_csv(map(validation_curve, [one, [], other])) == "step,high,low,mean\n2,75.0,50.0,62.5\n"
+    assert as_validation_csv(map(validation_curve, [[], []])) == "step,high,low,mean\n"
+
+
+def test_the_picture_of_the_held_out_curve_is_there_where_a_seed_has_one(comparison, tmp_path):
+    history = [{"step": step, "validation/top1": step / 10} for step in range(5)]
+    write_report(comparison, tmp_path, facts={}, histories=[history, []])
+    assert (tmp_path / "held_out.png").read_bytes().startswith(b"\x89PNG")
+    assert "![held-out accuracy while the seeds train](held_out.png)" in (tmp_path / "comparison.md").read_text()
+    assert training_figure([{}, {}]) == {}
 
 
 def test_without_shifts_no_file_mentions_them(comparison, tmp_path):
@@ -354,9 +377,11 @@ def own(tmp_path, monkeypatch):
 
 
 def test_the_stage_compares_somebodys_own_checkpoints_on_one_test_set(own, capsys):
-    compare_stage(Path("results"), Path("models"), Path("reports"))
+    compare_stage(Path("results"), Path("models"), Path("reports"), Path("metrics"))
     assert "champion by the held-out split: uniform/0-1" in capsys.readouterr().out
     assert (own / "reports/held_out.csv").read_text() == "step,high,low,mean\n"
+    # Without Model Stock among the methods it has no line.
+    assert {path.name for path in (own / "metrics").iterdir()} == {"champion.json", "mean-seed.json", "uniform.json"}
     assert "<table>" in (own / "reports/comparison.html").read_text()
     facts = json.loads((own / "reports/comparison.json").read_text())["facts"]
     # The first updates, from ones to 0..3 and to their squares: (-1, 0, 1, 2) and (-1, 0, 3, 8).
@@ -390,7 +415,7 @@ def test_a_tracker_of_ones_own_gets_every_row_with_its_metrics_and_the_champion(
     params = (own / "params.yaml").read_text()
     assert "tracker: mlflow" in params
     (own / "params.yaml").write_text(params.replace("tracker: mlflow", "tracker: recorder"))
-    compare_stage(Path("results"), Path("models"), Path("reports"))
+    compare_stage(Path("results"), Path("models"), Path("reports"), Path("metrics"))
     (comparison,) = Recorder.comparisons
     assert {row.name: row.metrics["shapes"]["top1"] for row in comparison.rows} == pytest.approx(
         {"anchor": 0.5, "seed-0": 0.6, "seed-1": 0.7, "uniform/0-1": 0.8}
@@ -409,7 +434,7 @@ def test_a_tracker_of_ones_own_gets_every_row_with_its_metrics_and_the_champion(
 def test_scored_weights_without_a_file_are_refused_before_anything_is_written(own):
     (own / "models/merged/uniform/0-1.safetensors").unlink()
     with pytest.raises(WeightsError, match="models: got no file with the weights of uniform/0-1; expected"):
-        compare_stage(Path("results"), Path("models"), Path("reports"))
+        compare_stage(Path("results"), Path("models"), Path("reports"), Path("metrics"))
     assert not (own / "reports").exists()
 
 

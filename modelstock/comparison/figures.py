@@ -1,8 +1,9 @@
 """Pictures of a comparison, as PNG bytes that repeat."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -191,11 +192,33 @@ def draw(comparison: Comparison, drawer: Drawer) -> Figure:
     return drawing
 
 
+def _png(drawing: Figure) -> bytes:
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def figures(comparison: Comparison) -> dict[str, tuple[str, bytes]]:
     """File -> what it shows, and the PNG."""
-    pictures = {}
-    for name, (title, drawer) in (WITH_SHIFTS if comparison.shifts else WITHOUT_SHIFTS).items():
-        buffer = io.BytesIO()
-        draw(comparison, drawer).savefig(buffer, format="png", metadata={"Software": None})
-        pictures[name] = (title, buffer.getvalue())
-    return pictures
+    drawers = WITH_SHIFTS if comparison.shifts else WITHOUT_SHIFTS
+    return {name: (title, _png(draw(comparison, drawer))) for name, (title, drawer) in drawers.items()}
+
+
+def training_figure(curves: Sequence[Mapping[float, float]]) -> dict[str, tuple[str, bytes]]:
+    """File -> what it shows, and the PNG: the seeds' curves, accuracy by step, and their mean; none of no curve."""
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return {}
+    drawing = Figure(figsize=(7.4, 4.8), dpi=110, layout="constrained")
+    axes = drawing.subplots()
+    for place, curve in enumerate(curves):
+        label = None if place else "single seeds"
+        axes.plot(list(curve), [100 * v for v in curve.values()], color="0.75", linewidth=1, label=label)
+    steps = sorted({step for curve in curves for step in curve})
+    means = [float(np.mean([100 * curve[step] for curve in curves if step in curve])) for step in steps]
+    axes.plot(steps, means, ".-", color=style_of("seed").colour, label="their mean")
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out split: top-1 accuracy, %")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="lower right")
+    return {"held_out.png": ("held-out accuracy while the seeds train", _png(drawing))}

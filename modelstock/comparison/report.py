@@ -14,7 +14,7 @@ import markdown
 import numpy as np
 
 from modelstock.comparison.compare import Comparison, Line
-from modelstock.comparison.figures import figures
+from modelstock.comparison.figures import figures, training_figure
 from modelstock.comparison.intervals import Estimate
 from modelstock.comparison.metrics import METRICS, Metric
 from modelstock.comparison.paired_tests import Test
@@ -205,12 +205,19 @@ def published_figures(comparison: Comparison, backbone: Mapping[str, str] | None
     return [dataclasses.asdict(figure) for figure in side_by_side(rows, lines)]
 
 
+def _chosen_merges(comparison: Comparison) -> list[Line]:
+    """Of each highlighted method the line of fewest seeds: a rule that looks at no figure."""
+    chosen = []
+    for name, method in METHODS.items():
+        lines = [line for line in comparison.lines if line.key == name and method.style.highlight]
+        chosen += sorted(lines, key=lambda line: line.size)[:1]
+    return chosen
+
+
 def headline(comparison: Comparison) -> str:
     """The six lines that say most: anchor, mean and best seed, the highlighted merges of fewest seeds, the champion."""
     wanted = [line for line in comparison.lines if line.key in ("anchor", "mean-seed", "best-seed")]
-    for name, method in METHODS.items():
-        lines = [line for line in comparison.lines if line.key == name and method.style.highlight]
-        wanted += sorted(lines, key=lambda line: line.size)[:1]
+    wanted += _chosen_merges(comparison)
     rows = [(line.name, line.summary) for line in comparison.lines if line in wanted]
     champion = comparison.summary[comparison.champion]
     rows.append((f"**{comparison.champion}**, champion by the held-out split", champion))
@@ -306,12 +313,38 @@ def as_html(text: str, pictures: Mapping[str, bytes]) -> str:
 
 
 def as_metrics(comparison: Comparison) -> dict[str, dict[str, float]]:
-    """Line -> benchmark -> top-1 in percent, as `dvc metrics show` prints it."""
+    """Line -> benchmark -> top-1 in percent."""
     return {
         line.name: {name: round(100 * e.value, 4) for name, e in line.accuracy.items()}
         | {FIELDS[s]: round(100 * line.summary[s].value, 4) for s in comparison.summaries[1:]}
         for line in comparison.lines
     }
+
+
+def as_summary(comparison: Comparison) -> dict[str, dict[str, float]]:
+    """The rows of `dvc metrics show`: top-1 in percent, and how many seeds are in each weight set.
+
+    The champion, the mean single seed, and of each highlighted method the mean over its weight sets of fewest seeds.
+    """
+    champion = next(row for row in comparison.rows if row.name == comparison.champion)
+    rows = {"champion": (len(champion.members), [champion.name], comparison.summary[champion.name])}
+    for line in [*(line for line in comparison.lines if line.key == "mean-seed"), *_chosen_merges(comparison)]:
+        rows[line.key] = (line.size, list(line.rows), line.summary)
+
+    def percent(names: Sequence[str], summary: Mapping[str, Estimate]) -> dict[str, float]:
+        held_out = float(np.mean([comparison.accuracy[name][comparison.held_out].value for name in names]))
+        values = {"held-out": held_out} | {name: estimate.value for name, estimate in summary.items()}
+        return {name: round(100 * value, 2) for name, value in values.items()}
+
+    return {key: {"seeds": size, **percent(names, summary)} for key, (size, names, summary) in rows.items()}
+
+
+def write_summary(comparison: Comparison, folder: Path) -> list[str]:
+    """Write a file per row of `as_summary`, since DVC shows a line per file, to `folder`; the files' names."""
+    summary = as_summary(comparison)
+    for name, values in summary.items():
+        write_json(folder / f"{name}.json", values)
+    return [f"{name}.json" for name in summary]
 
 
 def as_quality(comparison: Comparison) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
@@ -363,16 +396,17 @@ def as_class_csv(comparison: Comparison) -> str:
     return _csv(["row", "benchmark", "label", "images", "accuracy"], body)
 
 
-def as_validation_csv(histories: Iterable[Sequence[Mapping[str, float]]]) -> str:
-    """By step, the seeds' mean, lowest and highest top-1 on the held-out split while they trained, in percent.
+def validation_curve(history: Sequence[Mapping[str, float]]) -> dict[float, float]:
+    """Step -> top-1 on the held-out split; empty of a seed without a history, such as an adopted checkpoint."""
+    return {moment["step"]: moment["validation/top1"] for moment in history if "validation/top1" in moment}
 
-    Seeds without a history, such as adopted checkpoints, add nothing.
-    """
+
+def as_validation_csv(curves: Iterable[Mapping[float, float]]) -> str:
+    """By step, the seeds' mean, lowest and highest top-1 on the held-out split while they trained, in percent."""
     steps: dict[float, list[float]] = {}
-    for history in histories:
-        for moment in history:
-            if "validation/top1" in moment:
-                steps.setdefault(moment["step"], []).append(100 * moment["validation/top1"])
+    for curve in curves:
+        for step, accuracy in curve.items():
+            steps.setdefault(step, []).append(100 * accuracy)
     body = [[step, max(held), min(held), float(np.mean(held))] for step, held in sorted(steps.items())]
     return _csv(["step", "high", "low", "mean"], body)
 
@@ -389,7 +423,8 @@ def write_report(
     `facts`: where known, `cosines`, a mapping of quantiles, and `published`, a list of mappings with row, backbone,
     figure, published, ours, low, high (percent), gap (points), within, source. `histories`: the seeds' training.
     """
-    drawn = figures(comparison)
+    curves = [validation_curve(history) for history in histories]
+    drawn = figures(comparison) | training_figure(curves)
     pictures = {name: picture for name, (_, picture) in drawn.items()}
     text = as_markdown(comparison, facts, {name: title for name, (title, _) in drawn.items()})
     for name, content in {
@@ -398,7 +433,7 @@ def write_report(
         **pictures,
         "accuracy.csv": as_csv(comparison).encode(),
         "per_class.csv": as_class_csv(comparison).encode(),
-        "held_out.csv": as_validation_csv(histories).encode(),
+        "held_out.csv": as_validation_csv(curves).encode(),
     }.items():
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(content)

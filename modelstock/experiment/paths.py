@@ -64,7 +64,7 @@ def _merges(folder: Path) -> list[Path]:
     try:
         names = list(dict(json.loads(report.read_text(encoding="utf-8"))))
     except (OSError, ValueError, TypeError) as error:
-        cure = cure_of(report, f"dvc repro -f merge@{folder.name}")
+        cure = cure_of(report, f"dvc repro -s -f merge@{folder.name}")
         got, expected = f"{type(error).__name__}: {error}", "the merges' names and facts"
         raise MergeError(report, got=got, expected=expected, cure=cure) from error
     files = sorted(merged_file(folder, name) for name in names)
