@@ -213,7 +213,7 @@ def up_to_date(planned: Plan) -> str:
     return f"{len(planned.needs)} stages, all up to date"
 
 
-@flow(name="reproduce")
+@flow(name="reproduce", persist_result=False)
 def reproduce(params: ReproduceParams = ReproduceParams()) -> State[None]:  # noqa: B008  (Prefect reads the form from it)
     """Bring every stage up to date and show the comparison; a failed stage stops only what depends on it."""
     with ready("flows.reproduce"):
@@ -245,7 +245,7 @@ def _run_all(planned: Plan, *, root: Path, slots: int) -> None:
     taken: dict[str, dict[str, str]] = {}
     children, progress = Children(), Progress(planned, slots=len(free))
 
-    @task(name="stage")
+    @task(name="stage", persist_result=False)
     def stage(name: str, slot: dict[str, str]) -> State[None] | None:
         if name not in planned.dirty:
             progress.skipped(name)

@@ -156,35 +156,36 @@ def _end_flow_processes(api: str) -> None:
             time.sleep(0.2)
 
 
-def _end_run(api: str, run: dict[str, Any], reason: str) -> None:
-    """Mark a run and its tasks as crashed, or as cancelled where that was asked for."""
-    state = {"type": "CANCELLED" if run["state_type"] == "CANCELLING" else "CRASHED", "message": reason}
-    of_run = {
-        "flow_runs": {"id": {"any_": [run["id"]]}},
-        "task_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING"]}}},
-    }
-    for task in _ask(f"{api}/task_runs/filter", of_run):
-        _ask(f"{api}/task_runs/{task['id']}/set_state", {"state": state, "force": True})
-    _ask(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
-
-
 def _end_lost_runs(api: str, reason: str) -> None:
     """Mark the deployments' runs that no process runs any more as ended, and free their slots: a slot that a lost run
     keeps would block its deployment for good."""
     running = set(_flow_processes(api).values())
     pending = [] if alive("worker") else ["PENDING"]  # a worker takes a run before it starts its process
     for deployment in _deployments(api):
-        limit = f"{api}/v2/concurrency_limits/deployment:{deployment['id']}"
-        states = {"type": {"any_": [*pending, "RUNNING", "CANCELLING"]}}
-        body = {"flow_runs": {"state": states}, "deployments": {"id": {"any_": [deployment["id"]]}}}
-        runs = _ask(f"{api}/flow_runs/filter", body)
+        mine = {"deployments": {"id": {"any_": [deployment["id"]]}}}
+        runs = _ask(f"{api}/flow_runs/filter", {**mine, "flow_runs": _in([*pending, "RUNNING", "CANCELLING"])})
         for run in runs:
             if run["id"] not in running:
-                _end_run(api, run, reason)
+                _end(f"{api}/flow_runs/{run['id']}", reason, cancelled=run["state_type"] == "CANCELLING")
+        # Tasks that could not tell how they ended, also of runs that could.
+        over = {**mine, "flow_runs": _in(["CANCELLED", "COMPLETED", "CRASHED", "FAILED"])}
+        for task in _ask(f"{api}/task_runs/filter", {**over, "task_runs": _in(["PENDING", "RUNNING"])}):
+            _end(f"{api}/task_runs/{task['id']}", reason)
         if pending and not any(run["id"] in running for run in runs):
             # Also a slot of a run that was deleted, or whose lease a server took to its end.
             with contextlib.suppress(urllib.error.HTTPError):  # no limit
-                _ask(limit, {"active_slots": 0}, method="PATCH")
+                _ask(f"{api}/v2/concurrency_limits/deployment:{deployment['id']}", {"active_slots": 0}, method="PATCH")
+
+
+def _in(states: list[str]) -> dict[str, Any]:
+    """Prefect's filter for runs in one of these states."""
+    return {"state": {"type": {"any_": states}}}
+
+
+def _end(run: str, reason: str, *, cancelled: bool = False) -> None:
+    """Mark a run of a flow or a task as crashed, or as cancelled where that was asked for."""
+    state = {"type": "CANCELLED" if cancelled else "CRASHED", "message": reason}
+    _ask(f"{run}/set_state", {"state": state, "force": True})
 
 
 def _schedule_text(schedule: dict[str, Any]) -> str:
@@ -293,7 +294,7 @@ def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None
                         f"{HOST}:{port}",
                         got=_holder(port) if error.errno == errno.EADDRINUSE else error.strerror,
                         expected=f"a free port for {name}",
-                        cure=f"end what uses it, or set MODELSTOCK_{name.upper()}_PORT",
+                        cure=f"end that process, or set MODELSTOCK_{name.upper()}_PORT",
                     ) from error
     if alive("mlflow") is None and not remote:
         # The store is made before the server's process and a stage could both try to.
