@@ -139,7 +139,7 @@ class Ended(Exception):
 
 def _environment(slot: Mapping[str, str]) -> dict[str, str]:
     """What a stage finds: not that it runs in a flow run, for it is none of the processes of one."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("PREFECT__")} | slot
+    return {**{k: v for k, v in os.environ.items() if not k.startswith("PREFECT__")}, **slot}
 
 
 def _run(

@@ -18,7 +18,7 @@ import pytest
 from flows.graph import FlowError, choices, plan
 from flows.progress import TIMES, read_times
 from flows.reproduce import GUARD, devices
-from flows.services import _ask, alive, started_at
+from flows.services import _ask, alive
 from modelstock.files import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -279,8 +279,11 @@ def test_the_comparison_is_shown_by_the_run_that_made_it_and_by_no_other(project
         f"open('reports/comparison.json', 'w').write(json.dumps({COMPARISON!r}))\n"
         "open('reports/figure.png', 'wb').write(b'png')"
     )
-    stages = "stages: {compare: {cmd: python compare.py, deps: [in.txt], outs: [reports]}, other: {cmd: echo 1 > o, outs: [o]}}"
-    (project / "dvc.yaml").write_text(stages)
+    (project / "dvc.yaml").write_text(
+        "stages:\n"
+        "  compare: {cmd: python compare.py, deps: [in.txt], outs: [reports]}\n"
+        "  other: {cmd: echo 1 > o, outs: [o]}\n"
+    )
     env = {**server, "MODELSTOCK_MLFLOW_URL": "http://127.0.0.1:5000"}
     done = flow(project, env)
     assert done.returncode == 0, done.stderr[-2000:]
