@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelstock.errors import ModelstockError
+from modelstock.errors import ModelstockError, nearest
 
 
 class FlowError(ModelstockError):
@@ -16,15 +16,67 @@ class FlowError(ModelstockError):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Stages in an order that respects `needs`; those in `dirty` must run, those in `device` occupy a device."""
+    """Stages in an order that respects `needs`; those in `dirty` must run, those in `device` occupy a device.
+
+    `forced`: run also where DVC finds nothing changed.
+    """
 
     needs: Mapping[str, frozenset[str]]
     dirty: frozenset[str]
     device: frozenset[str]
+    forced: frozenset[str] = frozenset()
+
+
+def kind_of(name: str) -> str:
+    """What a stage has in common with those that differ in one item: `finetune` of `finetune@3`."""
+    return name.partition("@")[0]
+
+
+def choices(root: Path) -> list[str]:
+    """The stages that can be named, each kind of several before them: `finetune`, `finetune@0`, ... No lock is needed.
+
+    Raises:
+        FlowError: not a DVC project, or a broken dvc.yaml.
+    """
+    from dvc.dvcfile import PROJECT_FILE, load_file
+    from dvc.exceptions import DvcException
+    from dvc.parsing import DataResolver
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            file = load_file(repo, str(root / PROJECT_FILE))
+            names = list(DataResolver(repo, root, file.load()).get_keys())
+    except DvcException as error:
+        raise _refused(root, error) from error
+    listed: dict[str, None] = {}
+    for name in names:
+        listed |= dict.fromkeys((kind_of(name), name))
+    return list(listed)
+
+
+def _chosen(targets: list[str], names: list[str]) -> list[str]:
+    """The stages that targets name, one by one or by their kind.
+
+    Raises:
+        FlowError: one names none.
+    """
+    stages: dict[str, None] = {}
+    for target in targets:
+        matches = [name for name in names if target in (name, kind_of(name))]
+        if not matches:
+            kinds = list(dict.fromkeys(map(kind_of, names)))
+            expected, cure = f"{', '.join(kinds)}, or one stage of these", nearest(target, [*kinds, *names])
+            raise FlowError("targets", got=repr(target), expected=expected, cure=cure)
+        stages |= dict.fromkeys(matches)
+    return list(stages)
 
 
 def plan(root: Path, targets: list[str], *, force: bool = False) -> Plan:
     """Read the graph, and what must run, from DVC itself: the targets and all that they need; without targets all.
+
+    A target is a stage or a kind of stages. `force`: the targets run even where nothing changed, and what they need
+    does not for that reason; without targets every stage does.
 
     Raises:
         FlowError: not a DVC project, a broken dvc.yaml, or a target that is no stage.
@@ -33,13 +85,10 @@ def plan(root: Path, targets: list[str], *, force: bool = False) -> Plan:
 
     with _opened(root, wait=True) as repo:
         by_name = {stage.addressing: stage for stage in repo.index.graph}
-        for target in targets:
-            if target not in by_name:
-                raise FlowError(
-                    "targets", got=repr(target), expected=", ".join(sorted(by_name)), cure="name one of these stages"
-                )
-        order = plan_repro(repo.index.graph, [by_name[target] for target in targets])
-        return _plan(repo, order, force=force)
+        chosen = _chosen(targets, list(by_name))
+        order = plan_repro(repo.index.graph, [by_name[name] for name in chosen])
+        forced = frozenset(chosen or (stage.addressing for stage in order)) if force else frozenset()
+        return _plan(repo, order, forced=forced)
 
 
 def plan_of_repro(options: Namespace) -> Plan:
@@ -62,7 +111,8 @@ def plan_of_repro(options: Namespace) -> Plan:
             graph = get_active_graph(repo.index.graph)
             downstream = options.downstream and not whole
             order = plan_repro(graph, stages, pipeline=options.pipeline, downstream=downstream)
-        return _plan(repo, order, force=options.force)
+        forced = frozenset(stage.addressing for stage in order) if options.force else frozenset[str]()
+        return _plan(repo, order, forced=forced)
 
 
 @contextmanager
@@ -80,26 +130,32 @@ def _opened(root: Path, *, wait: bool) -> Iterator[Any]:
         with Repo(str(root), _wait_for_lock=wait) as repo, lock_repo(repo):
             yield repo
     except (DvcException, LockError) as error:
-        raise FlowError(
-            root,
-            got=f"{type(error).__name__}: {' '.join(str(error).split())}",
-            expected="a DVC project",
-            cure="run in the repository's root, after `make setup`",
-        ) from error
+        raise _refused(root, error) from error
 
 
-def _plan(repo: Any, order: list[Any], *, force: bool) -> Plan:
-    """The plan of these stages: what changed must run, and all that depends on it, except on a gate."""
+def _refused(root: Path, error: Exception) -> FlowError:
+    return FlowError(
+        root,
+        got=f"{type(error).__name__}: {' '.join(str(error).split())}",
+        expected="a DVC project",
+        cure="run in the repository's root, after `make setup`",
+    )
+
+
+def _plan(repo: Any, order: list[Any], *, forced: frozenset[str]) -> Plan:
+    """The plan of these stages: what changed or is forced must run, and all that depends on it, except on a gate."""
     import networkx
 
     graph = repo.index.graph  # an edge points from a stage to one that it needs
     chosen, changed = set(order), set(repo.status())
-    dirty = {stage for stage in graph if stage.addressing in changed or stage.always_changed}
+    must = changed | forced
+    dirty = {stage for stage in graph if stage.addressing in must or stage.always_changed}
     for stage in list(dirty):
         if not (stage.meta or {}).get("gate"):
             dirty |= networkx.ancestors(graph, stage)
     return Plan(
         needs={s.addressing: frozenset(d.addressing for d in graph.successors(s) if d in chosen) for s in order},
-        dirty=frozenset(stage.addressing for stage in order if force or stage in dirty),
+        dirty=frozenset(stage.addressing for stage in order if stage in dirty),
         device=frozenset(stage.addressing for stage in order if (stage.meta or {}).get("device")),
+        forced=forced,
     )

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from flows.graph import Plan
+from flows.graph import Plan, kind_of
 from modelstock.errors import ModelstockError
 from modelstock.files import write_json
 from modelstock.progress import duration
@@ -87,6 +87,5 @@ class Progress:
         """The stage's last time, or the mean of its siblings', as finetune@1 is of finetune@0; None: not known."""
         if name in self._times:
             return self._times[name]
-        kind = name.partition("@")[0]
-        siblings = [seconds for other, seconds in self._times.items() if other.partition("@")[0] == kind]
+        siblings = [seconds for other, seconds in self._times.items() if kind_of(other) == kind_of(name)]
         return sum(siblings) / len(siblings) if siblings else None

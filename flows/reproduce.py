@@ -1,12 +1,13 @@
 """The whole experiment as a Prefect flow over DVC's graph.
 
 DVC keeps the graph and decides what must run; this flow knows stages by name only. It starts each stage as soon as
-what it needs is done, with at most one stage per device, and shows what happens in Prefect.
+what it needs is done and a device is free for it, and shows what happens in Prefect: a task begins when its stage does.
 """
 
 import os
 import queue
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,31 +26,46 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 
 import typer
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
+from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectFuture, wait
+from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.states import Cancelled, Completed
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.graph import FlowError, plan
+from flows.graph import FlowError, Plan, choices, plan
 from flows.progress import SKIPS, Progress
 from flows.services import HOST, answers
+from flows.show import show
 from flows.workspace import ready
-from modelstock.errors import ModelstockError, redacted
+from modelstock.errors import ModelstockError, few, redacted
 
 GUARD = [sys.executable, str(Path(__file__).with_name("guard.py"))]
+
+
+REPORT_S = 5
+REPORT = Path("reports/comparison.json")
+
+
+def _offer(schema: dict[str, Any]) -> None:
+    """Let a form offer the stages that there are; a name is checked by the flow, which knows those of its time."""
+    with suppress(ModelstockError):
+        schema["items"]["enum"] = choices(Path.cwd())
 
 
 class ReproduceParams(BaseModel):
     """What a run of the flow can be asked."""
 
     model_config = ConfigDict(extra="forbid")
-    targets: list[str] = Field(default=[], description="Stages to bring up to date with all they need; empty: all.")
+    targets: list[str] = Field(
+        default=[],
+        description="Stages, or kinds of stages, to bring up to date with all that they need; none: all.",
+        json_schema_extra=_offer,
+    )
     slots: int = Field(default=0, ge=0, description="Stages on devices at once; 0: one per GPU, or one without GPUs.")
-    force: bool = Field(default=False, description="Run stages again that are up to date.")
+    force: bool = Field(default=False, description="Run the targets again, and nothing else, if they are up to date.")
 
 
 def devices(slots: int) -> list[dict[str, str]]:
@@ -80,7 +96,7 @@ class Children:
         """Start a command, its output in one pipe; refused once `end` has been called."""
         with self.lock:  # the same lock as in `end`: nothing starts after the last one was ended
             if self.closed:
-                raise FlowError("stage", got="a flow that is ending", expected="a running flow", cure="run it again")
+                raise Ended
             process = subprocess.Popen(
                 [*GUARD, *command],
                 cwd=cwd,
@@ -117,20 +133,36 @@ class Children:
                         continue
 
 
-Slots = queue.Queue[dict[str, str]]  # the environments of the device slots that are free
+class Ended(Exception):
+    """The flow is being ended, and its stages with it."""
 
 
-def _run(name: str, *, root: Path, children: Children, slots: Slots | None, progress: Progress, force: bool) -> None:
-    """Run one stage through DVC, its output line by line in the task's log; `slots`: of one on a device."""
+def _environment(slot: Mapping[str, str]) -> dict[str, str]:
+    """What a stage finds: not that it runs in a flow run, for it is none of the processes of one."""
+    return {**{k: v for k, v in os.environ.items() if not k.startswith("PREFECT__")}, **slot}
+
+
+def _run(
+    name: str, *, root: Path, children: Children, slot: Mapping[str, str], progress: Progress, force: bool
+) -> None:
+    """Run one stage through DVC, its output line by line in the task's log; `slot`: the environment of its device.
+
+    Raises:
+        FlowError: it failed.
+        Ended: it was ended with the flow.
+    """
     log = get_run_logger()
-    slot = slots.get() if slots else {}
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
+    env = _environment(slot)
+    if force:  # from nothing, whatever a kill has left
+        anew = root / "scratch" / "forced" / name
+        shutil.rmtree(anew, ignore_errors=True)
+        command, env = [*command, "--force"], {**env, "MODELSTOCK_SCRATCH": str(anew)}
+    last: deque[str] = deque(maxlen=8)
+    skipped = False
+    log.info(progress.started(name))
     try:
-        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-        env = {**os.environ, **slot}
-        last: deque[str] = deque(maxlen=8)
-        skipped = False
-        log.info(progress.started(name))
-        with children.start(command + ["--force"] * force, cwd=root, env=env) as process:
+        with children.start(command, cwd=root, env=env) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 # Progress bars rewrite their line; the last state of it is kept.
@@ -140,10 +172,14 @@ def _run(name: str, *, root: Path, children: Children, slots: Slots | None, prog
                     last.append(text)
                     log.info(text)
             code = process.wait()
-        progress.ended(name, whole=code == 0 and not skipped)
+    except Ended:
+        code = -signal.SIGTERM
     finally:
-        if slots:
-            slots.put(slot)
+        if force:
+            shutil.rmtree(anew, ignore_errors=True)
+    progress.ended(name, whole=code == 0 and not skipped)
+    if code and children.closed:
+        raise Ended
     if code:
         raise FlowError(
             f"stage {name}",
@@ -153,13 +189,17 @@ def _run(name: str, *, root: Path, children: Children, slots: Slots | None, prog
         )
 
 
+Futures = dict[str, PrefectFuture[Any]]
+
+
 @contextmanager
-def _ended(children: Children) -> Iterator[None]:
-    """End all stages if anything goes wrong inside, an interrupt or a cancellation too."""
+def _ended(children: Children, futures: Futures) -> Iterator[None]:
+    """End all stages if anything goes wrong inside, an interrupt or a cancellation too, and let their tasks say so."""
     try:
         yield
     except BaseException as error:
         children.end()
+        wait(list(futures.values()), timeout=10)
         if not isinstance(error, Exception):  # interrupted or cancelled
             # The stages are ended; whatever Prefect still waits for shall not keep the process for long.
             watchdog = threading.Timer(20, os._exit, [1])
@@ -168,55 +208,85 @@ def _ended(children: Children) -> Iterator[None]:
         raise
 
 
-def _show(report: Path) -> str:
-    """Show the comparison as an artifact, without its figure, which Prefect cannot reach."""
-    text = report.read_text(encoding="utf-8") if report.exists() else "All stages are up to date."
-    shown = text.replace("![", "<!-- ![").replace("(figure.png)", "(figure.png) -->")
-    create_markdown_artifact(shown, key="comparison")
-    return text
+def up_to_date(planned: Plan) -> str:
+    """What a run that has nothing to do says."""
+    return f"{len(planned.needs)} stages, all up to date"
 
 
-# A task that waits for others holds a thread: there must be more threads than stages.
-@flow(name="reproduce", task_runner=ThreadPoolTaskRunner(max_workers=1000))  # type: ignore[arg-type]
-def reproduce(params: ReproduceParams = ReproduceParams()) -> str:  # noqa: B008  (Prefect reads the form from it)
+@flow(name="reproduce", persist_result=False)
+def reproduce(params: ReproduceParams = ReproduceParams()) -> State[None]:  # noqa: B008  (Prefect reads the form from it)
     """Bring every stage up to date and show the comparison; a failed stage stops only what depends on it."""
     with ready("flows.reproduce"):
-        return _reproduce(params)
+        root, log = Path.cwd(), get_run_logger()
+        planned = plan(root, params.targets, force=params.force)
+        if not planned.dirty:
+            log.info(up_to_date(planned))
+            return Completed(message=up_to_date(planned))
+        log.info("%d stages, %d to run", len(planned.needs), len(planned.dirty))
+        before = _moment(root / REPORT)
+        _run_all(planned, root=root, slots=params.slots)
+        if _moment(root / REPORT) not in (None, before):
+            show(root / REPORT)
+        return Completed(message=f"{len(planned.needs)} stages, {len(planned.dirty)} of them run")
 
 
-def _reproduce(params: ReproduceParams) -> str:
-    root, log = Path.cwd(), get_run_logger()
-    planned = plan(root, params.targets, force=params.force)
-    log.info("%d stages, %d to run", len(planned.needs), len(planned.dirty))
-    slots: Slots = queue.Queue()
-    for env in devices(params.slots):
-        slots.put(env)
-    children, progress = Children(), Progress(planned, slots=slots.qsize())
+def _moment(file: Path) -> tuple[int, int] | None:
+    """What tells a file from the one that was written there before."""
+    return (file.stat().st_ino, file.stat().st_mtime_ns) if file.exists() else None
 
-    @task(name="stage")
-    def stage(name: str) -> State[None] | None:
+
+def _run_all(planned: Plan, *, root: Path, slots: int) -> None:
+    """Run the planned stages, each as a task that begins once what it needs is done and a device is free for it.
+
+    Raises:
+        FlowError: a stage failed; what does not depend on it has run.
+    """
+    free = devices(slots)
+    taken: dict[str, dict[str, str]] = {}
+    children, progress = Children(), Progress(planned, slots=len(free))
+
+    @task(name="stage", persist_result=False)
+    def stage(name: str, slot: dict[str, str]) -> State[None] | None:
         if name not in planned.dirty:
             progress.skipped(name)
             return Completed(name="Cached", message="up to date")
-        own = slots if name in planned.device else None
-        _run(name, root=root, children=children, slots=own, progress=progress, force=params.force)
+        try:
+            _run(name, root=root, children=children, slot=slot, progress=progress, force=name in planned.forced)
+        except Ended:
+            return Cancelled(message="ended with the flow")
         return None
 
-    futures: dict[str, PrefectFuture[Any]] = {}
-    with _ended(children):
-        for name, needs in planned.needs.items():
-            after: list[Any] = [futures[n] for n in needs]
-            futures[name] = stage.with_options(task_run_name=name).submit(name, return_state=False, wait_for=after)
-        wait(list(futures.values()))
-    failed = [name for name, future in futures.items() if not future.state.is_completed()]
+    futures: Futures = {}
+    done: set[str] = set()
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with _ended(children, futures):
+        while True:
+            for name, needs in planned.needs.items():
+                on_device = name in planned.device & planned.dirty
+                if name in futures or not needs <= done or (on_device and not free):
+                    continue
+                taken[name] = free.pop(0) if on_device else {}
+                begin = stage.with_options(task_run_name=name).submit
+                futures[name] = begin(name, taken[name], return_state=False, wait_for=[futures[n] for n in needs])
+                futures[name].add_done_callback(lambda _, name=name: ended.put(name))  # type: ignore[misc]
+            if not taken:
+                break
+            name = ended.get()
+            futures[name].wait()
+            slot = taken.pop(name)
+            if name in planned.device & planned.dirty:
+                free.append(slot)
+            if futures[name].state.is_completed():
+                done.add(name)
+    failed = [name for name in futures if name not in done]
+    not_run = [name for name in planned.needs if name not in futures]
     if failed:
         raise FlowError(
             "flow",
-            got=f"not completed: {', '.join(failed)}",
+            got=f"failed: {', '.join(failed)}" + (f"; not run: {few(not_run)}" if not_run else ""),
             expected="all stages completed",
             cure="see the log of the first of them; what is done is not run again",
         )
-    return _show(root / "reports" / "comparison.md")
 
 
 def _reach(url: str) -> None:
@@ -233,6 +303,13 @@ def _reach(url: str) -> None:
             expected="a server that answers",
             cure="start it (`make up`), or unset PREFECT_API_URL",
         )
+
+
+def _report() -> None:
+    """Send Prefect what it has not been told yet: at the end of the process its server may be gone, and each would be
+    tried for a minute."""
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=REPORT_S)
 
 
 @contextmanager
@@ -252,7 +329,9 @@ def _server() -> Iterator[None]:
     command = [*GUARD, sys.executable, "-m", "uvicorn", "--host", HOST]
     command += ["--port", str(port), "--log-level", "error", "--factory", "prefect.server.api.server:create_app"]
     url, deadline = f"http://{HOST}:{port}/api", time.monotonic() + 90
-    with subprocess.Popen(command, env={**os.environ, "PREFECT_UI_ENABLED": "0"}, stdin=subprocess.PIPE) as server:
+    env = {**os.environ, "PREFECT_UI_ENABLED": "0"}
+    # In a session of its own: Ctrl-C is for the flow, which tells the server how it ended.
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True, umask=0o077) as server:
         try:
             while not answers(f"{url}/health"):
                 if server.poll() is not None or time.monotonic() > deadline:
@@ -261,23 +340,33 @@ def _server() -> Iterator[None]:
             with temporary_settings({PREFECT_API_URL: url}):
                 yield
         finally:
+            _report()
             server.terminate()
 
 
 def main(
     target: Annotated[list[str] | None, typer.Argument(help="Stages; none: all.")] = None,
     slots: Annotated[int, typer.Option(min=0, help="Stages on devices at once; 0: one per GPU, or one.")] = 0,
-    force: Annotated[bool, typer.Option(help="Run stages again that are up to date.")] = False,
+    force: Annotated[bool, typer.Option(help="Run these stages, and no others, also if they are up to date.")] = False,
 ) -> None:
     """Run the experiment's stages in parallel, as Prefect tasks."""
     try:
         with ready("flows.reproduce"):
-            plan(Path.cwd(), target or [])  # refused in one line here; the flow does both again
-        with _server():
-            print(reproduce(ReproduceParams(targets=target or [], slots=slots, force=force)))
+            # Refused in one line here, or done without a flow; else the flow looks again.
+            planned = plan(Path.cwd(), target or [], force=force)
+        if planned.dirty:
+            with _server():
+                reproduce(ReproduceParams(targets=target or [], slots=slots, force=force))
+        else:
+            print(up_to_date(planned))
+        if REPORT.exists():
+            print(f"Comparison: {REPORT.with_suffix('.html')}")
     except ModelstockError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2 if "targets" in error.place or error.place == str(Path.cwd()) else 1) from error
+    except KeyboardInterrupt:
+        print("interrupted: no stage runs any more, and what is done is not run again", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 if __name__ == "__main__":

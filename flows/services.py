@@ -1,5 +1,8 @@
-"""The MLflow UI, a Prefect server with the deployments, and a worker, on 127.0.0.1: `make up`, `make down`."""
+"""The MLflow UI, a Prefect server with the deployments, and a worker, on 127.0.0.1: `make up`, `make status`,
+`make down`."""
 
+import contextlib
+import errno
 import http
 import json
 import os
@@ -13,7 +16,9 @@ import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
+from ruamel.yaml import YAML
 
 from modelstock.errors import ModelstockError, redacted
 from modelstock.files import write_json
@@ -22,6 +27,8 @@ from modelstock.tracking.mlflow import MlflowTracker, store_uri
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 FOLDER = Path(".services")
 HOST = "127.0.0.1"
+FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # in the environment of the processes that Prefect runs a flow in
+GRACE_S = 30  # for a flow run to end its stages and to report its end
 
 
 class ServiceError(ModelstockError):
@@ -37,18 +44,35 @@ def started_at(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
+def _note(name: str) -> dict[str, Any]:
+    """What `start` wrote of a service; empty where there is nothing, or something damaged."""
+    try:
+        note = json.loads((FOLDER / f"{name}.json").read_bytes())
+        return note if isinstance(note, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
 def alive(name: str) -> int | None:
     """The pid of a service that we started and that still runs: a pid used again by another process is not it."""
-    try:
-        known = json.loads((FOLDER / f"{name}.json").read_bytes())
-        pid, started = int(known["pid"]), known["started"]
-    except (OSError, ValueError, LookupError, TypeError):  # none, or damaged
-        return None
-    return pid if started is not None and started_at(pid) == started else None
+    note = _note(name)
+    pid, started = note.get("pid"), note.get("started")
+    return pid if isinstance(pid, int) and started is not None and started_at(pid) == started else None
 
 
-def start(name: str, command: list[str], env: dict[str, str]) -> None:
-    """Start a service in its own session, its output in `.services/<name>.log`.
+def api_of(port: int) -> str:
+    """The address of the API of a Prefect server on this machine."""
+    return f"http://{HOST}:{port}/api"
+
+
+def _api() -> str | None:
+    """The address of the Prefect server that `up` started last, whether it runs or not."""
+    port = _note("prefect").get("port")
+    return api_of(port) if isinstance(port, int) else None
+
+
+def start(name: str, command: list[str], env: dict[str, str], *, port: int = 0, umask: int = -1) -> None:
+    """Start a service in its own session, its output in `.services/<name>.log`; `umask`: another than ours.
 
     Everyone on the machine can read a command line: what may hold a password is passed in `env`.
     """
@@ -60,8 +84,9 @@ def start(name: str, command: list[str], env: dict[str, str]) -> None:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            umask=umask,
         )
-    write_json(FOLDER / f"{name}.json", {"pid": process.pid, "started": started_at(process.pid)})
+    write_json(FOLDER / f"{name}.json", {"pid": process.pid, "started": started_at(process.pid), "port": port})
 
 
 def answers(url: str) -> bool:
@@ -88,29 +113,140 @@ def await_service(name: str, url: str, seconds: float = 90) -> None:
         time.sleep(0.3)
 
 
-def _ask(url: str, body: dict[str, Any]) -> Any:
-    """The answer of Prefect's API to a POST; asked again for a while where its database is busy."""
-    data = json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+def _ask(url: str, body: dict[str, Any] | None = None, *, method: str | None = None) -> Any:
+    """The answer of Prefect's API, with a body to a POST; asked again for a while where its database is busy."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json"}, method=method)
     deadline = time.monotonic() + 30
     while True:
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.load(answer)
+                return json.loads(answer.read() or "null")
         except urllib.error.HTTPError as error:
             if error.code != http.HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
                 raise
             time.sleep(1)
 
 
-def _end_lost_runs(api: str) -> None:
-    """Mark the runs of a worker that is gone as crashed: each would keep the deployment's only slot, for good where
-    the server went too."""
-    states = {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}
-    body = {"flow_runs": {"state": states}, "deployments": {"name": {"any_": ["shapes"]}}}
-    for run in _ask(f"{api}/flow_runs/filter", body):
-        state = {"type": "CRASHED", "message": "its worker is gone"}
-        _ask(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+def _deployments(api: str) -> list[dict[str, Any]]:
+    """What this project has deployed: none before the first `up`."""
+    found: list[dict[str, Any]] = _ask(f"{api}/deployments/filter", {"flows": {"name": {"any_": ["reproduce"]}}})
+    return found
+
+
+def _flow_processes(api: str) -> dict[int, str]:
+    """The processes on this machine that belong to flow runs of this server: pid -> the run's id."""
+    processes = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            env = process.environ()
+            if env.get("PREFECT_API_URL") == api and FLOW_RUN in env and process.status() != psutil.STATUS_ZOMBIE:
+                processes[process.pid] = env[FLOW_RUN]
+    return processes
+
+
+def _end_flow_processes(api: str) -> None:
+    """End what runs of flows here: each run ends its stages and reports that it has ended."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + GRACE_S
+        for pid in _flow_processes(api):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        while _flow_processes(api) and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+def _end_lost_runs(api: str, reason: str) -> None:
+    """Mark the deployments' runs that no process runs any more as ended, and free their slots: a slot that a lost run
+    keeps would block its deployment for good."""
+    running = set(_flow_processes(api).values())
+    pending = [] if alive("worker") else ["PENDING"]  # a worker takes a run before it starts its process
+    for deployment in _deployments(api):
+        mine = {"deployments": {"id": {"any_": [deployment["id"]]}}}
+        runs = _ask(f"{api}/flow_runs/filter", {**mine, "flow_runs": _in([*pending, "RUNNING", "CANCELLING"])})
+        for run in runs:
+            if run["id"] not in running:
+                _end(f"{api}/flow_runs/{run['id']}", reason, cancelled=run["state_type"] == "CANCELLING")
+        # Tasks that could not tell how they ended, also of runs that could.
+        over = {**mine, "flow_runs": _in(["CANCELLED", "COMPLETED", "CRASHED", "FAILED"])}
+        for task in _ask(f"{api}/task_runs/filter", {**over, "task_runs": _in(["PENDING", "RUNNING"])}):
+            _end(f"{api}/task_runs/{task['id']}", reason)
+        if pending and not any(run["id"] in running for run in runs):
+            # Also a slot of a run that was deleted, or whose lease a server took to its end.
+            with contextlib.suppress(urllib.error.HTTPError):  # no limit
+                _ask(f"{api}/v2/concurrency_limits/deployment:{deployment['id']}", {"active_slots": 0}, method="PATCH")
+
+
+def _in(states: list[str]) -> dict[str, Any]:
+    """Prefect's filter for runs in one of these states."""
+    return {"state": {"type": {"any_": states}}}
+
+
+def _end(run: str, reason: str, *, cancelled: bool = False) -> None:
+    """Mark a run of a flow or a task as crashed, or as cancelled where that was asked for."""
+    state = {"type": "CANCELLED" if cancelled else "CRASHED", "message": reason}
+    _ask(f"{run}/set_state", {"state": state, "force": True})
+
+
+def _schedule_text(schedule: dict[str, Any]) -> str:
+    """A schedule as a person reads it, with its state."""
+    when = schedule["schedule"]
+    rule = next((f"{key} {when[key]}" for key in ("cron", "rrule", "interval") if when.get(key)), "?")
+    return f"{'on' if schedule['active'] else 'off'} ({rule}, {when.get('timezone') or 'UTC'})"
+
+
+def _schedules(api: str) -> list[str]:
+    """A line per deployment: its schedules as they are now, whoever set them."""
+    lines = []
+    for deployment in _deployments(api):
+        schedules = deployment["schedules"]
+        text = ", ".join(map(_schedule_text, schedules)) or "none"
+        paused = ", the deployment is paused" if deployment["paused"] else ""
+        lines.append(f"deployment reproduce/{deployment['name']}, schedule {text}{paused}")
+    return lines
+
+
+def _deploy(env: dict[str, str]) -> None:
+    """Create the work pool and the deployments, or bring them up to date.
+
+    A schedule in prefect.yaml is that of the first time: later ones are what was set in the UI, and are left alone.
+
+    Raises:
+        ServiceError: Prefect refuses.
+    """
+    config = YAML().load(Path("prefect.yaml").read_text(encoding="utf-8"))
+    known = {deployment["name"] for deployment in _deployments(env["PREFECT_API_URL"])}
+    for deployment in config["deployments"]:
+        if deployment["name"] in known:
+            deployment.pop("schedules", None)
+    file = FOLDER / "deployments.yaml"
+    with open(file, "w", encoding="utf-8") as stream:
+        YAML().dump(config, stream)
+    for command in (
+        ["work-pool", "create", "modelstock", "--type", "process", "--overwrite"],
+        ["--no-prompt", "deploy", "--all", "--prefect-file", str(file)],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", *command], env={**os.environ, **env}, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise ServiceError(
+                f"prefect {' '.join(command)}",
+                got=f"exit code {done.returncode}: {redacted(done.stderr.strip())[-300:]}",
+                expected="0",
+                cure=f"read {FOLDER / 'prefect.log'}",
+            )
+
+
+def _holder(port: int) -> str:
+    """Which process listens on a port, as far as this user may see."""
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr[1] == port:
+                if connection.pid is None:
+                    break
+                return f"used by {psutil.Process(connection.pid).name()}, process {connection.pid}"
+    return "used by a process of another user"
 
 
 def environment(prefect: int, mlflow: int) -> dict[str, str]:
@@ -118,14 +254,17 @@ def environment(prefect: int, mlflow: int) -> dict[str, str]:
     root = Path.cwd()
     return {
         "PREFECT_HOME": str(root / FOLDER / "prefect"),
-        "PREFECT_API_URL": f"http://{HOST}:{prefect}/api",
+        "PREFECT_API_URL": api_of(prefect),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # In files, a slot's lease outlives the server, and ends some minutes after the run that renewed it.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         # The stages write to the store itself: it is local, and a hard link then stands for a copy.
         "MLFLOW_TRACKING_URI": store_uri(root),
         "MLFLOW_BACKEND_STORE_URI": store_uri(root),
+        "MODELSTOCK_MLFLOW_URL": f"http://{HOST}:{mlflow}",  # where people look
     }
 
 
@@ -136,8 +275,11 @@ MlflowPort = Annotated[int, typer.Option(envvar="MODELSTOCK_MLFLOW_PORT")]
 @app.command()
 def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None:
     """Start what does not run yet, deploy the flow, and print where to look."""
+    umask = os.umask(0o077)  # logs, notes and stores are their owner's alone
     FOLDER.mkdir(exist_ok=True)
     FOLDER.chmod(0o700)
+    if alive("prefect") is not None:
+        prefect_port = _note("prefect").get("port") or prefect_port
     env = environment(prefect_port, mlflow_port)
     remote = env["MLFLOW_TRACKING_URI"].startswith("http")  # a server that runs elsewhere
     services = {"prefect": prefect_port} | ({} if remote else {"mlflow": mlflow_port})
@@ -150,9 +292,9 @@ def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None
                 except OSError as error:
                     raise ServiceError(
                         f"{HOST}:{port}",
-                        got=error.strerror,
+                        got=_holder(port) if error.errno == errno.EADDRINUSE else error.strerror,
                         expected=f"a free port for {name}",
-                        cure=f"end what uses it, or set MODELSTOCK_{name.upper()}_PORT",
+                        cure=f"end that process, or set MODELSTOCK_{name.upper()}_PORT",
                     ) from error
     if alive("mlflow") is None and not remote:
         # The store is made before the server's process and a stage could both try to.
@@ -160,54 +302,66 @@ def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None
         command = ["mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"]
         start("mlflow", [*command, "--artifacts-destination", str(Path.cwd() / "mlruns")], env)
     if alive("prefect") is None:
-        start("prefect", ["prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)], env)
+        command = ["prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)]
+        start("prefect", command, env, port=prefect_port)
     await_service("prefect", f"http://{HOST}:{prefect_port}/api/health")
+    api = env["PREFECT_API_URL"]
+    _deploy(env)
+    _end_lost_runs(api, "its process is gone")
     if alive("worker") is None:
-        for command in (
-            ["work-pool", "create", "modelstock", "--type", "process", "--overwrite"],
-            ["--no-prompt", "deploy", "--all"],
-        ):
-            done = subprocess.run(
-                [sys.executable, "-m", "prefect", *command], env={**os.environ, **env}, capture_output=True, text=True
-            )
-            if done.returncode:
-                raise ServiceError(
-                    f"prefect {' '.join(command)}",
-                    got=f"exit code {done.returncode}: {redacted(done.stderr.strip())[-300:]}",
-                    expected="0",
-                    cure=f"read {FOLDER / 'prefect.log'}",
-                )
-        _end_lost_runs(env["PREFECT_API_URL"])
-        start("worker", ["prefect", "worker", "start", "--pool", "modelstock", "--limit", "1"], env)
+        command = ["prefect", "worker", "start", "--pool", "modelstock", "--limit", "1"]
+        start("worker", command, env, umask=umask)  # what its flows write is as the user has it
     if not remote:
         await_service("mlflow", f"http://{HOST}:{mlflow_port}/health")
-    print(f"Prefect: http://{HOST}:{prefect_port}   deployment reproduce/shapes, schedule off until you switch it on")
+    for line in _schedules(api):
+        print(f"Prefect: http://{HOST}:{prefect_port}   {line}")
     print(f"MLflow:  {redacted(env['MLFLOW_TRACKING_URI']) if remote else f'http://{HOST}:{mlflow_port}'}")
     print("`make down` stops them.")
 
 
+def _stop(name: str) -> bool:
+    """End a service; whether it ran."""
+    pid = alive(name)
+    if pid is not None:
+        os.killpg(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 15
+        while alive(name) is not None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if alive(name) is not None:
+            os.killpg(pid, signal.SIGKILL)
+    (FOLDER / f"{name}.json").unlink(missing_ok=True)
+    return pid is not None
+
+
 @app.command()
 def down() -> None:
-    """End the services that `up` started, and nothing else."""
-    for name in ("worker", "prefect", "mlflow"):
-        pid = alive(name)
-        if pid is not None:
-            os.killpg(pid, signal.SIGTERM)
-            deadline = time.monotonic() + 15
-            while alive(name) is not None and time.monotonic() < deadline:
-                time.sleep(0.1)
-            if alive(name) is not None:
-                os.killpg(pid, signal.SIGKILL)
+    """End the services that `up` started and the flow runs of its worker, and nothing else."""
+    api = _api()
+    if api is not None:
+        _end_flow_processes(api)  # while there is a server to tell, and a worker that waits for them
+    stopped = {"worker": _stop("worker")}
+    if api is not None:
+        _end_flow_processes(api)  # one that the worker has just begun
+        if answers(f"{api}/health"):
+            _end_lost_runs(api, "ended by `make down`")
+    stopped |= {name: _stop(name) for name in ("prefect", "mlflow")}
+    for name, ran in stopped.items():
+        if ran:
             print(f"{name}: stopped")
-        (FOLDER / f"{name}.json").unlink(missing_ok=True)
 
 
 @app.command()
 def status() -> None:
-    """Which services run."""
+    """Which services run, the schedules, and how many runs are going on."""
     for name in ("mlflow", "prefect", "worker"):
         pid = alive(name)
         print(f"{name}: {'not running' if pid is None else f'running, process {pid}'}")
+    api = _api()
+    if api is not None and answers(f"{api}/health"):
+        for line in _schedules(api):
+            print(line)
+        for run in sorted(set(_flow_processes(api).values())):
+            print(f"flow run {_ask(f'{api}/flow_runs/{run}')['name']}: running")
 
 
 if __name__ == "__main__":

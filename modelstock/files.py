@@ -21,8 +21,9 @@ _FULL_TEXTS = (*map(os.strerror, _FULL), "unexpected pos", "PytorchStreamWriter 
 
 # What may name a split: a file's name on every system, and one that DVC can tell from its own `.` and `@`.
 NAME = r"[a-z0-9][a-z0-9_-]{0,99}"
-# Resume points and caches, each named for all that it depends on: removing it costs time and nothing else.
-SCRATCH = Path("scratch")
+# Resume points and caches, each named for all that it depends on: removing it costs time and nothing else. A stage that
+# is forced to run has an empty folder of its own: it goes on from nothing.
+SCRATCH = Path(os.environ.get("MODELSTOCK_SCRATCH") or "scratch")
 
 
 def project() -> Path:

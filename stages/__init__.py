@@ -26,7 +26,7 @@ def _alone() -> Iterator[None]:
     words = [Path(sys.argv[0]).stem, *sys.argv[1:]]
     copy = project() != Path.cwd()  # experiments share resume points, and their stages wait for each other
     digest = hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]
-    with held(SCRATCH / "running" / f"{words[0]}-{digest}", shlex.join(words), wait=copy):
+    with held(Path("scratch/running") / f"{words[0]}-{digest}", shlex.join(words), wait=copy):
         yield
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.graph import FlowError, plan
+from flows.graph import FlowError, choices, plan
 from flows.progress import TIMES, read_times
 from flows.reproduce import GUARD, devices
-from flows.services import _ask, alive, started_at
+from flows.services import _ask, alive
 from modelstock.files import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +29,13 @@ stages:
   c: {cmd: "python log.py c 1.0 > c.txt", deps: [a.txt], outs: [c.txt], meta: {device: 1}}
   d: {cmd: "python log.py d 0.1 > d.txt", deps: [b.txt, c.txt], outs: [d.txt]}
   e: {cmd: "python log.py e 0.1 > e.txt", deps: [in.txt], outs: [e.txt]}
+"""
+SEEDS = """
+stages:
+  prepare: {cmd: "cp in.txt prepare.txt", deps: [in.txt], outs: [prepare.txt]}
+  finetune:
+    foreach: [0, 1]
+    do: {cmd: "cp prepare.txt ${item}.txt", deps: [prepare.txt], outs: ["${item}.txt"]}
 """
 LOG = """
 import os, sys, time
@@ -41,6 +48,25 @@ time.sleep(seconds)
 note("end")
 print(name)
 """
+
+
+SHARE = {"value": 0.8, "low": 0.75, "high": 0.85}
+LESS = {"value": 0.6, "low": 0.55, "high": 0.65}
+COMPARISON = {
+    "champion": "uniform/0-1",
+    "in_distribution": "shapes",
+    "held_out": "held-out",
+    "shifts": ["sketch"],
+    "summaries": ["in-distribution", "shifts"],
+    "lines": [
+        {
+            "name": "uniform of 2, mean of 3",
+            "size": 2,
+            "accuracy": {"shapes": SHARE, "sketch": LESS},
+            "summary": {"in-distribution": SHARE, "shifts": LESS},
+        }
+    ],
+}
 
 
 @pytest.fixture
@@ -122,9 +148,29 @@ def test_the_plan_is_dvcs_own(project):
 def test_what_depends_on_a_changed_stage_must_run_and_the_rest_need_not(project):
     subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True, env={**os.environ, "PATH": path()})
     assert plan(project, []).dirty == frozenset()
-    assert plan(project, [], force=True).dirty == {"a", "b", "c", "d", "e"}
+    everything = plan(project, [], force=True)
+    assert everything.dirty == everything.forced == {"a", "b", "c", "d", "e"}
     (project / "dvc.yaml").write_text(PIPELINE.replace("log.py c 1.0", "log.py c 0.0"))
     assert plan(project, []).dirty == {"c", "d"}
+
+
+def test_by_force_runs_what_was_named_and_not_what_it_needs(project):
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True, env={**os.environ, "PATH": path()})
+    forced = plan(project, ["b"], force=True)
+    assert (set(forced.needs), forced.dirty, forced.forced) == ({"a", "b"}, {"b"}, {"b"})
+    # What depends on it is looked at where it was named too, and runs if the outputs changed.
+    both = plan(project, ["b", "d"], force=True)
+    assert (both.dirty, both.forced) == ({"b", "d"}, {"b", "d"})
+    assert plan(project, ["a", "d"], force=True).dirty == {"a", "b", "c", "d"}
+
+
+def test_stages_are_named_one_by_one_or_by_their_kind(project):
+    (project / "dvc.yaml").write_text(SEEDS)
+    assert choices(project) == ["prepare", "finetune", "finetune@0", "finetune@1"]
+    assert set(plan(project, ["finetune"]).needs) == {"prepare", "finetune@0", "finetune@1"}
+    assert set(plan(project, ["finetune@1"]).needs) == {"prepare", "finetune@1"}
+    with pytest.raises(FlowError, match=r"got 'finetun@1'; expected prepare, finetune, or .*; did you mean finetune@1"):
+        plan(project, ["finetun@1"])
 
 
 def path() -> str:
@@ -132,7 +178,7 @@ def path() -> str:
 
 
 def test_an_unknown_stage_and_a_folder_that_is_no_project_are_one_line(project, tmp_path):
-    with pytest.raises(FlowError, match="targets: got 'f'; expected a, b, c, d, e; name one of these"):
+    with pytest.raises(FlowError, match="targets: got 'f'; expected a, b, c, d, e, or one stage of these; choose one"):
         plan(project, ["f"])
     with pytest.raises(FlowError, match=r"got NotDvcRepoError: .*; expected a DVC project"):
         plan(tmp_path, [])
@@ -155,22 +201,107 @@ def test_the_flow_keeps_order_and_slots_and_a_second_run_runs_nothing(project, s
     assert at["d", "begin"] > max(at["b", "end"], at["c", "end"])
     first, second = sorted((at[n, "begin"], at[n, "end"]) for n in "bc")
     assert first[1] < second[0]  # one device slot
+    assert task_runs(server, done) == dict.fromkeys("abcde", "COMPLETED")
     (project / "log").unlink()
-    (project / "reports").mkdir()
-    (project / "reports/comparison.md").write_text("# The table")
     again = flow(project, server)
-    assert again.returncode == 0
+    assert (again.returncode, again.stdout, again.stderr) == (0, "5 stages, all up to date\n", "")
     assert not (project / "log").exists()
-    assert again.stderr.count("Cached(") == 5
-    assert "# The table" in again.stdout
-    request = urllib.request.Request(
-        f"{server['PREFECT_API_URL']}/artifacts/filter",
-        method="POST",
-        headers={"content-type": "application/json"},
-        data=json.dumps({"artifacts": {"key": {"any_": ["comparison"]}}}).encode(),
+
+
+def ask(server, path: str, body: dict):
+    return _ask(f"{server['PREFECT_API_URL']}/{path}/filter", body)
+
+
+def task_runs(server, done) -> dict[str, str]:
+    """The tasks of the flow run that was logged, by name, with their states."""
+    run = re.search(r"/flow-run/([0-9a-f-]{36})", done.stderr)[1]
+    return {t["name"]: t["state_type"] for t in ask(server, "task_runs", {"flow_runs": {"id": {"any_": [run]}}})}
+
+
+def test_a_stage_that_waits_for_a_device_is_no_task_that_runs(project, server):
+    (project / "dvc.yaml").write_text(PIPELINE.replace(" 1.0 >", " 8.0 >"))
+    env = {**server, "PREFECT_LOGGING_LEVEL": "INFO"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "flows.reproduce"], cwd=project, env=env, stderr=subprocess.PIPE, text=True
+    ) as process:
+        written = ""
+        while not re.search(r"> python log.py [bc] ", written):
+            written += process.stderr.readline()
+        run = re.search(r"/flow-run/([0-9a-f-]{36})", written)[1]
+        states = {"PENDING", "RUNNING"}
+        of_run = {"flow_runs": {"id": {"any_": [run]}}}
+        assert within(5, lambda: "RUNNING" in {t["state_type"] for t in ask(server, "task_runs", of_run)})
+        active = [t["name"] for t in ask(server, "task_runs", of_run) if t["state_type"] in states]
+        assert len({"b", "c"} & set(active)) == 1
+        assert not [name for name in active if name.startswith("stage")]
+        process.stderr.close()
+        process.send_signal(signal.SIGTERM)
+    assert within(10, lambda: "CANCELLED" in {t["state_type"] for t in ask(server, "task_runs", of_run)})
+    assert "FAILED" not in {t["state_type"] for t in ask(server, "task_runs", of_run)}
+
+
+def test_a_forced_stage_runs_and_what_it_needs_does_not(project, server):
+    assert flow(project, server).returncode == 0
+    (project / "log").unlink()
+    forced = flow(project, server, "b", "--force")
+    assert forced.returncode == 0, forced.stderr[-2000:]
+    assert {name for name, _ in moments(project)} == {"b"}
+
+
+# What a stage does that keeps a resume point: the steps that it takes, and the point, which a kill leaves behind.
+STEPS = """
+from pathlib import Path
+from modelstock.files import SCRATCH
+point = SCRATCH / "finetune/key/step"
+step = int(point.read_text()) if point.exists() else 0
+print(f"from step {step} of 9")
+point.parent.mkdir(parents=True, exist_ok=True)
+point.write_text("9")
+Path("a.txt").write_text("weights")
+"""
+
+
+def test_a_forced_stage_goes_on_from_no_resume_point(project, server):
+    (project / "dvc.yaml").write_text("stages: {a: {cmd: python steps.py, outs: [a.txt]}}")
+    (project / "steps.py").write_text(STEPS)
+    assert "from step 0 of 9" in flow(project, server).stderr
+    assert (project / "scratch/finetune/key/step").read_text() == "9"
+    for _ in range(2):
+        assert "from step 0 of 9" in flow(project, server, "--force").stderr
+    assert not list((project / "scratch/forced").iterdir())
+    (project / "dvc.yaml").write_text("stages: {a: {cmd: python steps.py , outs: [a.txt], desc: b, deps: [in.txt]}}")
+    assert "from step 9 of 9" in flow(project, server).stderr
+
+
+def test_the_comparison_is_shown_by_the_run_that_made_it_and_by_no_other(project, server):
+    (project / "compare.py").write_text(
+        f"import json, os; os.makedirs('reports', exist_ok=True)\n"
+        f"open('reports/comparison.json', 'w').write(json.dumps({COMPARISON!r}))\n"
+        "open('reports/figure.png', 'wb').write(b'png')"
     )
-    with urllib.request.urlopen(request) as answer:
-        assert "# The table" in [artifact["data"] for artifact in json.load(answer)]
+    (project / "dvc.yaml").write_text(
+        "stages:\n"
+        "  compare: {cmd: python compare.py, deps: [in.txt], outs: [reports]}\n"
+        "  other: {cmd: echo 1 > o, outs: [o]}\n"
+    )
+    env = {**server, "MODELSTOCK_MLFLOW_URL": "http://127.0.0.1:5000"}
+    done = flow(project, env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "Comparison: reports/comparison.html\n"
+    run = re.search(r"/flow-run/([0-9a-f-]{36})", done.stderr)[1]
+    shown = {a["key"]: a["data"] for a in ask(server, "artifacts", {"artifacts": {"flow_run_id": {"any_": [run]}}})}
+    assert shown.keys() == {"comparison", "comparison-figure"}
+    lines = [line for line in shown["comparison"].splitlines() if line.startswith("|")]
+    assert lines == [
+        "| weights | seeds | mean of shifts | shapes | held-out | sketch |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| uniform of 2, mean of 3 | 2 | 60.0 ± 5.0 | 80.0 ± 5.0 |  | 60.0 |",
+    ]
+    assert "[MLflow](http://127.0.0.1:5000)" in shown["comparison"]
+    assert json.dumps(shown["comparison-figure"]) == '"data:image/png;base64,cG5n"'
+    other = flow(project, env, "other", "--force")
+    run = re.search(r"/flow-run/([0-9a-f-]{36})", other.stderr)[1]
+    assert ask(server, "artifacts", {"artifacts": {"flow_run_id": {"any_": [run]}}}) == []
 
 
 def test_two_slots_run_two_device_stages_at_once(project, server):
@@ -212,7 +343,8 @@ def test_a_failed_stage_stops_what_needs_it_and_nothing_else(project, server):
     done = flow(project, server)
     assert done.returncode == 1
     assert "it broke" in done.stderr
-    assert "error: flow: got not completed: b, d" in done.stderr
+    assert "error: flow: got failed: b; not run: d; expected all stages completed" in done.stderr
+    assert task_runs(server, done) == {**dict.fromkeys("ace", "COMPLETED"), "b": "FAILED"}
     assert {"a", "c", "e"} <= {name for name, _ in moments(project)}
     assert not (project / "d.txt").exists()
 
@@ -283,7 +415,7 @@ def test_a_prefect_server_that_does_not_answer_is_one_line_without_its_password(
 def test_a_stage_that_is_not_there_is_one_line_before_the_flow_starts(project, server):
     done = flow(project, server, "f")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr[-2000:]
-    assert done.stderr.startswith("error: targets: got 'f'; expected a, b, c, d, e;")
+    assert done.stderr.startswith("error: targets: got 'f'; expected a, b, c, d, e, or one")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b'{"pid": 1, "started": null}'])
@@ -355,13 +487,6 @@ def test_a_guard_gives_its_commands_exit_code_and_ends_what_the_command_leaves_r
     assert marked(str(tmp_path)) == []
 
 
-def read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError:
-        return b""
-
-
 def test_a_stores_password_is_not_shown_by_the_services_and_their_folder_is_private(tmp_path):
     env = {
         **{k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "PREFECT"))},
@@ -376,73 +501,3 @@ def test_a_stores_password_is_not_shown_by_the_services_and_their_folder_is_priv
     assert "error: MLflow at mysql+none://***@127.0.0.1:9/runs" in done.stderr
     assert "sesame" not in done.stdout + done.stderr
     assert oct((tmp_path / ".services").stat().st_mode)[-3:] == "700"
-
-
-def kill(folder: Path, service: str) -> None:
-    pid = json.loads((folder / f".services/{service}.json").read_text())["pid"]
-    os.killpg(pid, signal.SIGKILL)
-    assert within(10, lambda: started_at(pid) is None)
-
-
-def got(url: str):
-    with urllib.request.urlopen(url) as answer:
-        return json.load(answer)
-
-
-def test_services_start_deploy_and_stop(tmp_path):
-    for name in ("flows", "modelstock", "stages"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "prefect.yaml").write_text((ROOT / "prefect.yaml").read_text())
-    prefect, mlflow = free_port(), free_port()
-    env = {
-        **{k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "PREFECT"))},
-        "MODELSTOCK_PREFECT_PORT": str(prefect),
-        "MODELSTOCK_MLFLOW_PORT": str(mlflow),
-        "PYTHONPATH": str(ROOT),
-    }
-
-    def services(command):
-        return subprocess.run(
-            [sys.executable, "-m", "flows.services", command], cwd=tmp_path, env=env, capture_output=True, text=True
-        )
-
-    try:
-        begun = services("up")
-        assert begun.returncode == 0, begun.stderr
-        with urllib.request.urlopen(f"http://127.0.0.1:{prefect}/api/deployments/name/reproduce/shapes") as answer:
-            deployment = json.load(answer)
-        schedules = [(s["active"], s["schedule"]["cron"], s["schedule"]["timezone"]) for s in deployment["schedules"]]
-        assert schedules == [(False, "0 2 * * *", "UTC")]
-        assert deployment["enforce_parameter_schema"]
-        assert "slots" in json.dumps(deployment["parameter_openapi_schema"])
-        with urllib.request.urlopen(f"http://127.0.0.1:{mlflow}/health") as answer:
-            assert answer.status == 200
-        assert services("status").stdout.count("running, process") == 3
-        # A run holds the deployment's slot; its worker and the server, which leases the slot, are killed.
-        api = f"http://127.0.0.1:{prefect}/api"
-        kill(tmp_path, "worker")
-        lost = _ask(f"{api}/deployments/{deployment['id']}/create_flow_run", {})["id"]
-        _ask(f"{api}/flow_runs/{lost}/set_state", {"state": {"type": "PENDING"}})
-        limit = f"{api}/v2/concurrency_limits/deployment:{deployment['id']}"
-        assert got(limit)["active_slots"] == 1
-        kill(tmp_path, "prefect")
-        begun = services("up")
-        assert begun.returncode == 0, begun.stderr
-        assert got(f"{api}/flow_runs/{lost}")["state"]["type"] == "CRASHED"
-        assert got(limit)["active_slots"] == 0
-        pids = [json.loads(p.read_text())["pid"] for p in (tmp_path / ".services").glob("*.json")]
-        # Everyone on the machine may read these; a store's URL may carry a password.
-        assert not [p for p in pids if b"mlflow.db" in read(Path(f"/proc/{p}/cmdline"))]
-    finally:
-        ended = services("down")
-    assert ended.stdout.count("stopped") == 3
-    time.sleep(0.5)
-    assert [pid for pid in pids if Path(f"/proc/{pid}").exists() and read(Path(f"/proc/{pid}/cmdline")) != b""] == []
-    with socket.socket() as busy:
-        busy.bind(("127.0.0.1", 0))
-        busy.listen()
-        env["MODELSTOCK_MLFLOW_PORT"] = str(busy.getsockname()[1])
-        refused = services("up")
-    assert refused.returncode == 1
-    assert "expected a free port for mlflow; end what uses it, or set MODELSTOCK_MLFLOW_PORT" in refused.stderr
-    assert services("status").stdout.count("not running") == 3

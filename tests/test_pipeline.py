@@ -343,7 +343,7 @@ def test_the_flow_runs_what_a_changed_param_touches_and_only_that(project, tmp_p
     write_params(project, {"merge": {"wise_ft": {"alphas": [0.25, 0.75]}}})
     done = run(project, "flows.reproduce", PREFECT_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "# Comparison of merges" in done.stdout
+    assert done.stdout == "Comparison: reports/comparison.html\n"
     names = {row.name for row in load_scores(project / "results/shapes.safetensors").rows}
     assert "wise_ft/0-1-2@0.75" in names
     assert "wise_ft/0-1-2@0.5" not in names

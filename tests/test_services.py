@@ -1,0 +1,320 @@
+"""`make up`, `make status` and `make down` with real servers: what is lost is repaired, what is set is kept."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.services import FLOW_RUN, _ask, started_at
+
+ROOT = Path(__file__).parent.parent
+# One stage that lasts as long as the file `slow` says.
+PIPELINE = "stages: {deep: {cmd: python deep.py, deps: [in.txt], outs: [out.txt], meta: {device: 1}}}"
+DEEP = """
+import os, time
+from pathlib import Path
+Path("begun").write_text(str(os.getpid()))
+time.sleep(float(Path("slow").read_text()))
+Path("out.txt").write_text("done")
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def within(seconds: float, check):
+    deadline = time.monotonic() + seconds
+    while not (value := check()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return value
+
+
+class Services:
+    """A project whose services run on ports of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.prefect, self.mlflow = folder, free_port(), free_port()
+        self.api = f"http://127.0.0.1:{self.prefect}/api"
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "PREFECT"))},
+            "MODELSTOCK_PREFECT_PORT": str(self.prefect),
+            "MODELSTOCK_MLFLOW_PORT": str(self.mlflow),
+            "PYTHONPATH": str(ROOT),
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
+        }
+
+    def __call__(self, command: str) -> subprocess.CompletedProcess:
+        line = [sys.executable, "-m", "flows.services", command]
+        return subprocess.run(line, cwd=self.folder, env=self.env, capture_output=True, text=True)
+
+    def up(self) -> str:
+        done = self("up")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def kill(self, *names: str) -> None:
+        for name in names:
+            pid = json.loads((self.folder / f".services/{name}.json").read_text())["pid"]
+            os.killpg(pid, signal.SIGKILL)
+            assert within(10, lambda pid=pid: started_at(pid) is None)
+
+    @property
+    def deployment(self) -> dict:
+        return _ask(f"{self.api}/deployments/name/reproduce/shapes")
+
+    @property
+    def slots(self) -> int:
+        return _ask(f"{self.api}/v2/concurrency_limits/deployment:{self.deployment['id']}")["active_slots"]
+
+    def run(self, **params) -> str:
+        body = {"parameters": {"params": params}}
+        return _ask(f"{self.api}/deployments/{self.deployment['id']}/create_flow_run", body)["id"]
+
+    def state(self, run: str) -> tuple[str, str]:
+        state = _ask(f"{self.api}/flow_runs/{run}")["state"]
+        return state["type"], state["message"] or ""
+
+    def tasks(self, run: str) -> dict[str, str]:
+        found = _ask(f"{self.api}/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
+        return {task["name"]: task["state"]["type"] for task in found}
+
+    def begun(self, run: str) -> tuple[int, int]:
+        """Once the run's stage runs: the processes of the flow and of the stage."""
+        note = self.folder / "begun"
+        assert within(90, lambda: note.exists() and note.read_text()), self.state(run)
+        stage = int(note.read_text())
+        note.unlink()
+        return next(self.processes(run)), stage
+
+    def processes(self, run: str):
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(FLOW_RUN) == run and process.status() != psutil.STATUS_ZOMBIE:
+                    yield process.pid
+            except psutil.Error:
+                continue
+
+    def a_run_completes(self) -> None:
+        """Nothing keeps the slot: the deployment runs."""
+        (self.folder / "slow").write_text("0")
+        (self.folder / "in.txt").write_text(str(time.time()))
+        run = self.run()
+        assert within(120, lambda: self.state(run)[0] == "COMPLETED"), self.state(run)
+        (self.folder / "begun").unlink()
+        assert within(10, lambda: self.slots == 0)
+
+
+def ended(*pids: int) -> bool:
+    return all(started_at(pid) is None for pid in pids)
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("flows", "modelstock", "stages"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".dvc").mkdir()
+    (folder / ".dvc/config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
+    (folder / "dvc.yaml").write_text(PIPELINE)
+    (folder / "deep.py").write_text(DEEP)
+    (folder / "prefect.yaml").write_text((ROOT / "prefect.yaml").read_text())
+    services = Services(folder)
+    try:
+        yield services
+    finally:
+        assert services("down").returncode == 0
+
+
+@pytest.fixture
+def long_run(services):
+    """A run from the deployment whose stage lasts: its id, and the processes of the flow and of the stage."""
+    services.up()
+    (services.folder / "slow").write_text("600")
+    (services.folder / "in.txt").write_text(str(time.time()))
+    run = services.run()
+    return run, *services.begun(run)
+
+
+def test_down_in_a_run_ends_it_and_its_stage_and_says_so_and_the_next_run_runs(services, long_run):
+    run, flow, stage = long_run
+    assert services.slots == 1
+    done = services("down")
+    assert done.stdout.split() == ["worker:", "stopped", "prefect:", "stopped", "mlflow:", "stopped"]
+    assert ended(flow, stage)
+    services.up()
+    assert services.state(run)[0] == "CRASHED"
+    assert services.tasks(run) == {"deep": "CANCELLED"}
+    assert services.slots == 0
+    services.a_run_completes()
+
+
+def test_a_run_whose_worker_was_killed_still_runs_and_up_leaves_it_alone(services, long_run):
+    run, flow, stage = long_run
+    services.kill("worker")
+    services.up()
+    assert (services.state(run)[0], services.slots, ended(flow), ended(stage)) == ("RUNNING", 1, False, False)
+    assert f"flow run {_ask(f'{services.api}/flow_runs/{run}')['name']}: running" in services("status").stdout
+    services("down")
+    assert ended(flow, stage)
+    services.up()
+    assert services.state(run)[0] == "CRASHED"
+    services.a_run_completes()
+
+
+@pytest.mark.parametrize("lost", [(), ("worker",), ("prefect",), ("worker", "prefect", "mlflow")], ids="-".join)
+def test_up_repairs_what_kills_left_whatever_still_lives(services, long_run, lost):
+    run, flow, stage = long_run
+    services.kill(*lost)
+    os.kill(flow, signal.SIGKILL)
+    assert within(20, lambda: ended(flow, stage))
+    services.up()
+    assert within(30, lambda: services.state(run)[0] == "CRASHED"), services.state(run)
+    services.up()  # where the worker has only now seen it
+    assert services.tasks(run) == {"deep": "CRASHED"}
+    assert within(10, lambda: services.slots == 0)
+    services.a_run_completes()
+
+
+def test_a_run_outlives_its_server_and_blocks_nothing_afterwards(services, long_run):
+    _, flow, stage = long_run
+    services.kill("prefect")
+    services.up()
+    assert not ended(flow, stage)
+    os.kill(stage, signal.SIGTERM)
+    assert within(200, lambda: ended(flow))
+    services.up()
+    services.a_run_completes()
+
+
+def test_a_cancelled_run_is_cancelled_and_so_is_its_task(services, long_run):
+    run, flow, stage = long_run
+    _ask(f"{services.api}/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    assert within(60, lambda: services.state(run)[0] == "CANCELLED"), services.state(run)
+    assert within(20, lambda: ended(flow, stage))
+    assert within(10, lambda: services.tasks(run) == {"deep": "CANCELLED"}), services.tasks(run)
+    services.a_run_completes()
+
+
+def test_a_run_that_was_to_be_cancelled_when_all_was_killed_is_cancelled_by_up(services, long_run):
+    run, flow, stage = long_run
+    services.kill("worker")
+    _ask(f"{services.api}/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    os.kill(flow, signal.SIGKILL)
+    assert within(20, lambda: ended(flow, stage))
+    services.up()
+    assert services.state(run) == ("CANCELLED", "its process is gone")
+    services.a_run_completes()
+
+
+def test_a_slot_that_no_run_holds_is_freed_by_up(services):
+    services.up()
+    services.kill("worker")
+    limit = f"{services.api}/v2/concurrency_limits/deployment:{services.deployment['id']}"
+    _ask(limit, {"active_slots": 1}, method="PATCH")
+    services.up()
+    assert services.slots == 0
+
+
+def test_a_flow_started_by_hand_is_not_ended_by_up(services):
+    services.up()
+    env = {**services.env, "PREFECT_API_URL": services.api, "PREFECT_HOME": str(services.folder / "home")}
+    (services.folder / "slow").write_text("600")
+    (services.folder / "in.txt").write_text(str(time.time()))
+    with subprocess.Popen([sys.executable, "-m", "flows.reproduce"], cwd=services.folder, env=env) as flow:
+        note = services.folder / "begun"
+        assert within(90, lambda: note.exists() and note.read_text())
+        services.kill("worker")
+        services.up()
+        runs = _ask(f"{services.api}/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}})
+        assert [run["deployment_id"] for run in runs] == [None]
+        assert flow.poll() is None
+        flow.send_signal(signal.SIGTERM)
+        assert flow.wait(timeout=60)
+        note.unlink()
+
+
+def test_a_schedule_is_as_it_was_set_after_down_and_up(services):
+    assert "schedule off (cron 0 2 * * *, UTC)" in services.up()
+    schedules = f"{services.api}/deployments/{services.deployment['id']}/schedules"
+    (schedule,) = services.deployment["schedules"]
+    _ask(f"{schedules}/{schedule['id']}", {"active": True}, method="PATCH")
+    services("down")
+    assert "schedule on (cron 0 2 * * *, UTC)" in services.up()
+    berlin = {"schedule": {"cron": "30 4 * * 1", "timezone": "Europe/Berlin"}, "active": True}
+    _ask(f"{schedules}/{schedule['id']}", berlin, method="PATCH")
+    services("down")
+    assert "schedule on (cron 30 4 * * 1, Europe/Berlin)" in services.up()
+    _ask(f"{schedules}/{schedule['id']}", {"active": False}, method="PATCH")
+    services("down")
+    assert "schedule off (cron 30 4 * * 1, Europe/Berlin)" in services.up()
+    assert "schedule off (cron 30 4 * * 1, Europe/Berlin)" in services("status").stdout
+
+
+def test_a_schedule_starts_a_run(services):
+    services.up()
+    (services.folder / "slow").write_text("0")
+    schedules = f"{services.api}/deployments/{services.deployment['id']}/schedules"
+    soon = {"interval": 20, "anchor_date": (datetime.now(UTC) + timedelta(seconds=10)).isoformat(), "timezone": "UTC"}
+    (added,) = _ask(schedules, [{"schedule": soon, "active": True}])
+    try:
+        body = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+
+        def auto_scheduled():
+            return [run for run in _ask(f"{services.api}/flow_runs/filter", body) if run["auto_scheduled"]]
+
+        assert within(150, auto_scheduled)[0]["deployment_id"] == services.deployment["id"]
+    finally:
+        _ask(f"{schedules}/{added['id']}", method="DELETE")
+
+
+def test_the_form_offers_the_stages_and_other_names_are_refused(services):
+    services.up()
+    schema = services.deployment["parameter_openapi_schema"]
+    assert schema["definitions"]["ReproduceParams"]["properties"]["targets"]["items"]["enum"] == ["deep"]
+    assert services.deployment["enforce_parameter_schema"]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        services.run(targets=["deeep"])
+    assert refused.value.code in (409, 422)
+
+
+def test_what_the_services_write_is_their_owners_alone(services):
+    services.up()
+    files = [path for path in (services.folder / ".services").rglob("*") if path.is_file()]
+    files += list(services.folder.glob("mlflow.db*"))
+    assert (services.folder / ".services/prefect/prefect.db") in files
+    assert [path for path in files if path.stat().st_mode & 0o077] == []
+    assert oct((services.folder / ".services").stat().st_mode)[-3:] == "700"
+    pids = [json.loads(p.read_text())["pid"] for p in (services.folder / ".services").glob("*.json")]
+    # Everyone on the machine may read these; a store's URL may carry a password.
+    assert not [p for p in pids if b"mlflow.db" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+@pytest.mark.parametrize("service", ["prefect", "mlflow"])
+def test_a_port_in_use_is_refused_with_the_process_that_holds_it(services, service):
+    services("down")
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        name = f"MODELSTOCK_{service.upper()}_PORT"
+        before, services.env[name] = services.env[name], str(port)
+        refused = services("up")
+        services.env[name] = before
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    holder = f"used by {psutil.Process().name()}, process {os.getpid()}"
+    cure = f"expected a free port for {service}; end that process, or set {name}"
+    assert refused.stderr == f"error: 127.0.0.1:{port}: got {holder}; {cure}\n"
+    assert services("status").stdout.count("not running") == 3
