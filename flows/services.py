@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +21,9 @@ import psutil
 import typer
 from ruamel.yaml import YAML
 
-from modelstock.errors import ModelstockError, redacted
+from modelstock.errors import ModelstockError, ParamsError, TrackingError, redacted
 from modelstock.files import write_json
+from modelstock.params import load_params
 from modelstock.tracking.mlflow import MlflowTracker, store_uri
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -316,7 +318,20 @@ def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None
     for line in _schedules(api):
         print(f"Prefect: http://{HOST}:{prefect_port}   {line}")
     print(f"MLflow:  {redacted(env['MLFLOW_TRACKING_URI']) if remote else f'http://{HOST}:{mlflow_port}'}")
+    for line in _comparison_links(env):
+        print(line)
     print("`make down` stops them.")
+
+
+def _comparison_links(env: Mapping[str, str]) -> list[str]:
+    """Where MLflow shows the latest comparison; nothing where there is none, or the settings name no experiment."""
+    try:
+        tracking = load_params().tracking
+        if tracking.tracker == "mlflow":
+            return MlflowTracker(Path.cwd(), tracking.experiment).links(env["MODELSTOCK_MLFLOW_URL"])
+    except (ParamsError, TrackingError) as error:
+        return [f"warning: {error}"]
+    return []
 
 
 def _stop(name: str) -> bool:

@@ -81,14 +81,14 @@ class MlflowTracker(Connection):
             self._end(parent)
         return self.links()
 
-    def links(self) -> list[str]:
+    def links(self, local: str | None = None) -> list[str]:
         """Lines that say where the latest comparison is seen; none where there is no comparison yet.
 
-        The server is that which runs are sent to, or the one that `make up` starts.
+        The server is that which runs are sent to; for a local store `local`, else the one that `make up` starts.
         """
         if views.tag(views.MERGES) not in self.client.get_experiment(self.experiment).tags:
             return []
-        local = os.environ.get("MODELSTOCK_MLFLOW_URL", views.NEW_SERVER)
+        local = local or os.environ.get("MODELSTOCK_MLFLOW_URL", views.NEW_SERVER)
         server = redacted(self.uri) if self.uri.startswith("http") else local
         return views.links(server, self.experiment, TITLES)
 
