@@ -87,12 +87,12 @@ def devices(slots: int) -> list[dict[str, str]]:
 class Children:
     """The processes of the stages, each with a guard in a session of its own: none outlives this process."""
 
-    running: set["subprocess.Popen[str]"] = field(default_factory=set)
+    running: set["subprocess.Popen[bytes]"] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
     closed: bool = False
 
     @contextmanager
-    def start(self, command: list[str], *, cwd: Path, env: Mapping[str, str]) -> Iterator["subprocess.Popen[str]"]:
+    def start(self, command: list[str], *, cwd: Path, env: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
         """Start a command, its output in one pipe; refused once `end` has been called."""
         with self.lock:  # the same lock as in `end`: nothing starts after the last one was ended
             if self.closed:
@@ -104,8 +104,6 @@ class Children:
                 stdin=subprocess.PIPE,  # the guard reads its end, which comes when this process is gone
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
                 start_new_session=True,
             )
             self.running.add(process)
@@ -166,7 +164,7 @@ def _run(
             assert process.stdout is not None
             for line in process.stdout:
                 # Progress bars rewrite their line; the last state of it is kept.
-                text = redacted(line.rstrip("\n").rsplit("\r", 1)[-1].rstrip())
+                text = redacted(line.rstrip().rsplit(b"\r", 1)[-1].decode(errors="replace"))
                 skipped |= SKIPS.fullmatch(text) is not None
                 if text:
                     last.append(text)
@@ -210,7 +208,7 @@ def _ended(children: Children, futures: Futures) -> Iterator[None]:
 
 def up_to_date(planned: Plan) -> str:
     """What a run that has nothing to do says."""
-    return f"{len(planned.needs)} stages, all up to date"
+    return f"stages up to date: {len(planned.needs)} of {len(planned.needs)}, nothing to run"
 
 
 @flow(name="reproduce", persist_result=False)
@@ -222,12 +220,12 @@ def reproduce(params: ReproduceParams = ReproduceParams()) -> State[None]:  # no
         if not planned.dirty:
             log.info(up_to_date(planned))
             return Completed(message=up_to_date(planned))
-        log.info("%d stages, %d to run", len(planned.needs), len(planned.dirty))
+        log.info("stages to run: %d of %d", len(planned.dirty), len(planned.needs))
         before = _moment(root / REPORT)
         _run_all(planned, root=root, slots=params.slots)
         if _moment(root / REPORT) not in (None, before):
             show(root / REPORT)
-        return Completed(message=f"{len(planned.needs)} stages, {len(planned.dirty)} of them run")
+        return Completed(message=f"stages run: {len(planned.dirty)} of {len(planned.needs)}")
 
 
 def _moment(file: Path) -> tuple[int, int] | None:
