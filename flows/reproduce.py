@@ -7,7 +7,6 @@ what it needs is done and a device is free for it, and shows what happens in Pre
 import os
 import queue
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -39,7 +38,7 @@ from flows.graph import FlowError, Plan, choices, plan
 from flows.progress import SKIPS, Progress
 from flows.services import HOST, answers
 from flows.show import show
-from flows.workspace import ready
+from flows.workspace import ready, scratch
 from modelstock.errors import ModelstockError, few, redacted
 
 GUARD = [sys.executable, str(Path(__file__).with_name("guard.py"))]
@@ -151,16 +150,15 @@ def _run(
     """
     log = get_run_logger()
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-    env = _environment(slot)
-    if force:  # from nothing, whatever a kill has left
-        anew = root / "scratch" / "forced" / name
-        shutil.rmtree(anew, ignore_errors=True)
-        command, env = [*command, "--force"], {**env, "MODELSTOCK_SCRATCH": str(anew)}
+    command += ["--force"] * force
     last: deque[str] = deque(maxlen=8)
     skipped = False
     log.info(progress.started(name))
     try:
-        with children.start(command, cwd=root, env=env) as process:
+        with (
+            scratch(name, forced=force) as own,
+            children.start(command, cwd=root, env=_environment({**slot, **own})) as process,
+        ):
             assert process.stdout is not None
             for line in process.stdout:
                 # Progress bars rewrite their line; the last state of it is kept.
@@ -172,9 +170,6 @@ def _run(
             code = process.wait()
     except Ended:
         code = -signal.SIGTERM
-    finally:
-        if force:
-            shutil.rmtree(anew, ignore_errors=True)
     progress.ended(name, whole=code == 0 and not skipped)
     if code and children.closed:
         raise Ended

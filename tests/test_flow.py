@@ -268,6 +268,8 @@ def test_a_forced_stage_goes_on_from_no_resume_point(project, server):
     assert (project / "scratch/finetune/key/step").read_text() == "9"
     for _ in range(2):
         assert "from step 0 of 9" in flow(project, server, "--force").stderr
+        by_dvc = [sys.executable, "-m", "flows.dvc_repro", "--force"]
+        assert "from step 0 of 9" in subprocess.run(by_dvc, env=server, capture_output=True, text=True).stdout
     assert not list((project / "scratch/forced").iterdir())
     (project / "dvc.yaml").write_text("stages: {a: {cmd: python steps.py , outs: [a.txt], desc: b, deps: [in.txt]}}")
     assert "from step 9 of 9" in flow(project, server).stderr
