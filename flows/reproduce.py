@@ -44,7 +44,7 @@ from modelstock.errors import ModelstockError, few, redacted
 GUARD = [sys.executable, str(Path(__file__).with_name("guard.py"))]
 
 
-REPORT_S = 5
+TELL_S = 5  # for what Prefect has not been told when a flow ends
 REPORT = Path("reports/comparison.json")
 
 
@@ -298,11 +298,11 @@ def _reach(url: str) -> None:
         )
 
 
-def _report() -> None:
+def _tell_prefect() -> None:
     """Send Prefect what it has not been told yet: at the end of the process its server may be gone, and each would be
     tried for a minute."""
     for worker in (APILogWorker, EventsWorker):
-        worker.drain_all(timeout=REPORT_S)
+        worker.drain_all(timeout=TELL_S)
 
 
 @contextmanager
@@ -333,7 +333,7 @@ def _server() -> Iterator[None]:
             with temporary_settings({PREFECT_API_URL: url}):
                 yield
         finally:
-            _report()
+            _tell_prefect()
             server.terminate()
 
 

@@ -280,6 +280,29 @@ def test_a_schedule_starts_a_run(services):
         _ask(f"{schedules}/{added['id']}", method="DELETE")
 
 
+def test_runs_that_were_missed_while_no_worker_ran_are_not_caught_up(services):
+    services.up()
+    services.kill("worker")
+    schedules = f"{services.api}/deployments/{services.deployment['id']}/schedules"
+    often = {"interval": 5, "anchor_date": datetime.now(UTC).isoformat(), "timezone": "UTC"}
+    (added,) = _ask(schedules, [{"schedule": often, "active": True}])
+    try:
+
+        def late():
+            due = {"next_scheduled_start_time": {"before_": datetime.now(UTC).isoformat()}}
+            runs = _ask(
+                f"{services.api}/flow_runs/filter", {"flow_runs": {**due, "state": {"type": {"any_": ["SCHEDULED"]}}}}
+            )
+            return {run["id"] for run in runs}
+
+        missed = within(120, lambda: runs if len(runs := late()) > 1 else None)
+        services.up()
+        of_them = {"flow_runs": {"id": {"any_": list(missed)}}}
+        assert _ask(f"{services.api}/flow_runs/filter", of_them) == []
+    finally:
+        _ask(f"{schedules}/{added['id']}", method="DELETE")
+
+
 def test_the_form_offers_the_stages_and_other_names_are_refused(services):
     services.up()
     schema = services.deployment["parameter_openapi_schema"]
