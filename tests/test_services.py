@@ -130,6 +130,7 @@ def services(tmp_path_factory):
     (folder / ".dvc/config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
     (folder / "dvc.yaml").write_text(PIPELINE)
     (folder / "deep.py").write_text(DEEP)
+    (folder / "in.txt").write_text("1")
     (folder / "prefect.yaml").write_text((ROOT / "prefect.yaml").read_text())
     services = Services(folder)
     try:
