@@ -5,6 +5,7 @@ made from the messages that DVC logs as it comes to each stage.
 """
 
 import logging
+import os
 import re
 import shlex
 import sys
@@ -12,7 +13,7 @@ from contextlib import suppress
 
 from flows.graph import FlowError, plan_of_repro
 from flows.progress import SKIPS, Progress
-from flows.workspace import ready
+from flows.workspace import ready, scratch
 from modelstock.errors import ModelstockError
 
 RUNS = re.compile(r"Running stage '(.+)':")
@@ -65,7 +66,9 @@ def main(arguments: list[str]) -> int:
             with suppress(FlowError):  # DVC refuses it in its own words
                 watch = Watch(Progress(plan_of_repro(options)))
                 logging.getLogger("dvc").handlers.insert(0, watch)  # before the handlers that print
-        code: int = dvc(command)
+        with scratch("repro", forced=options.force and not options.dry) as own:
+            os.environ.update(own)
+            code: int = dvc(command)
         if watch is not None:
             watch.end(whole=code == 0)
         return code

@@ -7,7 +7,6 @@ what it needs is done and a device is free for it, and shows what happens in Pre
 import os
 import queue
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -39,13 +38,13 @@ from flows.graph import FlowError, Plan, choices, plan
 from flows.progress import SKIPS, Progress
 from flows.services import HOST, answers
 from flows.show import show
-from flows.workspace import ready
+from flows.workspace import ready, scratch
 from modelstock.errors import ModelstockError, few, redacted
 
 GUARD = [sys.executable, str(Path(__file__).with_name("guard.py"))]
 
 
-REPORT_S = 5
+TELL_S = 5  # for what Prefect has not been told when a flow ends
 REPORT = Path("reports/comparison.json")
 
 
@@ -87,12 +86,12 @@ def devices(slots: int) -> list[dict[str, str]]:
 class Children:
     """The processes of the stages, each with a guard in a session of its own: none outlives this process."""
 
-    running: set["subprocess.Popen[str]"] = field(default_factory=set)
+    running: set["subprocess.Popen[bytes]"] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
     closed: bool = False
 
     @contextmanager
-    def start(self, command: list[str], *, cwd: Path, env: Mapping[str, str]) -> Iterator["subprocess.Popen[str]"]:
+    def start(self, command: list[str], *, cwd: Path, env: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
         """Start a command, its output in one pipe; refused once `end` has been called."""
         with self.lock:  # the same lock as in `end`: nothing starts after the last one was ended
             if self.closed:
@@ -104,8 +103,6 @@ class Children:
                 stdin=subprocess.PIPE,  # the guard reads its end, which comes when this process is gone
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
                 start_new_session=True,
             )
             self.running.add(process)
@@ -153,20 +150,19 @@ def _run(
     """
     log = get_run_logger()
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-    env = _environment(slot)
-    if force:  # from nothing, whatever a kill has left
-        anew = root / "scratch" / "forced" / name
-        shutil.rmtree(anew, ignore_errors=True)
-        command, env = [*command, "--force"], {**env, "MODELSTOCK_SCRATCH": str(anew)}
+    command += ["--force"] * force
     last: deque[str] = deque(maxlen=8)
     skipped = False
     log.info(progress.started(name))
     try:
-        with children.start(command, cwd=root, env=env) as process:
+        with (
+            scratch(name, forced=force) as own,
+            children.start(command, cwd=root, env=_environment({**slot, **own})) as process,
+        ):
             assert process.stdout is not None
             for line in process.stdout:
                 # Progress bars rewrite their line; the last state of it is kept.
-                text = redacted(line.rstrip("\n").rsplit("\r", 1)[-1].rstrip())
+                text = redacted(line.rstrip().rsplit(b"\r", 1)[-1].decode(errors="replace"))
                 skipped |= SKIPS.fullmatch(text) is not None
                 if text:
                     last.append(text)
@@ -174,9 +170,6 @@ def _run(
             code = process.wait()
     except Ended:
         code = -signal.SIGTERM
-    finally:
-        if force:
-            shutil.rmtree(anew, ignore_errors=True)
     progress.ended(name, whole=code == 0 and not skipped)
     if code and children.closed:
         raise Ended
@@ -210,7 +203,7 @@ def _ended(children: Children, futures: Futures) -> Iterator[None]:
 
 def up_to_date(planned: Plan) -> str:
     """What a run that has nothing to do says."""
-    return f"{len(planned.needs)} stages, all up to date"
+    return f"stages up to date: {len(planned.needs)} of {len(planned.needs)}, nothing to run"
 
 
 @flow(name="reproduce", persist_result=False)
@@ -222,12 +215,12 @@ def reproduce(params: ReproduceParams = ReproduceParams()) -> State[None]:  # no
         if not planned.dirty:
             log.info(up_to_date(planned))
             return Completed(message=up_to_date(planned))
-        log.info("%d stages, %d to run", len(planned.needs), len(planned.dirty))
+        log.info("stages to run: %d of %d", len(planned.dirty), len(planned.needs))
         before = _moment(root / REPORT)
         _run_all(planned, root=root, slots=params.slots)
         if _moment(root / REPORT) not in (None, before):
             show(root / REPORT)
-        return Completed(message=f"{len(planned.needs)} stages, {len(planned.dirty)} of them run")
+        return Completed(message=f"stages run: {len(planned.dirty)} of {len(planned.needs)}")
 
 
 def _moment(file: Path) -> tuple[int, int] | None:
@@ -305,11 +298,11 @@ def _reach(url: str) -> None:
         )
 
 
-def _report() -> None:
+def _tell_prefect() -> None:
     """Send Prefect what it has not been told yet: at the end of the process its server may be gone, and each would be
     tried for a minute."""
     for worker in (APILogWorker, EventsWorker):
-        worker.drain_all(timeout=REPORT_S)
+        worker.drain_all(timeout=TELL_S)
 
 
 @contextmanager
@@ -340,7 +333,7 @@ def _server() -> Iterator[None]:
             with temporary_settings({PREFECT_API_URL: url}):
                 yield
         finally:
-            _report()
+            _tell_prefect()
             server.terminate()
 
 

@@ -254,6 +254,7 @@ def _holder(port: int) -> str:
 def environment(prefect: int, mlflow: int) -> dict[str, str]:
     """What the servers, the worker and the flows it runs share."""
     root = Path.cwd()
+    store = store_uri(root)
     return {
         "PREFECT_HOME": str(root / FOLDER / "prefect"),
         "PREFECT_API_URL": api_of(prefect),
@@ -264,9 +265,9 @@ def environment(prefect: int, mlflow: int) -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         # The stages write to the store itself: it is local, and a hard link then stands for a copy.
-        "MLFLOW_TRACKING_URI": store_uri(root),
-        "MLFLOW_BACKEND_STORE_URI": store_uri(root),
-        "MODELSTOCK_MLFLOW_URL": f"http://{HOST}:{mlflow}",  # where people look
+        "MLFLOW_TRACKING_URI": store,
+        "MLFLOW_BACKEND_STORE_URI": store,
+        "MODELSTOCK_MLFLOW_URL": store if store.startswith("http") else f"http://{HOST}:{mlflow}",  # where people look
     }
 
 

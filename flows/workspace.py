@@ -4,6 +4,7 @@ Stages find this Python by the name `python`.
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from modelstock.files import held
 from modelstock.params import load_params
 
+FORCED = Path("scratch/forced")
 LOCK = Path(".dvc/tmp/modelstock.lock")
 SITE = Path(".dvc/tmp/site")
 
@@ -28,6 +30,21 @@ def _find_our_python() -> None:
     folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
     if path.split(os.pathsep)[0] != folder:
         os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
+
+
+@contextmanager
+def scratch(name: str, *, forced: bool) -> Iterator[dict[str, str]]:
+    """What stages find in their environment in the block: nothing, or, where they are forced to run, an empty scratch
+    folder, so that they run all their steps, also where a kill has left a resume point."""
+    if not forced:
+        yield {}
+        return
+    folder = FORCED.absolute() / name
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield {"MODELSTOCK_SCRATCH": str(folder)}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

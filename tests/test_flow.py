@@ -204,7 +204,7 @@ def test_the_flow_keeps_order_and_slots_and_a_second_run_runs_nothing(project, s
     assert task_runs(server, done) == dict.fromkeys("abcde", "COMPLETED")
     (project / "log").unlink()
     again = flow(project, server)
-    assert (again.returncode, again.stdout, again.stderr) == (0, "5 stages, all up to date\n", "")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "stages up to date: 5 of 5, nothing to run\n", "")
     assert not (project / "log").exists()
 
 
@@ -268,6 +268,8 @@ def test_a_forced_stage_goes_on_from_no_resume_point(project, server):
     assert (project / "scratch/finetune/key/step").read_text() == "9"
     for _ in range(2):
         assert "from step 0 of 9" in flow(project, server, "--force").stderr
+        by_dvc = [sys.executable, "-m", "flows.dvc_repro", "--force"]
+        assert "from step 0 of 9" in subprocess.run(by_dvc, env=server, capture_output=True, text=True).stdout
     assert not list((project / "scratch/forced").iterdir())
     (project / "dvc.yaml").write_text("stages: {a: {cmd: python steps.py , outs: [a.txt], desc: b, deps: [in.txt]}}")
     assert "from step 9 of 9" in flow(project, server).stderr
@@ -336,6 +338,38 @@ def test_the_flow_logs_how_far_it_is_and_how_long_it_will_take(project, server):
     assert "'c' is cached" in third.stderr
     assert re.search(r"stage \d of 5: c, ", third.stderr)
     assert read_times(project / TIMES)["c"] == times["c"]
+
+
+def test_a_bar_that_rewrites_its_line_is_one_line_in_the_log(project, server):
+    (project / "bar.py").write_text("print(*(f'\\rbar: {done} of 50' for done in range(51)), sep='', flush=True)")
+    (project / "dvc.yaml").write_text("stages: {a: {cmd: python bar.py, deps: [in.txt]}}")
+    done = flow(project, server)
+    assert done.returncode == 0
+    assert re.findall(r"bar: \d+ of 50", done.stderr) == ["bar: 50 of 50"]
+
+
+def test_an_interrupt_is_one_line_and_the_run_and_its_task_say_how_they_ended(project, server):
+    (project / "dvc.yaml").write_text("stages: {a: {cmd: sleep 300, deps: [in.txt], outs: [never]}}")
+    with subprocess.Popen(
+        [sys.executable, "-m", "flows.reproduce"],
+        cwd=project,
+        env=server,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        written = ""
+        while "> sleep 300" not in written:
+            written += process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        ended = process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in ended
+    assert ended.splitlines()[-1] == "interrupted: no stage runs any more, and what is done is not run again"
+    run = re.search(r"/flow-run/([0-9a-f-]{36})", written)[1]
+    assert _ask(f"{server['PREFECT_API_URL']}/flow_runs/{run}")["state_type"] == "CRASHED"
+    of_run = {"flow_runs": {"id": {"any_": [run]}}}
+    assert within(10, lambda: [t["state_type"] for t in ask(server, "task_runs", of_run)] == ["CANCELLED"])
 
 
 def test_a_failed_stage_stops_what_needs_it_and_nothing_else(project, server):
