@@ -17,7 +17,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 AUDITOR := $(BIN)/uv tool run pip-audit
 
-.PHONY: setup repro test kills gpu-check check audit up status down clean clean-scratch
+.PHONY: setup repro test kills browser gpu-check check audit up status down clean clean-scratch
 setup: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
@@ -55,7 +55,11 @@ test: setup
 
 # The whole job killed in each of its stages, for some minutes.
 kills: setup
-	$(BIN)/python -m pytest -n 0 -m kill tests/test_kills.py
+	$(BIN)/python -m pytest -n 0 -m kill tests/test_kills.py tests/test_services.py
+
+# The pages of MLflow and Prefect in Chromium, driven as a person does: Debian's packages chromium and chromium-driver.
+browser: setup
+	$(BIN)/python -m pytest -n 0 -m browser tests/test_browser.py
 
 # The tests marked gpu, and images per second, on a machine with a GPU; without one it says so and fails.
 gpu-check: setup
