@@ -281,7 +281,7 @@ def test_a_schedule_starts_a_run(services):
         _ask(f"{schedules}/{added['id']}", method="DELETE")
 
 
-def test_runs_that_were_missed_while_no_worker_ran_are_not_caught_up(services):
+def test_of_the_runs_that_were_missed_while_no_worker_ran_only_the_last_is_caught_up(services):
     services.up()
     services.kill("worker")
     schedules = f"{services.api}/deployments/{services.deployment['id']}/schedules"
@@ -296,10 +296,11 @@ def test_runs_that_were_missed_while_no_worker_ran_are_not_caught_up(services):
             )
             return {run["id"] for run in runs}
 
-        missed = within(120, lambda: runs if len(runs := late()) > 1 else None)
+        missed = within(120, lambda: runs if len(runs := late()) > 2 else None)
         services.up()
+        # More may have become due since: the last that is kept need not be of these.
         of_them = {"flow_runs": {"id": {"any_": list(missed)}}}
-        assert _ask(f"{services.api}/flow_runs/filter", of_them) == []
+        assert len(_ask(f"{services.api}/flow_runs/filter", of_them)) <= 1
     finally:
         _ask(f"{schedules}/{added['id']}", method="DELETE")
 
