@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -190,6 +191,16 @@ def _end(run: str, reason: str, *, cancelled: bool = False) -> None:
     _ask(f"{run}/set_state", {"state": state, "force": True})
 
 
+def _skip_missed_runs(api: str) -> None:
+    """Of the runs that schedules had while no worker ran, keep the last: it does the work of all."""
+    for deployment in _deployments(api):
+        due = {"next_scheduled_start_time": {"before_": datetime.now(UTC).isoformat()}, **_in(["SCHEDULED"])}
+        body = {"deployments": {"id": {"any_": [deployment["id"]]}}, "flow_runs": due}
+        runs = _ask(f"{api}/flow_runs/filter", {**body, "sort": "EXPECTED_START_TIME_DESC"})
+        for run in [run for run in runs if run["auto_scheduled"]][1:]:
+            _ask(f"{api}/flow_runs/{run['id']}", method="DELETE")
+
+
 def _schedule_text(schedule: dict[str, Any]) -> str:
     """A schedule as a person reads it, with its state."""
     when = schedule["schedule"]
@@ -312,6 +323,7 @@ def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None
     _deploy(env)
     _end_lost_runs(api, "its process is gone")
     if alive("worker") is None:
+        _skip_missed_runs(api)
         command = ["prefect", "worker", "start", "--pool", "modelstock", "--limit", "1"]
         start("worker", command, env, umask=umask)  # what its flows write is as the user has it
     if not remote:

@@ -8,7 +8,7 @@ import pytest
 from flows.services import _ask
 from modelstock.tracking.mlflow import MlflowTracker
 from tests.support.browser import MISSING, browser
-from tests.test_services import ended, long_run, services, within  # noqa: F401
+from tests.support.services import ended, running, within
 from tests.test_tracking import comparison, row, server
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} on the PATH")]
@@ -57,6 +57,17 @@ def test_the_printed_link_opens_on_methods_sorted_by_their_accuracy_on_the_shift
 
 
 # ---------------------------------------------------------------- Prefect
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("project")) as services:
+        yield services
+
+
+@pytest.fixture
+def long_run(services):
+    return services.long_run()
 
 
 def deployment(services):
