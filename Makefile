@@ -53,9 +53,9 @@ down: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# The whole job killed in each of its stages, for some minutes.
+# The whole job killed in each of its stages, and services killed one by one, for some minutes.
 kills: setup
-	$(BIN)/python -m pytest -n 0 -m kill tests/test_kills.py tests/test_services.py
+	$(BIN)/python -m pytest -m kill tests/test_kills.py tests/test_services.py
 
 # The pages of MLflow and Prefect in Chromium, driven as a person does: Debian's packages chromium and chromium-driver.
 browser: setup

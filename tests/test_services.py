@@ -44,6 +44,7 @@ def test_down_in_a_run_ends_it_and_its_stage_and_says_so_and_the_next_run_runs(s
     services.a_run_completes()
 
 
+@pytest.mark.kill
 def test_a_run_whose_worker_was_killed_still_runs_and_up_leaves_it_alone(services, long_run):
     run, flow, stage = long_run
     services.kill("worker")
@@ -57,6 +58,7 @@ def test_a_run_whose_worker_was_killed_still_runs_and_up_leaves_it_alone(service
     services.a_run_completes()
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("lost", [(), ("worker",), ("prefect",), ("worker", "prefect", "mlflow")], ids="-".join)
 def test_up_repairs_what_kills_left_whatever_still_lives(services, long_run, lost):
     run, flow, stage = long_run
@@ -71,6 +73,7 @@ def test_up_repairs_what_kills_left_whatever_still_lives(services, long_run, los
     services.a_run_completes()
 
 
+@pytest.mark.kill
 def test_a_run_outlives_its_server_and_blocks_nothing_afterwards(services, long_run):
     _, flow, stage = long_run
     services.kill("prefect")
@@ -91,6 +94,7 @@ def test_a_cancelled_run_is_cancelled_and_so_is_its_task(services, long_run):
     services.a_run_completes()
 
 
+@pytest.mark.kill
 def test_a_run_that_was_to_be_cancelled_when_all_was_killed_is_cancelled_by_up(services, long_run):
     run, flow, stage = long_run
     services.kill("worker")
@@ -163,6 +167,7 @@ def test_a_schedule_starts_a_run(services):
         _ask(f"{schedules}/{added['id']}", method="DELETE")
 
 
+@pytest.mark.kill
 def test_of_the_runs_that_were_missed_while_no_worker_ran_only_the_last_is_caught_up(services):
     services.up()
     services.kill("worker")
