@@ -21,7 +21,7 @@ LIBRARIES = {
         "torchvision",
         "webdataset",
     ),
-    "pipeline": ("dvc", "filelock", "mlflow", "networkx", "prefect", "sqlalchemy"),
+    "pipeline": ("dvc", "filelock", "mlflow", "networkx", "pandas", "prefect"),
     "datasets": ("datasets",),
 }
 

@@ -2,9 +2,9 @@
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from modelstock.files import write_json
 from modelstock.tracking.tracker import Times
 
 FOLDER = Path("scratch/times")  # also of a stage whose resume points are kept elsewhere
@@ -32,7 +32,10 @@ def note_ended(key: str) -> Times:
 
 
 def _keep(key: str, times: Times) -> Times:
-    write_json(_file(key), {"began": times.began, "ended": times.ended})
+    # Of no use to the training: half a file counts as none, and a disk that is full stops it elsewhere.
+    with suppress(OSError):
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        _file(key).write_text(json.dumps({"began": times.began, "ended": times.ended}))
     return times
 
 

@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlparse
+from urllib.parse import quote, unquote, urlparse
 
 from filelock import FileLock
 
@@ -36,9 +36,14 @@ def quiet_and_quick() -> None:
 
 
 def store_in(root: Path) -> str:
-    """The URI of a project's own store, `<root>/mlflow.db`; to SQLAlchemy, `?` and `%` in a path mean something."""
-    file = str(Path(root).absolute() / "mlflow.db")
-    return "sqlite:///" + file.replace("%", "%25").replace("?", "%3F")
+    """The URI of a project's own store, `<root>/mlflow.db`."""
+    return _uri_of(Path(root).absolute() / "mlflow.db")
+
+
+def _uri_of(file: Path) -> str:
+    """The URI of a SQLite file. What SQLAlchemy would take apart, or leave as it is, SQLite's own URIs can say."""
+    path = str(file)
+    return f"sqlite:///file:{quote(path)}?uri=true" if "?" in path or "%" in path else f"sqlite:///{path}"
 
 
 def store_uri(root: Path) -> str:
@@ -49,7 +54,9 @@ def store_uri(root: Path) -> str:
 def _sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite store; None for any other store, and for one with options."""
     name = uri.removeprefix("sqlite:///")
-    return None if name in ("", uri) or "?" in name else Path(unquote(name)).absolute()
+    if name.startswith("file:") and name.endswith("?uri=true"):
+        return Path(unquote(name.removeprefix("file:").removesuffix("?uri=true"))).absolute()
+    return None if name in ("", uri) or "?" in name else Path(name).absolute()
 
 
 def local_path(location: str) -> Path | None:
@@ -66,15 +73,13 @@ def _make_store(file: Path) -> None:
     It is readable by its owner alone.
     """
     from mlflow.tracking import MlflowClient
-    from sqlalchemy.engine import make_url
 
     for left in file.parent.glob(f".{file.name}.*.tmp*"):
         left.unlink()
     with atomic_path(file) as temporary:
         os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
-        uri = store_in(temporary.parent).removesuffix("mlflow.db") + temporary.name
-        assert make_url(uri).database == str(temporary)
-        MlflowClient(uri).search_experiments(max_results=1)
+        MlflowClient(_uri_of(temporary)).search_experiments(max_results=1)
+        assert temporary.stat().st_size, "MLflow has made its store elsewhere"
 
 
 # What a SQLite store says about where artifacts are: table -> columns.
