@@ -18,7 +18,18 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("modelstock", "stages")
 # Modules and packages of modelstock that report, keep or show what others compute.
-NOT_COMPUTING = ("cli", "damage", "errors", "files", "notices", "params", "progress", "provenance", "tracking")
+NOT_COMPUTING = (
+    "cli",
+    "damage",
+    "errors",
+    "files",
+    "notices",
+    "params",
+    "progress",
+    "provenance",
+    "tracking",
+    "workers",
+)
 # Libraries whose next version may compute, decode or build something else.
 LIBRARIES = ("numpy", "open_clip_torch", "pillow", "scipy", "timm", "torch", "torchvision", "transformers")
 

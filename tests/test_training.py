@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -269,6 +270,37 @@ def test_kill_9_at_random_moments_also_during_a_save_changes_no_byte(tmp_path, a
 
 
 # ---------------------------------------------------------------- the recipe
+
+
+def test_a_worker_whose_trainer_was_killed_as_it_began_does_not_wait_for_ever(tmp_path):
+    script = """
+import os, signal, sys
+from torch.utils.data import DataLoader
+from modelstock.workers import follow_parent
+
+def killed_just_before(number):  # when torch's own watchdog has not looked yet
+    os.kill(os.getppid(), signal.SIGKILL)
+    while os.getppid() == trainer:
+        pass
+    print(os.getpid(), flush=True)
+    follow_parent(number)
+
+trainer = os.getpid()
+next(iter(DataLoader(range(4), num_workers=1, worker_init_fn=killed_just_before)))
+"""
+    (tmp_path / "script.py").write_text(script)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        said, _ = process.communicate(timeout=60)  # the worker holds the other end of the pipe while it lives
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert int(said) > 0
 
 
 def test_a_batch_in_micro_batches_has_the_gradients_of_the_whole(anchor):

@@ -11,8 +11,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -20,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +47,7 @@ from modelstock.notices import collected, notice
 from modelstock.params import ClassesParams, DrawnSplit, FilesSplit, PrepareParams
 from modelstock.progress import progress_bar
 from modelstock.provenance import key_of
+from modelstock.workers import follow_parent
 
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _SHOWN = 72  # images of a contact sheet
@@ -205,23 +204,10 @@ class _Here(Executor):
         return future
 
 
-def _follow_parent() -> None:
-    """In a worker: end when the process that started it is killed, and leave Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _results(jobs: Iterable[Job], workers: int) -> Generator[Facts, None, None]:
     """Call (function, arguments...) in `workers` processes; jobs are asked for only a few ahead."""
     executor: Executor = (
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=follow_parent)
         if workers > 1
         else _Here()
     )

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 from modelstock.data.dataset import Dataset
 from modelstock.data.images import Framing, normalise
 from modelstock.errors import DataError
+from modelstock.workers import follow_parent
 
 Decoded = tuple[list[Tensor], Tensor]  # (B, S, S, 3) uint8 per framing, and labels (B,)
 
@@ -45,7 +46,7 @@ class DecodedBatches(TorchDataset[Decoded | DataError]):
         """
         numbers = range(start, -(-len(self._dataset.labels) // self._batch_size))
         loader: DataLoader[Decoded | DataError] = DataLoader(
-            self, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pin
+            self, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pin, worker_init_fn=follow_parent
         )
         for batch in loader:
             if isinstance(batch, DataError):

@@ -27,6 +27,7 @@ from modelstock.errors import DataError
 from modelstock.training.ahead import made_ahead
 from modelstock.training.distributed import ALONE, World
 from modelstock.training.loop import Batch, seed_torch, step_seed
+from modelstock.workers import follow_parent
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 _RATIO = (3 / 4, 4 / 3)  # least and greatest aspect ratio of a crop
@@ -213,7 +214,12 @@ class TrainingBatches(Dataset[Batch | DataError]):
             DataError: an image that does not decode.
         """
         loader: DataLoader[Batch | DataError] = DataLoader(
-            self, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin
+            self,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=workers,
+            pin_memory=pin,
+            worker_init_fn=follow_parent,
         )
         if pin and not workers and not self._augmentation.by_global_generator:
             with contextlib.closing(made_ahead(iter(loader))) as batches:
