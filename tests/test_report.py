@@ -25,6 +25,7 @@ from modelstock.comparison.report import (
     write_report,
 )
 from modelstock.errors import WeightsError
+from modelstock.experiment.tracked import flat
 from modelstock.scoring.results import Row, save_scores
 from modelstock.tracking.mlflow import IDENTITY, MlflowTracker
 from modelstock.tracking.tracker import TRACKERS
@@ -429,6 +430,16 @@ def test_a_tracker_of_ones_own_gets_every_row_with_its_metrics_and_the_champion(
     )
     assert "shown nowhere" in capsys.readouterr().out
     assert not (own / "mlflow.db").exists()
+
+
+def test_a_tracker_is_sent_settings_without_passwords():
+    split = {"path": "x.zip", "password": "sesame", "images": 3}
+    settings = {"prepare": {"splits": {"x": split, "y": {**split, "password": None}}, "url": "http://me:sesame@host/a"}}
+    sent = flat(settings)
+    assert sent["prepare.splits.x.images"] == "3"
+    assert sent["prepare.splits.x.password"] == "***"
+    assert sent["prepare.splits.y.password"] == "None"
+    assert "sesame" not in str(sent)
 
 
 def test_scored_weights_without_a_file_are_refused_before_anything_is_written(own):

@@ -6,6 +6,7 @@ from typing import Any
 
 from modelstock.comparison.compare import Comparison
 from modelstock.comparison.report import headline
+from modelstock.errors import redacted
 from modelstock.experiment.paths import history_file
 from modelstock.merging.methods.table import METHODS
 from modelstock.scoring.results import Row, Scores
@@ -74,13 +75,15 @@ def tracked(
 
 
 def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted names."""
+    """Nested settings with dotted names, without passwords: a tracker may be seen by more people than the settings."""
     result: dict[str, Any] = {}
     for name, value in section.items():
         if isinstance(value, Mapping) and value:
             result |= flat(value, f"{prefix}{name}.")
+        elif name == "password" and value is not None:
+            result[f"{prefix}{name}"] = "***"
         else:
-            result[f"{prefix}{name}"] = value
+            result[f"{prefix}{name}"] = redacted(value)
     return result
 
 
