@@ -59,7 +59,7 @@ kills: setup
 
 # The pages of MLflow and Prefect in Chromium, driven as a person does: Debian's packages chromium and chromium-driver.
 browser: setup
-	$(BIN)/python -m pytest -n 0 -m browser tests/test_browser.py
+	$(BIN)/python -m pytest -n 0 -rs -m browser tests/test_browser.py
 
 # The tests marked gpu, and images per second, on a machine with a GPU; without one it says so and fails.
 gpu-check: setup
