@@ -58,3 +58,18 @@ def variants(anchor):
         return WeightSet(tensors, {**anchor.meta, "parents": [anchor.identity], "made_by": made}, f"seed {seed}")
 
     return [near(seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory):
+    """A project of its own with running services."""
+    from tests.support.services import running
+
+    with running(tmp_path_factory.mktemp("project")) as services:
+        yield services
+
+
+@pytest.fixture
+def long_run(services):
+    """A run from the deployment whose stage lasts: its id, and the processes of the flow and of the stage."""
+    return services.long_run()

@@ -1,24 +1,17 @@
 """The pages as a person finds them, in a real browser: `make browser`. Needs Debian's chromium and chromium-driver."""
 
 import re
-import socket
 
 import pytest
 
 from flows.services import _ask
 from modelstock.tracking.mlflow import MlflowTracker
 from tests.support.browser import MISSING, browser
-from tests.support.services import ended, running, within
+from tests.support.ports import free_port
+from tests.support.services import ended, within
 from tests.test_tracking import comparison, row, server
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} on the PATH")]
-
-
-@pytest.fixture
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +27,10 @@ def accuracy(name, shifts, **params):
     )
 
 
-def test_the_printed_link_opens_on_methods_sorted_by_their_accuracy_on_the_shifts(page, tmp_path, free_port):
-    with server(tmp_path, free_port):
-        tracker = MlflowTracker(tmp_path, "e", f"http://127.0.0.1:{free_port}")
+def test_the_printed_link_opens_on_methods_sorted_by_their_accuracy_on_the_shifts(page, tmp_path):
+    port = free_port()
+    with server(tmp_path, port):
+        tracker = MlflowTracker(tmp_path, "e", f"http://127.0.0.1:{port}")
         rows = [
             accuracy("seed-0", 0.5125, method="seed"),
             accuracy("model_stock/0-1", 0.5875, method="model_stock"),
@@ -44,7 +38,7 @@ def test_the_printed_link_opens_on_methods_sorted_by_their_accuracy_on_the_shift
         ]
         lines = tracker.record(comparison(*rows))
         address = re.search(r"http://\S+merges", lines[0])[0]
-        assert f":{free_port}/" in address
+        assert f":{port}/" in address
         page.open(address)
         for text in ("0.5875", "0.5625", "0.5125", "uniform/0-1"):
             page.wait_for(text)
@@ -57,17 +51,6 @@ def test_the_printed_link_opens_on_methods_sorted_by_their_accuracy_on_the_shift
 
 
 # ---------------------------------------------------------------- Prefect
-
-
-@pytest.fixture(scope="module")
-def services(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("project")) as services:
-        yield services
-
-
-@pytest.fixture
-def long_run(services):
-    return services.long_run()
 
 
 def deployment(services):

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from flows.progress import TIMES, read_times
 from flows.reproduce import GUARD, devices
 from flows.services import _ask, alive
 from modelstock.files import write_json
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 PIPELINE = """
@@ -111,12 +111,6 @@ def server(tmp_path_factory):
     yield env
     os.killpg(process.pid, signal.SIGTERM)
     process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def flow(project, env, *arguments, **options):

@@ -16,19 +16,7 @@ import psutil
 import pytest
 
 from flows.services import _ask
-from tests.support.services import ended, running, within
-
-
-@pytest.fixture(scope="module")
-def services(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("project")) as services:
-        yield services
-
-
-@pytest.fixture
-def long_run(services):
-    """A run from the deployment whose stage lasts: its id, and the processes of the flow and of the stage."""
-    return services.long_run()
+from tests.support.services import ended, within
 
 
 def test_down_in_a_run_ends_it_and_its_stage_and_says_so_and_the_next_run_runs(services, long_run):

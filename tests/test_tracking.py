@@ -36,6 +36,7 @@ from modelstock.tracking.mlflow.models import Models
 from modelstock.tracking.mlflow.tracker import SHOWN_AT_MOST
 from modelstock.tracking.tracker import Times, TrackedComparison, TrackedRow, TrackedTraining, params_of
 from modelstock.weights.weight_set import WeightSet, load_weights
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 METRICS = {"held-out": {"top1": 0.5}, "shapes": {"top1": 0.25, "nll": 1.5}}
@@ -308,9 +309,7 @@ def server(folder, port):
 
 
 def test_a_real_server_that_is_killed_midway_is_sent_what_it_lacks_exactly_once(tmp_path, weights, monkeypatch):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     with server(tmp_path, port) as process:
         tracker = MlflowTracker(tmp_path, "e")
@@ -476,9 +475,7 @@ def test_mlflows_own_server_answers_with_what_scoring_predicts(tmp_path, anchor)
     content = io.BytesIO()
     Image.fromarray(picture).save(content, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = ["-m", "mlflow", "models", "serve", "--model-uri", "models:/small@champion", "--env-manager", "local"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     process = subprocess.Popen(

@@ -12,7 +12,7 @@ from modelstock.merging.methods.table import METHODS
 from modelstock.scoring.results import Row, Scores
 from modelstock.tracking.times import times_of
 from modelstock.tracking.tracker import TrackedComparison, TrackedRow, TrackedTraining, params_of
-from modelstock.weights.weight_set import load_weights
+from modelstock.weights.checkpoints import open_safetensors
 
 KINDS = {"seed": "fine-tuned seed", "anchor": "zero-shot anchor", "ensemble": "logit ensemble"}
 
@@ -39,7 +39,7 @@ def tracked(
         weights = None if row.kind == "ensemble" else files[row.identity]
         key = None
         if weights is not None:
-            made_by = load_weights(weights, lazy=True).meta.get("made_by", {})
+            made_by = open_safetensors(weights, keep_open=False).meta.get("made_by", {})
             key, history = made_by.get("key"), history_file(weights)
             # A merge may have a seed's tensors, as a greedy soup of one; the training is called by the seed's name.
             if key and history.exists() and (key not in trainings or row.kind not in METHODS):

@@ -22,13 +22,13 @@ def times_of(key: str) -> Times:
 def note_began(key: str) -> Times:
     """A training begins, or goes on after it was stopped."""
     known = times_of(key)
-    times = known if known.began and not known.ended else Times(began=_now())
+    times = known if known.began and not known.ended else Times(began=now_ms())
     return _keep(key, times)
 
 
 def note_ended(key: str) -> Times:
     """A training has ended."""
-    return _keep(key, Times(began=times_of(key).began or _now(), ended=_now()))
+    return _keep(key, Times(began=times_of(key).began or now_ms(), ended=now_ms()))
 
 
 def _keep(key: str, times: Times) -> Times:
@@ -43,5 +43,6 @@ def _file(key: str) -> Path:
     return FOLDER / f"{key}.json"
 
 
-def _now() -> int:
+def now_ms() -> int:
+    """Milliseconds since 1970."""
     return int(time.time() * 1000)

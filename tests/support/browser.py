@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -11,6 +10,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from tests.support.ports import free_port
 
 MISSING = [program for program in ("chromium", "chromedriver") if shutil.which(program) is None]
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's name of an element's id
@@ -73,18 +74,11 @@ class Browser:
 
         self.wait(clicked, seconds)
 
-    def type(self, xpath: str, keys: str) -> None:
-        """Type into the first element of an XPath."""
-        element = self._ask("element", {"using": "xpath", "value": xpath})[ELEMENT]
-        self._ask(f"element/{element}/value", {"text": keys})
-
 
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
     """A browser with a profile of its own, ended with the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     server = f"http://127.0.0.1:{port}"
     try:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from flows.services import FLOW_RUN, _ask, started_at
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 # One stage that lasts as long as the file `slow` says.
@@ -25,12 +25,6 @@ Path("begun").write_text(str(os.getpid()))
 time.sleep(float(Path("slow").read_text()))
 Path("out.txt").write_text("done")
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def within(seconds: float, check):

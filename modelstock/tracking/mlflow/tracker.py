@@ -10,7 +10,6 @@ import getpass
 import hashlib
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -24,6 +23,7 @@ from modelstock.tracking.lineage import git_commit
 from modelstock.tracking.mlflow import views
 from modelstock.tracking.mlflow.models import Models
 from modelstock.tracking.mlflow.store import IDENTITY, Connection
+from modelstock.tracking.times import now_ms
 from modelstock.tracking.tracker import UNKNOWN, Times, TrackedComparison, TrackedRow, TrackedTraining
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class MlflowTracker(Connection):
         return run
 
     def _finished_training(self, training: TrackedTraining, parent: "Run") -> "Run":
-        times, now = training.times, _now()
+        times, now = training.times, now_ms()
         if times.ended is None:  # its machine kept none: a run that ends as it begins says so
             times = Times(began=now, ended=now)
         return self._training(
@@ -174,7 +174,7 @@ class MlflowTracker(Connection):
     def _send_history(self, run: "Run", history: Path) -> None:
         from mlflow.entities import Metric
 
-        rows, now, run_id = read_history(history), _now(), run.info.run_id
+        rows, now, run_id = read_history(history), now_ms(), run.info.run_id
         missing: list[Metric] = []
         for key in sorted({key for row in rows for key in row} - {"step"}):
             sent = {m.step for m in self.client.get_metric_history(run_id, key)} if key in run.data.metrics else set()
@@ -211,7 +211,7 @@ class MlflowTracker(Connection):
         if row.weights is not None:
             model = models.of(row, row.weights, source_run=training or run.info.run_id)
         self._send_datasets(run, comparison, model)
-        now = _now()
+        now = now_ms()
         digests = {benchmark: comparison.datasets[benchmark][:36] for benchmark in row.metrics}
         metrics = [Metric(name, value, now, 0) for name, value in row.summary.items()]
         # MLflow takes a key once per batch and step, so the benchmark is part of the key.
@@ -279,7 +279,3 @@ def _shown(rows: Sequence[TrackedRow]) -> list[bool]:
     """Which rows the view of all methods has: those that are to be shown, and of too many the first."""
     wanted = [number for number, row in enumerate(rows) if row.shown][:SHOWN_AT_MOST]
     return [number in wanted for number in range(len(rows))]
-
-
-def _now() -> int:
-    return int(time.time() * 1000)
