@@ -82,6 +82,8 @@ def stages() -> str:
 
     def touch(one: str, other: str) -> bool:
         """Whether one path is the other, or a folder around it; `${...}` is any name."""
+        if other == "${item.anchor}":  # a variant starts from the seeds' anchor or from one of `anchors`
+            return one.startswith("models/anchor")
         pairs = zip(one.split("/"), other.split("/"), strict=False)
         return all(a == b or "$" in a or "$" in b for a, b in pairs)
 

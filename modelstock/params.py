@@ -33,6 +33,9 @@ from modelstock.tracking.tracker import TRACKERS
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
+# Kinds of rows in the comparison, which a pool's name may not be.
+RESERVED = ("anchor", "seed", "ensemble", "ema", "lawa", "snapshot", "longer", "periodic", *METHODS)
 
 
 def _each_once(values: list[Any]) -> list[Any]:
@@ -194,6 +197,19 @@ class FinetuneParams(Optimization):
         return scale
 
 
+class VariantParams(Section):
+    """One more run, by another recipe than the seeds': of a pool, whose weight sets are compared and merged together.
+
+    `anchor`: the file of the weights that it starts from: that of all seeds, or one of `anchors`. `recipe`: what is
+    other than in `finetune`.
+    """
+
+    pool: str = Field(pattern=f"^{NAME}$")
+    seed: Seed
+    anchor: str
+    recipe: dict[str, Any]
+
+
 class PeriodicParams(Section):
     """Seeds that train side by side and are merged by Model Stock on the way; beside each, one seed as long as all.
 
@@ -288,7 +304,7 @@ class PrepareParams(Section):
     quality: int = Field(default=95, ge=1, le=100)
     held_out_per_class: Positive = 26
     unreadable: float = Field(default=0.001, ge=0, lt=1)
-    splits: dict[Annotated[str, Field(pattern=f"^{NAME}$")], Split]
+    splits: dict[Name, Split]
     reference_draws: Positive
     reference_epochs: Positive
 
@@ -432,7 +448,9 @@ class Params(Section):
     """The whole file.
 
     `seeds`: one fine-tuned weight set each. `checkpoints`: fine-tuned weights that are there already, one per seed, in
-    the order of `seeds`; nothing is trained then.
+    the order of `seeds`; nothing is trained then. `variants`: runs beside the seeds, by name. `anchors`: other
+    pre-trainings that variants may start from, by name, as in `pretrain`; their files are
+    models/anchors/NAME/anchor.safetensors.
     """
 
     threads: Positive
@@ -443,7 +461,9 @@ class Params(Section):
     classes: ClassesParams
     prepare: PrepareParams
     pretrain: PretrainParams
+    anchors: dict[Name, PretrainParams]
     finetune: FinetuneParams
+    variants: dict[Name, VariantParams]
     periodic: PeriodicParams
     merge: MergeParams
     evaluate: EvaluateParams
@@ -479,11 +499,38 @@ class Params(Section):
         problems += [f"periodic.sizes wants {n} of {seeds} seeds" for n in self.periodic.sizes if n > seeds]
         if self.checkpoints and self.periodic.sizes:
             problems.append("periodic.sizes: [] where checkpoints are given, for nothing is trained")
+        if self.checkpoints and self.variants:
+            problems.append("variants: {} where checkpoints are given, for nothing is trained")
         if self.checkpoints and len(self.checkpoints) != seeds:
             problems.append(f"{len(self.checkpoints)} checkpoints for {seeds} seeds: name one per seed")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @model_validator(mode="after")
+    def _pools(self) -> "Params":
+        """Every variant has a recipe and an anchor that there are, and a pool of one anchor."""
+        known = ["models/anchor.safetensors", *(f"models/anchors/{name}/anchor.safetensors" for name in self.anchors)]
+        anchors: dict[str, str] = {}
+        problems = []
+        for name, variant in self.variants.items():
+            if variant.anchor not in known:
+                problems.append(f"variants.{name}.anchor is {_hint(variant.anchor, known)}")
+            if anchors.setdefault(variant.pool, variant.anchor) != variant.anchor:
+                problems.append(f"variants.{name}.anchor: a pool starts from one anchor, {variant.pool} from several")
+            if variant.pool in RESERVED:
+                problems.append(f"variants.{name}.pool: {variant.pool!r} is what other rows are called")
+            try:
+                self.recipe_of(name)
+            except ValidationError as error:
+                problems += [f"variants.{name}.recipe: {text}" for text in _problems(error)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def recipe_of(self, variant: str) -> FinetuneParams:
+        """The whole recipe of a variant."""
+        return FinetuneParams.model_validate({**self.finetune.model_dump(), **self.variants[variant].recipe})
 
     def _shared_images(self) -> list[str]:
         """Test sets and the held-out split with training images in them, by whatever path; so far as paths tell."""
@@ -568,6 +615,11 @@ def _read(path: Path) -> Any:
 
 _SHOWN = reprlib.Repr()  # of a value, so much as is shown: aliases can make it endless
 _SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 200, 200
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """The problems of a section that the file has as a mapping of anything."""
+    return [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".lstrip(": ") for problem in error.errors()]
 
 
 def _refusal(path: Path, error: ValidationError, before: tuple[str, ...] = ()) -> ParamsError:

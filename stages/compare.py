@@ -42,6 +42,7 @@ def main(results: Path, models: Path, out: Path, metrics: Path) -> None:
         methods=params.merge.methods,
         recipe=None if params.checkpoints else params.finetune,
         seeds=params.seeds,
+        variants={name: params.recipe_of(name) for name in params.variants},
         sizes=params.periodic.sizes,
     )
     seed_files = [seed_file(tuned, seed) for seed in seeds]

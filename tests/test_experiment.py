@@ -205,6 +205,9 @@ def test_rows_say_what_made_a_weight_set():
     average = {"stage": "finetune", "seed": 3, "average": "ema", "options": {"ema_decay": 0.99, "lr": 1}}
     assert row(**average) == ("ema@0.99/3", "ema", (3,), {"ema_decay": 0.99})
     assert row(stage="longer", seed=0, factor=4) == ("longer@4/0", "longer", (0,), {"factor": 4})
+    variant = {"stage": "variant", "seed": 2, "pool": "rate", "variant": "slow", "options": {"lawa_last": 5, "lr": 1}}
+    assert row(**variant) == ("rate/slow", "rate", (2,), {})
+    assert row(**variant, average="lawa") == ("rate-lawa@5/slow", "rate-lawa", (2,), {"lawa_last": 5})
     merge = {"stage": "merge", "method": "ties", "members": [0, 2], "options": {"scale": 0.5, "density": 0.2}}
     assert row(**merge, chosen="scale")[0] == "ties/0-2@0.5"
     assert row(**merge)[0] == "ties/0-2"
@@ -223,12 +226,13 @@ def test_files_lie_where_stages_write_them():
     recipe = load_params(ROOT / "params.yaml").finetune.model_copy(
         update={"ema": [0.9], "lawa": 2, "snapshots": True, "head_first_epochs": 0, "epochs": 3}
     )
-    chosen = {"methods": [], "seeds": [4], "sizes": [2]}
+    chosen = {"methods": [], "seeds": [4], "sizes": [2], "variants": {"slow": recipe.model_copy(update={"ema": []})}}
     files = other_files(Path("models"), recipe=recipe, **chosen)
     averages = [f"finetuned/4/{name}.safetensors" for name in ("ema-0.9", "lawa", "epoch-1", "epoch-2")]
+    variants = [f"variants/slow/{name}.safetensors" for name in ("weights", "lawa", "epoch-1", "epoch-2")]
     periodic = ["periodic/2/weights.safetensors", "longer/2/weights.safetensors"]
-    assert [str(file) for file in files] == [f"models/{name}" for name in averages + periodic]
-    assert other_files(Path("models"), recipe=None, **{**chosen, "sizes": []}) == []
+    assert [str(file) for file in files] == [f"models/{name}" for name in averages + variants + periodic]
+    assert other_files(Path("models"), recipe=None, **{**chosen, "sizes": [], "variants": {}}) == []
 
 
 def test_merges_are_those_that_their_report_names(tmp_path):
