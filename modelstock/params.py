@@ -27,7 +27,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from modelstock.errors import ParamsError, closest, few
 from modelstock.files import NAME
-from modelstock.merging.methods.rows import Choice, Method, Option
+from modelstock.merging.methods.rows import Choice, Method, Option, Sets
 from modelstock.merging.methods.table import METHODS
 from modelstock.tracking.tracker import TRACKERS
 
@@ -326,7 +326,14 @@ class MethodParams(Section):
     from; `granularity`, where it makes a difference; `examples`: images on which statistics or gradients are measured.
     """
 
-    sets: Literal["ring", "pairs", "brief", "all"]
+    sets: Sets
+
+
+def _sets_of(method: Method) -> Any:
+    """The sets that a method can merge: single seeds only by one that takes one, and nothing else by one of no more."""
+    if method.most == 1:
+        return Literal["single"]
+    return Sets if method.least == 1 else Literal["ring", "pairs", "brief", "all"]
 
 
 def _checked(option: Option, value: Any) -> Any:
@@ -345,7 +352,8 @@ def _candidates(choice: Choice, values: list[float]) -> list[float]:
 def method_section(method: Method) -> type[MethodParams]:
     """The params section of a method, from its row."""
     chosen = method.chooses
-    fields: dict[str, Any] = {
+    fields: dict[str, Any] = {"sets": (_sets_of(method), ...)}
+    fields |= {
         name: (Annotated[Any, AfterValidator(partial(_checked, option))], ...)
         for name, option in method.options.items()
         if name != "scale" and (chosen is None or name != chosen.option)

@@ -55,7 +55,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
     assert "finetune.label_smoothin is not a setting: 'label_smoothin' (did you mean 'label_smoothing'?)" in message
     assert "finetune.label_smoothing is missing" in message
     assert "pretrain.draws: Input should be greater than or equal to 1 (got 0)" in message
-    assert "merge.uniform.sets: Input should be 'ring', 'pairs', 'brief' or 'all' (got 'rings')" in message
+    assert "merge.uniform.sets: Input should be 'ring', 'pairs', 'brief', 'all' or 'single' (got 'rings')" in message
 
 
 @pytest.mark.parametrize(
