@@ -11,11 +11,11 @@ pool the mean of residuals, and of their inner products, is zero by construction
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstock.geometry.shell import subsets
 from modelstock.geometry.stack import Stack
 from modelstock.merging.kernels import Float
 from modelstock.merging.methods.blend import cosines
@@ -65,9 +65,10 @@ def seeds_needed(stack: Stack, size: int, *, references: int) -> int:
     return size if stack.has_centre else size + references
 
 
+@lru_cache(maxsize=4)  # several statistics ask for the same in turn
 def around(stack: Stack, size: int) -> Around:
     """Subsets of a size and the centre. At least one reference seed is needed; see `seeds_needed`."""
-    members = subsets(stack.count, size)
+    members = stack.subsets(size)
     width = stack.grams.shape[-1]
     shares = np.zeros((len(members), width))
     shares[:, : stack.count] = members / size
@@ -76,20 +77,20 @@ def around(stack: Stack, size: int) -> Around:
     if not stack.has_centre:
         reference[:, : stack.count] = ~members
     count = reference[0].sum()
-    products = np.einsum("sm,tmk->tsk", shares, stack.grams, optimize=True)
+    products = shares @ stack.grams
     mean = np.maximum(0, (products * shares).sum(axis=2))
     along = (products * reference).sum(axis=2) / count
+    own = np.diagonal(stack.grams, axis1=1, axis2=2) @ reference.T
     if count > 1:
-        both = (np.einsum("sm,tmk->tsk", reference, stack.grams, optimize=True) * reference).sum(axis=2)
-        own = np.einsum("sm,tmm->ts", reference, stack.grams)
+        both = (reference @ stack.grams * reference).sum(axis=2)
         centre = (both - own) / (count * (count - 1))
         noise = ((products - along[:, :, None]) ** 2 * reference).sum(axis=2) / (count * (count - 1))
     elif stack.has_centre:
-        centre, noise = np.einsum("sm,tmm->ts", reference, stack.grams), np.zeros_like(mean)
+        centre, noise = own, np.zeros_like(mean)
     else:
         centre = noise = np.full_like(mean, np.nan)
     between = cosines(stack.seeds)
-    pairs = np.einsum("si,tij,sj->ts", 1.0 * members, between, 1.0 * members, optimize=True) - size
+    pairs = (members @ between * members).sum(axis=2) - size
     cosine = pairs / (size * (size - 1)) if size > 1 else np.ones_like(mean)
     return Around(
         size=size, members=members, mean=mean, along=along, centre=centre, noise=noise, cosine=np.clip(cosine, -1, 1)

@@ -26,6 +26,7 @@ from modelstock.weights.checkpoints import open_checkpoint
 from modelstock.weights.tensors import Checkpoint
 
 DIRECTIONS = 64  # per tensor: their number costs memory, not time
+KURTOSIS_NEEDS = 4  # seeds; with fewer nothing is projected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,7 @@ def measure(
         by_filter=False,
         progress=progress,
         seeds=len(tuned),
-        directions=directions,
+        directions=directions if len(tuned) >= KURTOSIS_NEEDS else 0,
     )
     grams = one_pass.inner_products(names, workers)
     squares = np.array([[gram[0, i, i] for gram in grams.values()] for i in range(len(everyone))])

@@ -33,12 +33,11 @@ class Pass(FirstPass):
     def _one(self, task: tuple[str, int, list[Chunk]]) -> Float:
         name, _, run = task
         count, origin = len(self.tuned), self.anchor.tensors[name]
-        gram = np.zeros((1 if run else 0, count, count))
-        if not run:
-            return gram
+        gram: Float = np.zeros((1, count, count))
         updates = Updates(origin, [weights.tensors[name] for weights in self.tuned])
         size = min(CHUNK, origin.size)
-        table, directions = np.empty((count, size)), min(self.directions, origin.size)
+        directions = min(self.directions, origin.size)
+        table = np.empty((count, size))
         projected = np.zeros((self.seeds, directions))
         random = np.random.default_rng([*name.encode(), run[0].start])
         signs = _signs(random, size) if directions else np.empty(0)
@@ -49,19 +48,19 @@ class Pass(FirstPass):
                 update = updates.update(i, piece, base, table[i, : len(base)])
                 for j in range(i + 1):
                     gram[0, i, j] += np.einsum("k,k->", update, table[j, : len(base)])
+                    gram[0, j, i] = gram[0, i, j]
                 if directions and i < self.seeds:
                     with np.errstate(invalid="ignore"):  # the inner products show what is not finite
                         projected[i] += flips * _by_direction(update, signs, directions)
         if directions:
             self.parts[name, run[0].start] = projected
-        upper: Float = np.swapaxes(np.tril(gram, -1), 1, 2)
-        return np.tril(gram) + upper
+        return gram
 
 
 def _signs(random: np.random.Generator, count: int) -> Float:
     """+1 and -1 at random (count,)."""
     bits = np.unpackbits(random.integers(0, 256, -(-count // 8), dtype=np.uint8), count=count)
-    return 2.0 * bits - 1.0
+    return np.where(bits, 1.0, -1.0)
 
 
 def _by_direction(update: Float, signs: Float, directions: int) -> Float:

@@ -3,18 +3,12 @@
 Functions take a stack of inner products and give a number per tensor, (T,), over the seeds under test.
 """
 
-from itertools import combinations
-from math import comb
-
 import numpy as np
-from numpy.typing import NDArray
 
 from modelstock.geometry.stack import Stack
 from modelstock.merging.kernels import Float
 from modelstock.merging.methods.blend import pair_cosines
 from modelstock.merging.methods.model_stock import stock_ratio
-
-SUBSETS = 100  # of one size; of more, this many are drawn
 
 
 def norms(stack: Stack) -> Float:
@@ -54,23 +48,10 @@ def applied(stack: Stack, count: int | None = None, *, by: str = "cosine") -> Fl
     return np.clip(ratio(stack, count, by=by), 0.0, 1.0)
 
 
-def subsets(seeds: int, size: int) -> NDArray[np.bool_]:
-    """Subsets of a size (S, seeds), each a row: all of them, or SUBSETS drawn at random, the same in every call."""
-    if comb(seeds, size) <= SUBSETS:
-        chosen = [list(members) for members in combinations(range(seeds), size)]
-    else:
-        random = np.random.default_rng([seeds, size])
-        chosen = [random.permutation(seeds)[:size].tolist() for _ in range(SUBSETS)]
-    members = np.zeros((len(chosen), seeds), dtype=bool)
-    for row, numbers in zip(members, chosen, strict=True):
-        row[numbers] = True
-    return members
-
-
 def lengths(stack: Stack, size: int) -> Float:
     """Lengths of the means of subsets of a size (T, S)."""
-    shares = subsets(stack.count, size) / size
-    return np.asarray(np.sqrt(np.maximum(0, np.einsum("si,tij,sj->ts", shares, stack.seeds, shares, optimize=True))))
+    shares = stack.subsets(size) / size
+    return np.asarray(np.sqrt(np.maximum(0, (shares @ stack.seeds * shares).sum(axis=2))))
 
 
 def expected_length(stack: Stack, size: int) -> Float:

@@ -8,7 +8,7 @@ import numpy as np
 from modelstock.geometry import centre, shell
 from modelstock.geometry.claims import not_enough
 from modelstock.geometry.groups import KINDS
-from modelstock.geometry.measure import Geometry
+from modelstock.geometry.measure import KURTOSIS_NEEDS, Geometry
 from modelstock.geometry.stack import Stack
 from modelstock.geometry.weight_claims import NO_CENTRE, flag_of, sizes
 from modelstock.merging.kernels import Float
@@ -100,8 +100,8 @@ def _unit_row(geometry: Geometry, unit: str, names: Sequence[str]) -> dict[str, 
         elif key != "flag":
             means[key] = float(np.mean(numbers)) if numbers else values[0]
     whole = stack.whole()
-    kurtosis: Cell = not_enough(stack.count, 4)
-    if stack.count >= 4:
+    kurtosis: Cell = not_enough(stack.count, KURTOSIS_NEEDS)
+    if stack.count >= KURTOSIS_NEEDS:
         value = centre.kurtosis(stack)
         kurtosis = value if np.isfinite(value) else None
     return {

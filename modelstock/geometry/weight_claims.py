@@ -6,7 +6,7 @@ import numpy as np
 
 from modelstock.geometry import centre, shell
 from modelstock.geometry.claims import Claim, Quantity, Verdict, decided, not_enough
-from modelstock.geometry.measure import Geometry
+from modelstock.geometry.measure import KURTOSIS_NEEDS, Geometry
 from modelstock.geometry.stack import Stack, estimate
 
 # Up to which value a claim holds. An angle of 60 degrees that is 3 degrees off moves the t of two seeds by 0.04; norms
@@ -137,7 +137,7 @@ def _lengths(stack: Stack) -> Claim:
             least=0,
         )
 
-    errors = [error_of(size) for size in sizes(stack.count) if size < max(3, stack.count)]
+    errors = [error_of(size) for size in (2, 3, 4) if size < max(3, stack.count)]
     return Claim(
         key="lengths",
         artefact=10,
@@ -320,7 +320,7 @@ def _gaussian(stack: Stack) -> Claim:
         "kurtosis over seeds",
         centre.kurtosis,
         stack,
-        need=4,
+        need=KURTOSIS_NEEDS,
         undefined="no tensor has enough directions",
     )
     shifted = Quantity(
