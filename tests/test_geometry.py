@@ -24,7 +24,7 @@ from modelstock.geometry.page import write_geometry
 from modelstock.geometry.stack import Stack, estimate, student_t
 from modelstock.geometry.steps import by_step, measure_steps
 from modelstock.geometry.tables import distance_rows, length_rows, tensor_rows, unit_rows
-from modelstock.geometry.weight_claims import weight_claims
+from modelstock.geometry.weight_claims import NO_CENTRE, weight_claims
 from modelstock.merging import kernels
 from modelstock.merging.engine import merge
 from modelstock.notices import Notice
@@ -136,6 +136,14 @@ def test_the_point_of_model_stock_in_the_triangle_is_that_of_a_merge():
     (update,) = (merged.tensors[name] - anchor.tensors[name] for name in anchor.tensors)
     assert points["Model Stock"] == pytest.approx(update[:2])
     assert points["seed s2"] == pytest.approx([1.0, ROOT3])
+
+
+def test_updates_that_cancel_each_other_have_no_oracle():
+    geometry = measured([1.0, 0, 0], [-1.0, 0, 0], centre=([0, 1.0, 0],))
+    (row,) = tensor_rows(geometry)
+    assert (row["oracle_ratio_of_2"], row["ratio"]) == (NO_CENTRE, 0)
+    assert claim(geometry, "oracle").verdict == "undecided"
+    page.geometry_json(geometry, weight_claims(geometry))  # which refuses NaN
 
 
 # ---------------------------------------------------------------- a shell where every quantity is known
@@ -301,7 +309,7 @@ def test_few_seeds_are_texts_and_never_numbers():
     assert known["nearer"] is not None
 
 
-def test_seeds_without_a_common_centre_are_told_so():
+def test_seeds_without_a_common_centre_get_a_text_in_its_place():
     random = np.random.default_rng(0)
     sets = [in_memory({"w": random.standard_normal(64)}, {}, f"s{number}") for number in range(40)]
     claims = {one.key: one for one in weight_claims(measure(in_memory({"w": np.zeros(64)}, {}, "w0"), sets))}
@@ -439,7 +447,9 @@ def test_the_command_writes_every_claim_with_its_number(tmp_path):
         assert one["title"] in text
         assert one["verdict"] in text
     assert (written["seeds"], written["centre"]) == (["0", "1", "2", "3", "4"], ["5", "6"])
-    assert "identity" in written["files"]["0"]
+    assert [file["source"] for file in written["files"]] == ["anchor.safetensors", *["weights.safetensors"] * 7]
+    assert all(len(file["identity"]) == 64 for file in written["files"])
+    assert [row["n"] for row in written["ratios"]] == [2, 3, 4, 5]
     with open(tmp_path / "out/tensors.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["tensor"] for row in rows] == ["blocks.0.attn.weight", "blocks.1.ln.bias"]
@@ -482,6 +492,7 @@ def test_labels_are_what_tells_the_files_apart():
     assert labels_of([Path("m/f/0/weights.safetensors"), Path("m/f/1/weights.safetensors")]) == ["0", "1"]
     assert labels_of([Path("a.safetensors"), Path("b/c.safetensors")]) == ["a", "b/c"]
     assert labels_of([Path("m/one.safetensors")]) == ["one"]
+    assert labels_of([Path("runs/v1.5"), Path("runs/v1.6")]) == ["v1.5", "v1.6"]
 
 
 # ---------------------------------------------------------------- refusals

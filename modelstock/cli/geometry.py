@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modelstock.cli.options import AsJson, OutFolder, Overwrite, check_choice
+from modelstock.cli.options import AsJson, OutFolder, Overwrite
 from modelstock.cli.output import progress_of, show
 from modelstock.errors import ParamsError
 from modelstock.notices import so_far
@@ -33,7 +33,8 @@ def geometry(
 ) -> None:
     """Where fine-tuned weights lie: norms, angles, the centre, and whether Model Stock's claims hold for them."""
     if over is not None:
-        check_choice("--over", over, ("steps", "nothing"))
+        if over != "steps":
+            raise ParamsError("--over", got=repr(over), expected="steps", cure="write --over steps, or leave it out")
         if centre:
             raise ParamsError("--centre", got="with --over steps", expected="one of them", cure="leave one out")
     from modelstock.geometry.measure import measure_files

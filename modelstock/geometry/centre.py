@@ -10,6 +10,7 @@ Over the seeds of one pool, <v_i, mu> and <v_i, v_j> average to the estimate of 
 pool the mean of residuals, and of their inner products, is zero by construction, and only their spread tells anything.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -48,12 +49,14 @@ class Around:
     @property
     def oracle(self) -> Float:
         """The ratio that comes nearest to the centre: <mean, mu> / |mean|^2."""
-        return self.along / self.mean
+        with np.errstate(divide="ignore", invalid="ignore"):  # updates that cancel each other have no mean to scale
+            return self.along / self.mean
 
     @property
     def squared_error(self) -> Float:
         """(t - oracle)^2 without the part that is the reference seeds' noise: unbiased, so it may be below zero."""
-        return np.asarray((self.ratio - self.oracle) ** 2 - self.noise / self.mean**2)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray((self.ratio - self.oracle) ** 2 - self.noise / self.mean**2)
 
     def distance(self, ratio: Float | float = 1.0) -> Float:
         """|ratio * mean - mu|^2 (T, S), unbiased; the ratio 0 is the anchor."""
@@ -110,7 +113,13 @@ def mean_square(stack: Stack, size: int = 2) -> Float:
 
 def root_mean_square(stack: Stack, size: int = 2) -> float:
     """The root of `mean_square` over tensors; 0 where noise explains all of it."""
-    return float(np.sqrt(max(0.0, mean_square(stack, size).mean())))
+    square = float(mean_square(stack, size).mean())
+    return math.sqrt(max(0.0, square)) if math.isfinite(square) else math.nan
+
+
+def root_mean_square_of(values: Float) -> float:
+    """The root mean square of cosines."""
+    return float(np.sqrt(np.mean(values**2)))
 
 
 def residuals_to_centre(stack: Stack) -> Float:

@@ -23,9 +23,17 @@ from modelstock.merging.kernels import Float
 from modelstock.merging.unusual import notice_updates, sort_tensors
 from modelstock.notices import notice
 from modelstock.weights.checkpoints import open_checkpoint
-from modelstock.weights.tensors import Checkpoint
+from modelstock.weights.tensors import FLOATS, Checkpoint
 
 DIRECTIONS = 64  # per tensor: their number costs memory, not time
+SUFFIXES = (
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".ckpt",
+    ".json",
+)  # of checkpoints, left out of what files are called
 KURTOSIS_NEEDS = 4  # seeds; with fewer nothing is projected
 
 
@@ -35,7 +43,7 @@ class Geometry:
 
     `grams`: tensor -> inner products (N + C, N + C) of the updates; `projections`: tensor -> (N, D), D random
     directions; `shapes`, `groups`: of the same tensors. `files`: JSON facts of the anchor's file, the seeds' and the
-    centre's, by label.
+    centre's, in this order.
     """
 
     seeds: tuple[str, ...]
@@ -43,7 +51,7 @@ class Geometry:
     shapes: Mapping[str, tuple[int, ...]]
     grams: Mapping[str, Float]
     projections: Mapping[str, Float]
-    files: Mapping[str, Mapping[str, Any]]
+    files: tuple[Mapping[str, Any], ...]
 
     @cached_property
     def groups(self) -> dict[str, Group]:
@@ -134,14 +142,15 @@ def measure(
     check_different(anchor, everyone, grams, squares=squares, of="updates")
     notice_updates(anchor, everyone, grams)
     known = list(labels) or [checkpoint.source for checkpoint in everyone]
-    files = [anchor, *everyone]
+    if len(set(known)) < len(known):
+        known = [str(number) for number in range(len(known))]
     geometry = Geometry(
         seeds=tuple(known[: len(tuned)]),
         centre=tuple(known[len(tuned) :]),
         shapes={name: anchor.tensors[name].shape for name in grams},
         grams={name: gram[0] for name, gram in grams.items()},
         projections={name: part for name, part in one_pass.projections().items() if name in grams},
-        files={label: _facts(file) for label, file in zip(["anchor", *known], files, strict=True)},
+        files=tuple(_facts(checkpoint) for checkpoint in (anchor, *everyone)),
     )
     if not geometry.counted:
         raise MergeError(
@@ -178,6 +187,7 @@ def measure_files(
     opened = [open_checkpoint(path) for path in paths]
     chosen = chooser(include, exclude, [name for checkpoint in opened for name in checkpoint.tensors])
     check_whole(opened, workers)
+    values = opened[0].tensors
     return measure(
         opened[0],
         opened[1 : len(tuned) + 1],
@@ -186,7 +196,7 @@ def measure_files(
         directions=directions,
         labels=labels_of(paths[1:]),
         workers=workers,
-        progress=Advance(sum(t.size for name, t in opened[0].tensors.items() if chosen(name)), progress),
+        progress=Advance(sum(t.size for name, t in values.items() if t.dtype in FLOATS and chosen(name)), progress),
     )
 
 
@@ -203,7 +213,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
     """What tells the files apart: their paths without the folders and the last parts that all share."""
-    parts = [[*path.parts[:-1], path.stem] for path in paths]
+    parts = [[*path.parts[:-1], path.stem if path.suffix in SUFFIXES else path.name] for path in paths]
     while all(len(one) > 1 for one in parts) and len({one[0] for one in parts}) == 1:
         parts = [one[1:] for one in parts]
     while all(len(one) > 1 for one in parts) and len({one[-1] for one in parts}) == 1:

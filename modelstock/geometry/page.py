@@ -13,7 +13,7 @@ from modelstock.errors import MergeError
 from modelstock.files import dump_json, room_for, sealed
 from modelstock.geometry.claims import Claim, claims_table
 from modelstock.geometry.measure import Geometry
-from modelstock.geometry.tables import Cell, distance_rows, length_rows, step_rows, tensor_rows, unit_rows
+from modelstock.geometry.tables import Cell, distance_rows, length_rows, ratio_rows, step_rows, tensor_rows, unit_rows
 from modelstock.geometry.weight_claims import weight_claims
 from modelstock.merging.files import standing
 from modelstock.notices import notice
@@ -42,13 +42,14 @@ def geometry_json(
             "provenance": provenance("modelstock.geometry.page"),
             "seeds": list(geometry.seeds),
             "centre": list(geometry.centre),
-            "files": dict(geometry.files),
+            "files": list(geometry.files),
             "claims": [claim.as_json() for claim in claims],
             "tensors": tensor_rows(geometry),
             "types": unit_rows(geometry, "type"),
             "blocks": unit_rows(geometry, "block"),
             "model": unit_rows(geometry, "model")[0],
             "lengths": length_rows(geometry),
+            "ratios": ratio_rows(geometry),
             "distances": distance_rows(geometry),
             "steps": step_rows(steps) if steps else [],
         }
@@ -99,6 +100,15 @@ def page(written: Mapping[str, Any], claims: Sequence[Claim], pictures: Pictures
                 [row["n"], row["subsets"], *(row[key] for key in ("length", "smallest", "largest", "formula"))]
                 for row in written["lengths"]
             ],
+        ),
+        "",
+        "## Ratio by number of seeds",
+        "Means over tensors and subsets: the formula's t, the t that comes nearest to the centre, and how far they are "
+        "apart.",
+        "",
+        *_table(
+            ["n", "t", "oracle t", "bias", "RMSE"],
+            [[row[key] for key in ("n", "ratio", "oracle", "bias", "rmse")] for row in written["ratios"]],
         ),
         "",
         "## Distance to the centre",

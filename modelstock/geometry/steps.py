@@ -106,6 +106,5 @@ def measure_steps(
             workers=workers,
             progress=advance,
         )
-        files = dict(zip(["anchor", *seeds], geometry.files.values(), strict=True))
-        measured[step] = replace(geometry, seeds=tuple(seeds), files=files)
+        measured[step] = replace(geometry, seeds=tuple(seeds))
     return measured

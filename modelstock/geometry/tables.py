@@ -96,14 +96,14 @@ def _unit_row(geometry: Geometry, unit: str, names: Sequence[str]) -> dict[str, 
     for key, values in _columns(stack).items():
         numbers = [value for value in values if isinstance(value, float)]
         if key == "ratio_rmse" and numbers:  # the square is unbiased, not its root
-            means[key] = centre.root_mean_square(stack)
+            means[key] = _known(centre.root_mean_square(stack))
         elif key != "flag":
             means[key] = float(np.mean(numbers)) if numbers else values[0]
     whole = stack.whole()
     kurtosis: Cell = not_enough(stack.count, KURTOSIS_NEEDS)
     if stack.count >= KURTOSIS_NEEDS:
         value = centre.kurtosis(stack)
-        kurtosis = value if np.isfinite(value) else None
+        kurtosis = value if np.isfinite(value) else None  # too few directions in tensors this small
     return {
         "unit": unit,
         "tensors": len(names),
@@ -113,9 +113,43 @@ def _unit_row(geometry: Geometry, unit: str, names: Sequence[str]) -> dict[str, 
         "as one": {
             **{key: values[0] for key, values in _columns(whole).items()},
             "norms": shell.norms(whole)[0].tolist(),
+            "residuals to the centre, rms cosine": _residuals(whole, 1),
+            "residuals of pairs, rms cosine": _residuals(whole, 2),
             "inner products": whole.grams[0].tolist(),
         },
     }
+
+
+def _known(value: float) -> Cell:
+    return value if np.isfinite(value) else NO_CENTRE
+
+
+def _residuals(stack: Stack, size: int) -> Cell:
+    """Root mean square cosine of residuals to the centre's update (size 1) or between two (size 2)."""
+    need = centre.seeds_needed(stack, size, references=2)
+    if stack.count < need:
+        return not_enough(stack.count, need)
+    cosines = centre.residuals_to_centre(stack) if size == 1 else centre.residual_pairs(stack)[1]
+    return _known(centre.root_mean_square_of(cosines))
+
+
+def ratio_rows(geometry: Geometry) -> list[dict[str, Any]]:
+    """The formula's t of n seeds against the oracle's, means over tensors and subsets."""
+    stack = geometry.stack()
+    rows: list[dict[str, Any]] = []
+    for size in sizes(stack.count):
+        one, two = (centre.seeds_needed(stack, size, references=references) for references in (1, 2))
+        row: dict[str, Any] = {"n": size, "ratio": float(shell.applied(stack, size).mean())}
+        row |= dict.fromkeys(("oracle", "bias"), not_enough(stack.count, one))
+        row["rmse"] = not_enough(stack.count, two)
+        if stack.count >= one:
+            subset = centre.around(stack, size)
+            row |= {"ratio": float(subset.ratio.mean()), "oracle": _known(float(subset.oracle.mean()))}
+            row["bias"] = _known(float(centre.bias(stack, size).mean()))
+        if stack.count >= two:
+            row["rmse"] = _known(centre.root_mean_square(stack, size))
+        rows.append(row)
+    return rows
 
 
 def length_rows(geometry: Geometry) -> list[dict[str, Any]]:

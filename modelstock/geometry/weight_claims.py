@@ -234,14 +234,10 @@ def _references(stack: Stack) -> str:
     return f"the centre is the mean of {known} seeds that are not under test, without their noise"
 
 
-def _root_mean_square(values: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(values**2)))
-
-
 def _residuals_to_centre(stack: Stack) -> Claim:
     angle = estimate(
         "root mean square of the cosine over seeds, whole model",
-        lambda part: _root_mean_square(centre.residuals_to_centre(part.whole())),
+        lambda part: centre.root_mean_square_of(centre.residuals_to_centre(part.whole())),
         stack,
         need=centre.seeds_needed(stack, 1, references=2),
         least=0,
@@ -261,7 +257,7 @@ def _residuals_to_centre(stack: Stack) -> Claim:
 def _residual_pairs(stack: Stack) -> Claim:
     angle = estimate(
         "root mean square of the cosine over pairs, whole model",
-        lambda part: _root_mean_square(centre.residual_pairs(part.whole())[1]),
+        lambda part: centre.root_mean_square_of(centre.residual_pairs(part.whole())[1]),
         stack,
         need=centre.seeds_needed(stack, 2, references=2),
         least=0,
