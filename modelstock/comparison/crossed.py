@@ -6,13 +6,14 @@ images; a statistic is the mean over the rows. With n images,
     images       = variance over i of the rows' mean x[., i], divided by n
     seeds        = share * tau^2,   tau^2 = sum over r of (x[r] - mean)^2 / trace
     interaction  = the part of `seeds` that these images alone explain, and that `images` has too
-    variance     = max(images, seeds + max(0, images - interaction))
+    variance     = images + max(0, seeds - interaction)
 
 tau^2 is the variance of one row over seeds. Rows that have members in common move together: two rows' correlation is
 taken to be the share of the members that they have in common, which is exact where a merge's accuracy is the sum of
 what its seeds bring, and an upper bound where a subset brings something of its own. `share` is the mean of those
 correlations over all pairs of rows, and `trace` what is left of them after the mean is taken off: for single seeds
-they are 1 / rows and rows - 1. The degrees of freedom are Satterthwaite's.
+they are 1 / rows and rows - 1. The degrees of freedom are Satterthwaite's, of `seeds` and of what `images` has more
+than the interaction, and no fewer than those of `seeds`; they are those of the images where seeds add nothing.
 
 Images are drawn one by one, or by cluster, where all images of a class are drawn together.
 
@@ -120,10 +121,13 @@ def crossed(samples: Sequence[Sample], clusters: Sequence[NDArray[np.integer]] |
             one = float(((rows - rows.mean()) ** 2).sum()) / sample.subsets.trace
             spreads.append((one, sample.subsets.freedom))
             seeds.append((one * sample.subsets.share, sample.subsets.freedom))
-    of_seeds, excess = sum(part for part, _ in seeds), max(0.0, images - interaction)
+    of_seeds = sum(part for part, _ in seeds)
     variance, freedom = images, images_freedom
-    if of_seeds and of_seeds + excess >= images:
-        variance, freedom = of_seeds + excess, satterthwaite([*seeds, (excess, images_freedom)])
+    if of_seeds > interaction:
+        variance += of_seeds - interaction
+        beyond = (max(0.0, images - interaction), images_freedom)
+        few = min(images_freedom, satterthwaite(seeds))
+        freedom = max(few, satterthwaite([*seeds, beyond], variance))
     drawn = "images" if clusters is None else "classes"
     return Crossed(
         value=float(sum(rows.mean() for rows in means)),
@@ -138,10 +142,11 @@ def crossed(samples: Sequence[Sample], clusters: Sequence[NDArray[np.integer]] |
     )
 
 
-def satterthwaite(parts: Sequence[tuple[float, float]]) -> float:
-    """The degrees of freedom of a sum of variances, from each with its own."""
-    squares = sum(variance**2 / freedom for variance, freedom in parts)
-    return sum(variance for variance, _ in parts) ** 2 / squares if squares else math.inf
+def satterthwaite(parts: Sequence[tuple[float, float]], variance: float | None = None) -> float:
+    """The degrees of freedom of a variance, or of the sum of its parts, from the parts with theirs."""
+    squares = sum(part**2 / freedom for part, freedom in parts)
+    variance = sum(part for part, _ in parts) if variance is None else variance
+    return variance**2 / squares if squares else math.inf
 
 
 def _over_images(

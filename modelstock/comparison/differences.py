@@ -5,13 +5,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import optimize, stats
+import numpy as np
+from scipy import optimize, special, stats
 from statsmodels.stats.multitest import multipletests
 
 from modelstock.comparison.crossed import Crossed
 from modelstock.comparison.intervals import Estimate
 
 LEVEL, POWER = 0.05, 0.8
+MIDDLES = (np.arange(400) + 0.5) / 400  # of equally probable parts of a distribution
 FAR = 50.0  # standard errors, beyond which a probability is 0 or 1 to every digit shown
 
 
@@ -80,10 +82,21 @@ def chance(moments: Crossed) -> Estimate:
     value = float(stats.t.cdf(moments.value / math.sqrt(moments.spread + moments.seeds), freedom))
     t = min(FAR, max(-FAR, moments.value / math.sqrt(moments.seeds)))
 
-    def end(probability: float) -> float:
-        far = 10 + 4 * abs(t)
-        return float(optimize.brentq(lambda shift: stats.nct.cdf(t, freedom, shift) - probability, -far, far))
-
     ratio = math.sqrt(moments.seeds / moments.spread)
-    low, high = (float(stats.norm.cdf(end(p) * ratio)) for p in (1 - LEVEL / 2, LEVEL / 2))
+    low, high = (float(stats.norm.cdf(shift_at(t, freedom, p) * ratio)) for p in (1 - LEVEL / 2, LEVEL / 2))
     return Estimate(value, low, high, "seeds")
+
+
+def shift_at(t: float, freedom: float, probability: float) -> float:
+    """The non-centrality at which Student's non-central t is at most `t` with this probability.
+
+    That probability is the mean of Phi(t sqrt(w / freedom) - shift) over w of the chi-squared distribution. scipy's own
+    function has no number far from its middle.
+    """
+    roots = np.sqrt(stats.chi2.ppf(MIDDLES, freedom) / freedom)
+
+    def excess(shift: float) -> float:
+        return float(special.ndtr(t * roots - shift).mean()) - probability
+
+    far = 5 + abs(t) * float(roots[-1])
+    return float(optimize.brentq(excess, -far, far))
