@@ -179,7 +179,7 @@ def from_results(results: Path, preset: str) -> tuple[str, str, dict[str, bytes]
 
     params = load_params(ROOT / "params.yaml")
     scores = [load_scores(results / f"{name}.safetensors") for name in params.evaluate.benchmarks]
-    comparison = compare(scores, draws=params.compare.draws, seed=params.compare.seed)
+    comparison = compare(scores, resample=params.compare.resample, margin=params.compare.margin)
     prefix, command = ("", "make repro") if preset == DEFAULT else (f"{preset}-", f"dvc exp run -S preset={preset}")
     drawn = {f"{prefix}{name}": figure for name, figure in figures(comparison).items()}
     text = as_markdown(comparison, {}, {name: title for name, (title, _) in drawn.items()})

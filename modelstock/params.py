@@ -428,10 +428,13 @@ class EvaluateParams(Section):
 
 
 class CompareParams(Section):
-    """Bootstrap draws and the generator's seed."""
+    """What intervals draw of a test set, and what counts as no worse.
 
-    draws: int = Field(ge=100)
-    seed: Seed
+    `resample`: images one by one, or classes with all their images. `margin`: a share, 0.005 for half a point.
+    """
+
+    resample: Literal["images", "classes"]
+    margin: float = Field(ge=0, le=0.5)
 
 
 class TrackingParams(Section):

@@ -53,8 +53,8 @@ def main(results: Path, models: Path, out: Path, metrics: Path) -> None:
         anchor=load_weights(anchor_file(models), lazy=True),
         seeds=list(load_seeds(tuned, seeds, lazy=True).values()),
         histories=[file for file in map(history_file, seed_files) if file.exists()],
-        draws=params.compare.draws,
-        seed=params.compare.seed,
+        resample=params.compare.resample,
+        margin=params.compare.margin,
     )
     remove_left_over(metrics, write_summary(comparison, metrics))
     shown: Sequence[str] = []

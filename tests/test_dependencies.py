@@ -169,7 +169,7 @@ def test_a_changed_layout_retrains_nothing_if_the_shards_bytes_stay(project):
         ("  experiment: modelstock", "  experiment: other", {"compare"}),
         ("  ties: {sets: brief, density: 0.2", "  ties: {sets: brief, density: 0.3", BELOW),
         ("  epochs: 12", "  epochs: 13", TRAINING | BELOW),
-        ("  draws: 2000", "  draws: 3000", {"compare"}),
+        ("  margin: 0.005", "  margin: 0.01", {"compare"}),
         ("threads: 2", "threads: 1", EVERYTHING),
     ],
 )

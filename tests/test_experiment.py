@@ -65,7 +65,6 @@ def project(tmp_path, data, anchor, variants, monkeypatch):
     params["periodic"]["sizes"] = []
     params["merge"]["methods"] = list(METHOD_NAMES)
     params["evaluate"] |= {"benchmarks": list(SPLITS), "batch_size": 32}
-    params["compare"]["draws"] = 200
     with open(tmp_path / "params.yaml", "w") as file:
         yaml.dump(params, file)
     anchor.save(anchor_file(tmp_path / "models"))
@@ -90,7 +89,7 @@ def run_command(project: Path, data: Path) -> str:
     seeds = [seed_file(Path("models/finetuned"), seed) for seed in range(3)]
     words = ["compare", *seeds, "--anchor", "models/anchor.safetensors", "-o", "own", "--params", "params.yaml"]
     words += [word for split in SPLITS for word in ("--benchmark", data / split)]
-    words += ["--device", "cpu", "--batch-size", 32, "--draws", 200]
+    words += ["--device", "cpu", "--batch-size", 32]
     done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout
@@ -288,7 +287,7 @@ def test_a_comparison_reports_what_is_known_and_nothing_else(data, anchor, varia
     results = [score_benchmark(open_dataset(data / split), candidates, FAST) for split in ("held-out", "shapes")]
     for one in results:
         save_scores(results_file(tmp_path / "results", one.benchmark), one)
-    comparison = compare_results(results, tmp_path / "report", anchor=anchor, seeds=variants[:2], draws=100)
+    comparison = compare_results(results, tmp_path / "report", anchor=anchor, seeds=variants[:2])
     facts = json.loads((tmp_path / "report/comparison.json").read_text())["facts"]
     assert set(facts) == {"champion", "cosines"}  # no published figures for this backbone
     assert facts["champion"] == comparison.champion

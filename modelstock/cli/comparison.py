@@ -35,10 +35,12 @@ def compare(
     precision: Precision = "float32",
     batch_size: BatchSize = 256,
     workers: Workers = 0,
-    draws: Annotated[int, typer.Option(min=100, help="Bootstrap draws.")] = 2000,
+    resample: Annotated[str, typer.Option(help="What intervals draw of a test set: images or classes.")] = "images",
+    margin: Annotated[float, typer.Option(min=0, max=50, help="Points by which a method may be lower.")] = 0.5,
 ) -> None:
     """Merge, score and compare fine-tuned checkpoints that are there already; run again, it goes on where it was."""
     check_choice("--precision", precision, PRECISIONS)
+    check_choice("--resample", resample, ("images", "classes"))
     check_once("WEIGHTS", weights)
     from modelstock.comparison.report import summary_lines
     from modelstock.data.dataset import open_benchmarks
@@ -81,7 +83,14 @@ def compare(
     results = [score_benchmark(dataset, candidates, scoring) for dataset in benchmarks]
     for scores in results:
         save_scores(results_file(out / "results", scores.benchmark), scores)
-    comparison = compare_results(results, out / "report", anchor=origin, seeds=list(seeds.values()), draws=draws)
+    comparison = compare_results(
+        results,
+        out / "report",
+        anchor=origin,
+        seeds=list(seeds.values()),
+        resample="classes" if resample == "classes" else "images",
+        margin=margin / 100,
+    )
     champion = next(row for row in results[0].rows if row.name == comparison.champion)
     source = next(one.source for one in candidates.weights if one.identity == champion.identity)
     print(summary_lines(comparison))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modelstock.comparison.compare import Comparison, compare
+from modelstock.comparison.compare import Comparison, Resample, compare
 from modelstock.comparison.report import published_figures, write_report
 from modelstock.errors import WeightsError, few
 from modelstock.experiment.updates import update_cosines
@@ -40,18 +40,18 @@ def compare_results(
     anchor: WeightSet,
     seeds: Sequence[WeightSet],
     histories: Sequence[Path] = (),
-    draws: int = 2000,
-    seed: int = 0,
+    resample: Resample = "images",
+    margin: float = 0.005,
 ) -> Comparison:
     """Compare the rows on all benchmarks and write the report to `out`.
 
     `anchor`, `seeds`: for what is reported of the seeds' updates; `histories`: files of the seeds' training, if any.
-    `draws`, `seed`: of the bootstrap.
+    `resample`, `margin`: see modelstock.comparison.compare.
 
     Raises:
         DataError: results without a held-out and an in-distribution benchmark, or of different rows.
     """
-    comparison = compare(results, draws=draws, seed=seed)
+    comparison = compare(results, resample=resample, margin=margin)
     for line in comparison.notices:
         subject, _, text = line.partition(": ")
         repeat([line if subject in comparison.benchmarks else text])  # a weight set's own say what they are about
