@@ -24,7 +24,8 @@ def main(data: Path, models: Path, out: Path) -> None:
         methods=params.merge.methods,
         recipe=None if params.checkpoints else params.finetune,
         seeds=params.seeds,
-        sizes=params.periodic.sizes,
+        arms=params.periodic,
+        factors=params.longer,
     )
     candidates = Candidates(
         anchor=load_weights(anchor_file(models), lazy=True),

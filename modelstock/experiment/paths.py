@@ -40,9 +40,10 @@ def average_files(finetuned: Path, recipe: FinetuneParams, seeds: Sequence[int])
     return [seed_file(finetuned, seed).with_name(f"{name}.safetensors") for seed in seeds for name in names]
 
 
-def periodic_files(models: Path, sizes: Sequence[int]) -> list[Path]:
-    """The periodic runs, and the seeds that train as long."""
-    return [models / stage / str(size) / "weights.safetensors" for stage in ("periodic", "longer") for size in sizes]
+def periodic_files(models: Path, arms: Iterable[str], factors: Iterable[int]) -> list[Path]:
+    """The periodic runs by arm, and the seeds that train `factors` times as long."""
+    runs = [("periodic", arm) for arm in arms] + [("longer", str(factor)) for factor in factors]
+    return [models / stage / name / "weights.safetensors" for stage, name in runs]
 
 
 def merged_file(folder: Path, name: str) -> Path:
@@ -79,14 +80,15 @@ def other_files(
     methods: Iterable[str],
     recipe: FinetuneParams | None,
     seeds: Sequence[int],
-    sizes: Sequence[int],
+    arms: Iterable[str],
+    factors: Iterable[int],
 ) -> list[Path]:
-    """Every weight set besides the anchor and the seeds: merges, averages and snapshots, periodic runs.
+    """Every weight set besides the anchor and the seeds: merges, averages and snapshots, periodic and longer runs.
 
     `recipe`: None for somebody's own checkpoints, of which there are no averages.
     """
     averages = average_files(finetuned_folder(models), recipe, seeds) if recipe else []
-    return merged_files(models, methods) + averages + periodic_files(models, sizes)
+    return merged_files(models, methods) + averages + periodic_files(models, arms, factors)
 
 
 def results_file(results: Path, benchmark: str) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 from modelstock.errors import MergeError, nearest
 from modelstock.merging.methods import search, span, sparse, weighted
-from modelstock.merging.methods.model_stock import model_stock
+from modelstock.merging.methods.model_stock import OPTIONS, model_stock
 from modelstock.merging.methods.rows import Choice, Method, Of, Option, Style
 
 SCALE = Choice(option="scale", name="scales", low=0, high=10, values=(0.4, 0.6, 0.8, 1.0, 1.2))
@@ -72,10 +72,7 @@ ROWS = (
         kind="span",
         formula="w0 + t * mean(v_i), t = N cos / (1 + (N - 1) cos)",
         source="Jang, Yun, Han, arXiv 2403.19522, eq. 3",
-        own_options=(
-            Option(name="pairwise", default="cosine", about="what is averaged over pairs", choices=("cosine", "angle")),
-            Option(name="clip", default="unit", about="keep t in [0, 1], or not", choices=("unit", "none")),
-        ),
+        own_options=OPTIONS,
         least=2,
         granular=True,
         batched=True,
