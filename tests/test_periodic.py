@@ -138,7 +138,10 @@ def by_hand(anchor, *, seeds=(0, 1), every=3, reset=False, method="model_stock",
         origin = WeightSet(merged.tensors, anchor.meta) if last else anchor
         for one, own in zip(runs, tuned, strict=True):
             share = kept if target < 9 else 0
-            pulled = {n: share * own.tensors[n].astype(float) + (1 - share) * t for n, t in merged.tensors.items()}
+            pulled = {
+                name: share * own.tensors[name].astype(float) + (1 - share) * tensor.astype(float)
+                for name, tensor in merged.tensors.items()
+            }
             set_tensors(one.model, WeightSet({n: t.astype(np.float32) for n, t in pulled.items()}, anchor.meta))
             if reset:
                 one.optimizer.state.clear()
