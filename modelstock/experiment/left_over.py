@@ -32,6 +32,7 @@ def remove_left_over(folder: Path, named: Iterable[object]) -> None:
 def remove_left_over_models(models: Path, params: Params) -> None:
     """Remove what other settings have left of seeds, merges and periodic runs."""
     remove_left_over(models / "finetuned", params.seeds)
+    remove_left_over(models / "centre", params.geometry.centre)
     remove_left_over(models / "merged", params.merge.methods)
     for name in ("periodic", "longer"):
         remove_left_over(models / name, params.periodic.sizes)

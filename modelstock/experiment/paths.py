@@ -10,17 +10,28 @@ from modelstock.notices import notice
 from modelstock.params import FinetuneParams
 from modelstock.weights.weight_set import WeightSet, load_weights
 
+POINTS = "points"  # in the folder of results
 SCORES = Path("scratch/scores")  # outcomes, whole or so far; see modelstock.scoring.score_cache
 
 
-def anchor_file(models: Path) -> Path:
-    """The anchor."""
-    return models / "anchor.safetensors"
+def anchor_file(models: Path, name: str | None = None) -> Path:
+    """The anchor; with a name, another one that a pool of variants starts from."""
+    return models / "anchors" / f"{name}.safetensors" if name else models / "anchor.safetensors"
+
+
+def variant_file(models: Path, name: str) -> Path:
+    """The weights of a variant: a seed with a recipe of its own."""
+    return models / "variants" / name / "weights.safetensors"
 
 
 def finetuned_folder(models: Path) -> Path:
     """The seeds' folders."""
     return models / "finetuned"
+
+
+def centre_folder(models: Path) -> Path:
+    """The folders of the seeds that are set aside for the centre."""
+    return models / "centre"
 
 
 def seed_file(finetuned: Path, seed: int) -> Path:
@@ -92,6 +103,11 @@ def other_files(
 def results_file(results: Path, benchmark: str) -> Path:
     """The results per example on one benchmark."""
     return results / f"{benchmark}.safetensors"
+
+
+def points_file(results: Path, benchmark: str) -> Path:
+    """The results per example of the points that test the geometry, on one benchmark."""
+    return results / POINTS / f"{benchmark}.safetensors"
 
 
 def load_seeds(finetuned: Path, seeds: Sequence[int], *, lazy: bool = False) -> Mapping[int, WeightSet]:
