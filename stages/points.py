@@ -6,8 +6,9 @@ from modelstock.data.dataset import open_dataset
 from modelstock.devices import deterministic
 from modelstock.experiment.left_over import remove_left_over_models
 from modelstock.experiment.paths import SCORES, anchor_file
-from modelstock.experiment.points import load_space, score_points
+from modelstock.experiment.points import score_points
 from modelstock.experiment.pools import load_pools
+from modelstock.experiment.space import load_space
 from modelstock.params import load_params
 from modelstock.scoring.precision import scoring_options
 from modelstock.scoring.results import save_scores

@@ -13,12 +13,13 @@ from modelstock.cli.app import app
 from modelstock.damage import CACHE
 from modelstock.data.dataset import open_dataset
 from modelstock.errors import MergeError, WeightsError
-from modelstock.experiment.compare import compare_results, files_by_identity
+from modelstock.experiment.compare import compare_results
 from modelstock.experiment.evaluate import Candidates, score_benchmark
 from modelstock.experiment.left_over import remove_left_over
 from modelstock.experiment.merge import SubsetMerges, merge_method
 from modelstock.experiment.paths import (
     anchor_file,
+    files_by_identity,
     finetuned_folder,
     load_seeds,
     merged_files,

@@ -5,12 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from modelstock.damage import cure_of
-from modelstock.errors import MergeError
+from modelstock.errors import MergeError, WeightsError, few
 from modelstock.notices import notice
 from modelstock.params import FinetuneParams
+from modelstock.scoring.results import Scores
 from modelstock.weights.weight_set import WeightSet, load_weights
 
 POINTS = "points"  # in the folder of results
+GEOMETRY_SECTION = "section.md"  # of the report, in the folder of the geometry
 SCORES = Path("scratch/scores")  # outcomes, whole or so far; see modelstock.scoring.score_cache
 
 
@@ -113,3 +115,22 @@ def points_file(results: Path, benchmark: str) -> Path:
 def load_seeds(finetuned: Path, seeds: Sequence[int], *, lazy: bool = False) -> Mapping[int, WeightSet]:
     """The seeds' weight sets by seed; folders of seeds that are not named are left alone."""
     return {seed: load_weights(seed_file(finetuned, seed), lazy=lazy) for seed in seeds}
+
+
+def files_by_identity(results: Sequence[Scores], files: Sequence[Path]) -> dict[str, Path]:
+    """Identity -> file, for every scored row that is a weight set; `files` that are not there count as none.
+
+    Raises:
+        WeightsError: no file has a row's weights.
+    """
+    # Where two files have the same tensors, as a greedy soup of one seed and the seed, the first counts.
+    by_identity = {load_weights(file, lazy=True).identity: file for file in reversed(files) if file.exists()}
+    missing = [row.name for row in results[0].rows if row.kind != "ensemble" and row.identity not in by_identity]
+    if missing:
+        raise WeightsError(
+            "models",
+            got=f"no file with the weights of {few(missing)}",
+            expected="those that were scored",
+            cure="run the stage evaluate for every benchmark again",
+        )
+    return by_identity

@@ -1,28 +1,15 @@
 """Scoring in the experiment, for the geometry alone: points around the seeds, and pools, on one benchmark."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from modelstock.data.dataset import Dataset
-from modelstock.experiment.paths import anchor_file, centre_folder, finetuned_folder, load_seeds
 from modelstock.experiment.pools import Pool, pool_points
 from modelstock.geometry.points import Point, points
-from modelstock.geometry.space import Space, checkpoint_of
-from modelstock.params import GeometryParams, Params
+from modelstock.geometry.space import Space
+from modelstock.params import GeometryParams
 from modelstock.scoring.one_pass import ScoringOptions, collect, score
 from modelstock.scoring.results import Scores
-from modelstock.weights.weight_set import WeightSet, load_weights
-
-
-def load_space(models: Path, params: Params) -> Space:
-    """The anchor, the seeds under test and those set aside, read when they are asked for."""
-    seeds = load_seeds(finetuned_folder(models), params.seeds, lazy=True)
-    centre = load_seeds(centre_folder(models), params.geometry.centre, lazy=True)
-    return Space(
-        checkpoint_of(load_weights(anchor_file(models), lazy=True)),
-        {seed: checkpoint_of(weights) for seed, weights in seeds.items()},
-        {seed: checkpoint_of(weights) for seed, weights in centre.items()},
-    )
+from modelstock.weights.weight_set import WeightSet
 
 
 def score_points(
