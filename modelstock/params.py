@@ -66,7 +66,7 @@ class Section(BaseModel):
 
 
 class Optimization(Section):
-    """AdamW with linear warm-up, a cosine to zero and gradient clipping."""
+    """AdamW with linear warm-up, by default a cosine to zero, and gradient clipping."""
 
     batch_size: Positive
     lr: float = Field(gt=0, le=1)
@@ -141,12 +141,17 @@ class FinetuneParams(Optimization):
     WiSE-FT, or for those of two dimensions and more. `mixup`: alpha of Beta(alpha, alpha); 0: none. `rand_augment_*`:
     operations per image (0: none) and magnitude (of 30), before the crop. `train_head`: false keeps the anchor's head.
     `head_first_epochs`: epochs, before `epochs`, in which only the head learns, at `head_lr`. `devices`: processes that
-    share a batch. `ema`: decays; `lawa`: last epochs averaged (0: none); `snapshots`: every epoch's weights kept. Each
-    of these averages and snapshots is scored like any weight set. `validate_every`: epochs from one measurement on the
-    held-out split to the next; the last epoch is always followed by one.
+    share a batch. `schedule`: of the learning rate after the warm-up. `order_seed`: of the order of the examples; null:
+    the run's own seed, from which everything else is drawn. `share`: of the training examples, drawn by the seed; the
+    others are not used. `ema`: decays; `lawa`: last epochs averaged (0: none); `snapshots`: every epoch's weights kept.
+    Each of these averages and snapshots is scored like any weight set. `validate_every`: epochs from one measurement on
+    the held-out split to the next; the last epoch is always followed by one.
     """
 
     epochs: Positive
+    schedule: Literal["cosine", "constant"] = "cosine"
+    order_seed: Seed | None = None
+    share: float = Field(default=1.0, gt=0, le=1)
     micro_batch: Positive | Literal["auto"] | None = None
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     decay: Literal["all", "matrices"] = "all"
