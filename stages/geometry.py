@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from modelstock.experiment.geometry import measure, write_geometry
+from modelstock.experiment.geometry import judge, write_findings
 from modelstock.experiment.left_over import remove_left_over, remove_left_over_models
 from modelstock.experiment.paths import (
     POINTS,
@@ -15,6 +15,7 @@ from modelstock.experiment.paths import (
     seed_file,
 )
 from modelstock.experiment.space import load_space
+from modelstock.geometry.measure import measure
 from modelstock.params import load_params
 from modelstock.scoring.results import load_scores
 from stages import run
@@ -35,18 +36,24 @@ def main(results: Path, models: Path, out: Path) -> None:
         sizes=params.periodic.sizes,
     )
     seeds = [seed_file(finetuned_folder(models), seed) for seed in params.seeds]
-    geometry = measure(
+    space = load_space(models, params)
+    findings = judge(
         compared,
         [load_scores(points_file(results, name)) for name in section.benchmarks],
-        load_space(models, params),
+        space,
         section,
         files=files_by_identity(compared, [anchor_file(models), *seeds, *others]),
         draws=params.compare.draws,
         seed=params.compare.seed,
     )
-    facts = {"seeds": params.seeds, "centre": section.centre, "benchmarks": benchmarks}
-    write_geometry(geometry, out, facts=facts)
-    for claim in geometry.claims:
+    measured = measure(
+        space.anchor,
+        list(space.seeds.values()),
+        centre=list(space.set_aside.values()),
+        labels=[f"seed-{seed}" for seed in (*space.seeds, *space.set_aside)],
+    )
+    write_findings(findings, measured, out)
+    for claim in findings.claims:
         print(f"{claim.title}: {claim.verdict}")
 
 

@@ -11,6 +11,7 @@ from modelstock.data.dataset import open_dataset
 from modelstock.errors import ParamsError, WeightsError
 from modelstock.experiment.paths import anchor_file, points_file, results_file, seed_file, variant_file
 from modelstock.experiment.pools import load_pools, pool_points
+from modelstock.notices import Notice
 from modelstock.params import GeometryParams, load_params
 from modelstock.scoring.one_pass import ScoringOptions
 from modelstock.scoring.results import load_scores
@@ -115,8 +116,22 @@ def test_points_geometry_and_report(project, monkeypatch):
             assert (scored.nll[numbers[row.name]] == compared.nll[place]).all()
     assert {"anchor", "seed-3", "uniform/0-1", "model_stock/0-1"} <= set(numbers)
     geometry_stage(RESULTS, MODELS, Path("geometry"))
-    keys = {"lens", "closer", "centre", "plane", "noise", "alpha", "seeds", "granularity", "cost", "oracle", "s-curve"}
-    assert set(claims("geometry")) == keys | {"regret"}
+    keys = {
+        "lens",
+        "closer",
+        "centre",
+        "plane",
+        "noise",
+        "alpha",
+        "seeds",
+        "granularity",
+        "cost",
+        "oracle-accuracy",
+        "s-curve",
+    }
+    found = claims("geometry")
+    assert keys | {"regret"} <= set(found)
+    assert {"angles", "norms", "lengths"} <= set(found)  # what weights alone decide
     first = {file.name: file.read_bytes() for file in Path("geometry").iterdir()}
     geometry_stage(RESULTS, MODELS, Path("geometry"))
     assert {file.name: file.read_bytes() for file in Path("geometry").iterdir()} == first
@@ -128,18 +143,30 @@ def test_points_geometry_and_report(project, monkeypatch):
     html = Path("reports/comparison.html").read_text()
     assert 'src="geometry-' not in html  # pictures are in the page
     beside = {file.name for file in Path("reports").iterdir()}
-    assert {"geometry.md", "geometry.json", "geometry-plane.png"} <= beside
+    assert {
+        "geometry.md",
+        "geometry.json",
+        "accuracy.json",
+        "tensors.csv",
+        "geometry-plane.png",
+        "geometry-triangle.png",
+    } <= beside
     assert "section.md" not in beside
 
 
 def test_without_points_the_comparisons_rows_are_judged(project, monkeypatch, tmp_path):
     monkeypatch.chdir(project)
     settings(project, **NOTHING)
-    with pytest.warns(match="models/centre/8: not part of these settings"):
+    with pytest.warns(Notice) as given:
         geometry_stage(RESULTS, MODELS, tmp_path)
+    assert [str(line.message).partition(": ")[0] for line in given] == [
+        *(f"models/centre/{seed}" for seed in (10, 8, 9)),
+        *(f"results/points/{name}.safetensors" for name in SPLITS),
+    ]
     found = claims(str(tmp_path))
-    assert set(found) == {"closer", "seeds", "cost", "regret"}
-    distances = json.loads((tmp_path / "geometry.json").read_text())["distances"]
+    assert {"closer", "seeds", "cost", "regret", "angles"} <= set(found)
+    assert not {"centre", "plane", "noise", "alpha", "granularity", "s-curve"} & set(found)
+    distances = json.loads((tmp_path / "accuracy.json").read_text())["distances"]
     assert distances["uniform/0-1-2-3"] == "not enough seeds (4 of 5)"
     assert distances["uniform/0-1"]["whole"] < distances["seed-0"]["whole"] < 1
     assert found["closer"]["quantities"][0]["name"].startswith("13 rows")  # anchor, 4 seeds, 4 pairs by 2 methods

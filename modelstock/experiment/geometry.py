@@ -4,30 +4,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from modelstock.errors import WeightsError
 from modelstock.experiment.paths import GEOMETRY_SECTION
-from modelstock.files import atomic_path, write_json
+from modelstock.files import atomic_path, dump_json
 from modelstock.geometry import accuracy_claims, questions
 from modelstock.geometry.accuracy import Scored
 from modelstock.geometry.accuracy_figures import Picture, accuracy_figures, alpha_figure, plane_figure, ray_figure
 from modelstock.geometry.claims import Claim, claims_table
+from modelstock.geometry.measure import Geometry
+from modelstock.geometry.page import draw, geometry_json, page, tensors_csv
 from modelstock.geometry.points import points
 from modelstock.geometry.space import Distance, Space
+from modelstock.geometry.tables import tensor_rows
+from modelstock.geometry.weight_claims import weight_claims
 from modelstock.merging.methods.table import METHODS
 from modelstock.params import GeometryParams
 from modelstock.scoring.results import Scores
 from modelstock.weights.checkpoints import open_safetensors
 
+PREFIX = "geometry-"  # of pictures, which lie beside the report's
 SHOWN = ("distance.png", "sizes.png", "plane.png")  # in the report's section; the page has all
 WITHOUT_DISTANCE = ("ray", "plane", "noise", "pool")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Geometry:
+class Findings:
     """What was measured. `distances`: from the centre, by name of a row; `pictures`: by file."""
 
     claims: Sequence[Claim]
@@ -68,7 +72,7 @@ def point_distances(scores: Scores, space: Space, params: GeometryParams) -> dic
     return distances
 
 
-def measure(
+def judge(
     compared: Sequence[Scores],
     scored_points: Sequence[Scores],
     space: Space,
@@ -77,7 +81,7 @@ def measure(
     files: Mapping[str, Path],
     draws: int,
     seed: int,
-) -> Geometry:
+) -> Findings:
     """Every claim about accuracy that there are rows to judge by.
 
     `compared`: the comparison's results; `scored_points`: those of the points, none where none were asked for, and
@@ -114,7 +118,7 @@ def measure(
         **ray_figure(scored, marks.stock, marks.slerp),
         **alpha_figure(scored, marks.cosines),
     }
-    return Geometry(claims=claims, distances=distances, pictures=pictures)
+    return Findings(claims=claims, distances=distances, pictures=pictures)
 
 
 class _Marks:
@@ -134,48 +138,53 @@ class _Marks:
         }
 
 
-def page(geometry: Geometry) -> str:
-    """All claims and pictures as Markdown."""
-    parts = [
-        "# The geometry of weights: claims about accuracy",
-        "Each claim with its rule, what was measured, and its 95 % interval; a verdict is by the interval alone. "
-        "Distances are in units of the mean norm of a seed's update.",
-        claims_table(geometry.claims),
-        *(f"![{title}](geometry-{name})" for name, (title, _) in geometry.pictures.items()),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def section(geometry: Geometry) -> str:
-    """What the report shows of it."""
+def section(findings: Findings) -> str:
+    """What the report shows of it: what accuracy has decided."""
     parts = [
         "## Geometry",
         "Where the weight sets lie, and whether that says how accurate they are; a verdict is by the 95 % interval "
-        "alone. `geometry.md`, beside this report, has every picture, and `geometry.json` every number.",
-        claims_table(geometry.claims),
-        *(f"![{geometry.pictures[name][0]}](geometry-{name})" for name in SHOWN if name in geometry.pictures),
+        "alone. `geometry.md`, beside this report, has the claims that weights alone decide and every picture; "
+        "`geometry.json` and `accuracy.json` have every number.",
+        claims_table(findings.claims),
+        *(f"![{findings.pictures[name][0]}]({PREFIX}{name})" for name in SHOWN if name in findings.pictures),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def write_geometry(geometry: Geometry, folder: Path, *, facts: Mapping[str, Any]) -> None:
-    """Write geometry.json, geometry.md, the pictures and the report's section to `folder`."""
-    contents = {f"geometry-{name}": picture for name, (_, picture) in geometry.pictures.items()}
-    contents |= {"geometry.md": page(geometry).encode(), GEOMETRY_SECTION: section(geometry).encode()}
+def accuracy_part(findings: Findings) -> str:
+    """The part of the page about accuracy: figures, which the page of the weights does not have."""
+    parts = [
+        "## Accuracy",
+        "Distances are in units of the mean norm of a seed's update; lines and points are single weight sets unless a "
+        "picture says otherwise.",
+        *(f"![{title}]({PREFIX}{name})\n\n{title}" for name, (title, _) in findings.pictures.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_findings(findings: Findings, measured: Geometry, folder: Path) -> None:
+    """Write what weights alone and what accuracies say to `folder`, and the report's section.
+
+    geometry.json and tensors.csv as `modelstock geometry` writes them, with the claims about accuracy too;
+    accuracy.json: distances and what the pictures show; geometry.md, the pictures.
+    """
+    claims = sorted([*weight_claims(measured), *findings.claims], key=lambda claim: claim.artefact or 99)
+    of_weights = {f"{PREFIX}{name}": picture for name, picture in draw(measured).items()}
+    pictures = of_weights | {f"{PREFIX}{name}": picture for name, picture in findings.pictures.items()}
+    written = geometry_json(measured, claims)
+    distances = {
+        name: distance if isinstance(distance, str) else asdict(distance)
+        for name, distance in findings.distances.items()
+    }
+    titles = {name: title for name, (title, _) in pictures.items()}
+    contents = {
+        "geometry.json": dump_json(written).encode(),
+        "tensors.csv": tensors_csv(tensor_rows(measured)).encode(),
+        "geometry.md": f"{page(written, claims, of_weights)}\n{accuracy_part(findings)}".encode(),
+        "accuracy.json": dump_json({"distances": distances, "pictures": titles}).encode(),
+        GEOMETRY_SECTION: section(findings).encode(),
+        **{name: picture for name, (_, picture) in pictures.items()},
+    }
     for name, content in contents.items():
         with atomic_path(folder / name) as temporary:
             temporary.write_bytes(content)
-    distances = {
-        name: distance if isinstance(distance, str) else asdict(distance)
-        for name, distance in geometry.distances.items()
-    }
-    titles = {f"geometry-{name}": title for name, (title, _) in geometry.pictures.items()}
-    write_json(
-        folder / "geometry.json",
-        {
-            **facts,
-            "claims": [claim.as_json() for claim in geometry.claims],
-            "distances": distances,
-            "pictures": titles,
-        },
-    )

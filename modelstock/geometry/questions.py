@@ -151,7 +151,7 @@ def formula_costs_little(scored: Scored) -> Claim | None:
     if not numbers:
         return None
     return Claim(
-        key="oracle",
+        key="oracle-accuracy",
         artefact=None,
         title="the formula's ratio is as good as the oracle's",
         rule=f"the ratio that leads nearest to the centre, per tensor, is better than the formula's by less than "
