@@ -1,5 +1,6 @@
 """`modelstock compare`."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modelstock.cli.options import PRECISIONS, BatchSize, Device, Precision, Workers, check_choice, check_once
-from modelstock.errors import MergeError
+from modelstock.errors import MergeError, ParamsError
 
 if TYPE_CHECKING:
     from modelstock.data.dataset import Dataset
-    from modelstock.params import MethodParams
+    from modelstock.params import ChampionParams, MethodParams
     from modelstock.weights.weight_set import WeightSet
 
 
@@ -36,10 +37,17 @@ def compare(
     batch_size: BatchSize = 256,
     workers: Workers = 0,
     draws: Annotated[int, typer.Option(min=100, help="Bootstrap draws.")] = 2000,
+    rule: Annotated[
+        str, typer.Option(help="The champion: nearest to the anchor of those within --margin of the best; or best.")
+    ] = "nearest",
+    margin: Annotated[
+        str, typer.Option(help="standard-error, of the paired difference to the best; or a share, such as 0.005.")
+    ] = "standard-error",
 ) -> None:
     """Merge, score and compare fine-tuned checkpoints that are there already; run again, it goes on where it was."""
     check_choice("--precision", precision, PRECISIONS)
     check_once("WEIGHTS", weights)
+    champion_rule = _champion(rule, margin)
     from modelstock.comparison.report import summary_lines
     from modelstock.data.dataset import open_benchmarks
     from modelstock.experiment.compare import compare_results
@@ -81,12 +89,36 @@ def compare(
     results = [score_benchmark(dataset, candidates, scoring) for dataset in benchmarks]
     for scores in results:
         save_scores(results_file(out / "results", scores.benchmark), scores)
-    comparison = compare_results(results, out / "report", anchor=origin, seeds=list(seeds.values()), draws=draws)
+    comparison = compare_results(
+        results,
+        out / "report",
+        anchor=origin,
+        seeds=list(seeds.values()),
+        others=candidates.others,
+        draws=draws,
+        champion=champion_rule,
+    )
     champion = next(row for row in results[0].rows if row.name == comparison.champion)
     source = next(one.source for one in candidates.weights if one.identity == champion.identity)
     print(summary_lines(comparison))
     print(f"report: {out / 'report/comparison.html'}")
     print(f"champion by the held-out split: {champion.name}, {source}")
+
+
+def _champion(rule: str, margin: str) -> "ChampionParams":
+    """How the champion is chosen."""
+    from pydantic import ValidationError
+
+    from modelstock.params import ChampionParams
+
+    share = re.fullmatch(r"[0-9.eE+-]+", margin)
+    try:
+        return ChampionParams.model_validate({"rule": rule, "margin": float(margin) if share else margin})
+    except (ValidationError, ValueError):
+        expected = "nearest or best, and standard-error or a share from 0 to 0.1"
+        raise ParamsError(
+            "--rule, --margin", got=f"{rule}, {margin}", expected=expected, cure="see modelstock compare --help"
+        ) from None
 
 
 def _sections(params: Path | None, methods: Sequence[str]) -> dict[str, "MethodParams"]:

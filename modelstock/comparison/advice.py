@@ -1,0 +1,232 @@
+"""What a comparison says in words: what is known, what is not, what is advised, and which weight set to ship.
+
+A difference is known where its 95 % interval excludes 0, and else not known; the interval is whatever the line has.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from modelstock.comparison.choice import Candidate, Choice
+from modelstock.comparison.compare import Comparison, Line
+from modelstock.comparison.cost import passes
+from modelstock.comparison.intervals import Estimate
+from modelstock.comparison.text import percent, signed, table, with_half
+from modelstock.errors import few
+from modelstock.merging.methods.table import METHODS
+from modelstock.params import STANDARD_ERROR
+
+WHERE = {"in-distribution": "in distribution", "shifts": "on the shifts"}
+SEED = "the mean single seed"
+UNIFORM = "the uniform soup of the same seeds"
+SHOWN = 20  # candidates in the table
+
+
+@dataclass
+class _Claims:
+    """Sentences without a capital and a full stop."""
+
+    known: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+
+def advice(comparison: Comparison) -> str:
+    """What is known, what is not and what is advised: three short paragraphs of Markdown."""
+    claims = _Claims()
+    merges = [line for line in comparison.lines if line.key in METHODS and line.over_seed]
+    for summary in comparison.summaries:
+        _judge(claims, {line.name: line.over_seed[summary] for line in merges}, SEED, summary)
+    for line in chosen_merges(comparison):
+        for summary in line.over_uniform:
+            _judge(claims, {line.name: line.over_uniform[summary]}, UNIFORM, summary)
+    known = "; ".join(claims.known) or "nothing: every interval of a difference includes 0" * bool(merges)
+    unknown = "; ".join(claims.unknown)
+    parts = {
+        "Known": known or "nothing, for no merge was compared",
+        "Not known": unknown or "nothing of what is compared here",
+        "Advised": _advised(comparison),
+    }
+    return "\n\n".join(f"**{name}:** {text}." for name, text in parts.items())
+
+
+def chosen_merges(comparison: Comparison) -> list[Line]:
+    """Of each highlighted method the line of fewest seeds: a rule that looks at no figure."""
+    chosen = []
+    for name, method in METHODS.items():
+        lines = [line for line in comparison.lines if line.key == name and method.style.highlight]
+        chosen += sorted(lines, key=lambda line: line.size)[:1]
+    return chosen
+
+
+def _judge(claims: _Claims, differences: Mapping[str, Estimate], other: str, summary: str) -> None:
+    """Sort lines by whether they differ from `other`, and say so in a sentence each for better, worse and unknown."""
+    where = WHERE[summary]
+    better = {name: d for name, d in differences.items() if d.low > 0}
+    worse = {name: d for name, d in differences.items() if d.high < 0}
+    undecided = {name: d for name, d in differences.items() if d.low <= 0 <= d.high}
+    for names, verbs in ((better, ("beats", "beat")), (worse, ("is worse than", "are worse than"))):
+        if names:
+            every = len(names) == len(differences) > 1
+            subject = f"all {len(names)} kinds of merges" if every else few(list(names))
+            claims.known.append(f"{subject} {verbs[len(names) > 1]} {other} {where} ({_by(list(names.values()))})")
+    if undecided:
+        verb = "differs" if len(undecided) == 1 else "differ"
+        claims.unknown.append(
+            f"whether {few(list(undecided))} {verb} from {other} {where} ({_by(list(undecided.values()))}; "
+            f"{_detectable(list(undecided.values()))})"
+        )
+
+
+def _by(differences: Sequence[Estimate]) -> str:
+    if len(differences) == 1:
+        return f"{signed(differences[0])} points"
+    values = sorted(100 * difference.value for difference in differences)
+    return f"by {values[0]:+.1f} to {values[-1]:+.1f} points"
+
+
+def _detectable(differences: Sequence[Estimate]) -> str:
+    """What this benchmark would have found: the smallest difference that gets an interval without 0 four times in five.
+
+    It is 1.96 + 0.84 standard errors, of which the 95 % interval is 2 * 1.96 wide.
+    """
+    most = max(difference.high - difference.low for difference in differences)
+    return f"one of {100 * most * (1.96 + 0.84) / (2 * 1.96):.1f} points would probably be found"
+
+
+def _advised(comparison: Comparison) -> str:
+    choice = comparison.choice
+    chosen = _candidate(choice, choice.chosen)
+    splits = " and ".join(choice.splits)
+    others = len(choice.within) - 1
+    if choice.rule == "best":
+        reason = f"the best on {splits}"
+        reason += f", though {_count(others)} not worse by more than {margin_in_words(choice)}" if others else ""
+    elif choice.chosen == choice.best:
+        reason = f"the best on {splits} and the nearest to the anchor of the {len(choice.within)} within the margin"
+        reason = reason if others else f"the best on {splits}, with no other within the margin"
+    else:
+        reason = (
+            f"{_points(-chosen.difference)} points worse than the best on {splits} ({choice.best}), which is within "
+            f"the margin ({_margin(choice, chosen)}), and the nearest to the anchor of the {len(choice.within)} weight "
+            f"sets that are"
+        )
+    figures = [f"{with_half(comparison.summary[choice.chosen][s])} {WHERE[s]}" for s in comparison.summaries]
+    row = next(row for row in comparison.rows if row.name == choice.chosen)
+    anchor = (
+        "; it is the zero-shot anchor: nothing fine-tuned is measurably better there" if row.kind == "anchor" else ""
+    )
+    return (
+        f"ship **{choice.chosen}**: {reason}{anchor}. The test sets, which nothing was chosen on, give it "
+        f"{' and '.join(figures)}. Training it cost {_seeds(comparison.cost[choice.chosen])}"
+    )
+
+
+def _candidate(choice: Choice, name: str) -> Candidate:
+    return next(candidate for candidate in choice.within if candidate.name == name)
+
+
+def _count(others: int) -> str:
+    return "one other is" if others == 1 else f"{others} others are"
+
+
+def _seeds(count: int) -> str:
+    return "nothing" if not count else "one seed" if count == 1 else f"{count} seeds"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def _margin(choice: Choice, candidate: Candidate) -> str:
+    if choice.margin == STANDARD_ERROR:
+        return f"one standard error of their paired difference, {_points(candidate.standard_error)} points"
+    return margin_in_words(choice)
+
+
+def margin_in_words(choice: Choice) -> str:
+    """The margin, whichever the candidate."""
+    if choice.margin == STANDARD_ERROR:
+        return "one standard error of the paired difference"
+    return f"{100 * float(choice.margin):g} points"
+
+
+def rule_in_words(choice: Choice) -> str:
+    """The rule and what it looked at, as a paragraph."""
+    several = len(choice.splits) > 1
+    looked_at = f"the mean accuracy on {' and '.join(choice.splits)}, equally weighted" if several else "accuracy"
+    looked_at += "" if several else f" on {choice.splits[0]}"
+    within = f"not worse than the best, {choice.best}, by more than {margin_in_words(choice)}"
+    if choice.rule == "best":
+        rule = f"the best. {len(choice.within)} of {choice.candidates} weight sets are {within}"
+    else:
+        rule = (
+            f"of those that are {within}, the one nearest to the anchor: {len(choice.within)} of "
+            f"{choice.candidates} weight sets"
+        )
+    paired = (
+        " Paired: both answer the same images, so what makes an image hard for both cancels."
+        if choice.margin == STANDARD_ERROR
+        else ""
+    )
+    return (
+        f"The rule is `{choice.rule}`, by {looked_at}: {rule}.{paired} Rows with the same tensors count once; logit "
+        "ensembles are several models and no candidates; the zero-shot anchor is a candidate like any other. Ties go "
+        "to fewer seeds. Test sets were not looked at: their columns are for reporting."
+    )
+
+
+def candidates_table(comparison: Comparison) -> str:
+    """The candidates within the margin, nearest to the anchor first; of many the first, the chosen and the best."""
+    choice = comparison.choice
+    rows = {row.name: row for row in comparison.rows}
+    shown = [
+        candidate
+        for place, candidate in enumerate(choice.within)
+        if place < SHOWN or candidate.name in (choice.chosen, choice.best)
+    ]
+    names = [*choice.splits, *(("mean",) if len(choice.splits) > 1 else ())]
+    summaries = [comparison.in_distribution, *(("mean of shifts",) if comparison.shifts else ())]
+    head = ["weights", *names, "to the best", "standard error", "distance", *summaries, "seeds", "cost"]
+    body = []
+    for one in shown:
+        held_out = [percent(comparison.accuracy[one.name][split].value) for split in choice.splits]
+        body.append(
+            [
+                f"**{one.name}**" if one.name == choice.chosen else one.name,
+                *held_out,
+                *([percent(one.accuracy)] if len(choice.splits) > 1 else []),
+                f"{100 * one.difference:+.2f}" if one.name != choice.best else "best",
+                _points(one.standard_error),
+                "" if one.distance is None else f"{one.distance:.2f}",
+                *(with_half(comparison.summary[one.name][s]) for s in comparison.summaries),
+                str(len(rows[one.name].members)),
+                str(comparison.cost[one.name]),
+            ]
+        )
+    return table(head, body)
+
+
+def front_table(comparison: Comparison) -> str:
+    """The weight sets on the Pareto front, the best in distribution first."""
+    head = ["weights", comparison.in_distribution, "mean of shifts", "cost"]
+    body = [
+        [
+            f"**{name}**" if name == comparison.champion else name,
+            *(with_half(comparison.summary[name][s]) for s in comparison.summaries),
+            str(comparison.cost[name]),
+        ]
+        for name in comparison.front
+    ]
+    return table(head, body)
+
+
+def line_cost(comparison: Comparison, line: Line) -> str:
+    """A line's training in units of one seed; the best seed takes all that it is the best of.
+
+    Where an answer takes several forward passes, their number too.
+    """
+    rows = {row.name: row for row in comparison.rows}
+    if line.key == "best-seed":
+        return str(sum(row.kind == "seed" for row in comparison.rows))
+    mean = sum(comparison.cost[name] for name in line.rows) / len(line.rows)
+    slower = passes(rows[line.rows[0]])
+    return f"{mean:g}" + (f" ({slower} passes)" if slower > 1 else "")
