@@ -4,7 +4,6 @@ A difference is known where its 95 % interval excludes 0, and else not known; th
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from modelstock.comparison.choice import Candidate, Choice
 from modelstock.comparison.compare import Comparison, Line
@@ -21,28 +20,18 @@ UNIFORM = "the uniform soup of the same seeds"
 SHOWN = 20  # candidates in the table
 
 
-@dataclass
-class _Claims:
-    """Sentences without a capital and a full stop."""
-
-    known: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-
-
 def advice(comparison: Comparison) -> str:
     """What is known, what is not and what is advised: three short paragraphs of Markdown."""
-    claims = _Claims()
     merges = [line for line in comparison.lines if line.key in METHODS and line.over_seed]
-    for summary in comparison.summaries:
-        _judge(claims, {line.name: line.over_seed[summary] for line in merges}, SEED, summary)
+    known, unknown = _judged([(_name(line), line.over_seed) for line in merges], SEED)
     for line in chosen_merges(comparison):
-        for summary in line.over_uniform:
-            _judge(claims, {line.name: line.over_uniform[summary]}, UNIFORM, summary)
-    known = "; ".join(claims.known) or "nothing: every interval of a difference includes 0" * bool(merges)
-    unknown = "; ".join(claims.unknown)
+        of_line = _judged([(_name(line), line.over_uniform)], UNIFORM)
+        known, unknown = known + of_line[0], unknown + of_line[1]
+    if not merges:
+        known = ["nothing, for no merge was compared"]
     parts = {
-        "Known": known or "nothing, for no merge was compared",
-        "Not known": unknown or "nothing of what is compared here",
+        "Known": "; ".join(known) or "nothing: every interval of a difference includes 0",
+        "Not known": "; ".join(unknown) or "nothing: no interval of a difference includes 0",
         "Advised": _advised(comparison),
     }
     return "\n\n".join(f"**{name}:** {text}." for name, text in parts.items())
@@ -57,23 +46,37 @@ def chosen_merges(comparison: Comparison) -> list[Line]:
     return chosen
 
 
-def _judge(claims: _Claims, differences: Mapping[str, Estimate], other: str, summary: str) -> None:
-    """Sort lines by whether they differ from `other`, and say so in a sentence each for better, worse and unknown."""
-    where = WHERE[summary]
-    better = {name: d for name, d in differences.items() if d.low > 0}
-    worse = {name: d for name, d in differences.items() if d.high < 0}
-    undecided = {name: d for name, d in differences.items() if d.low <= 0 <= d.high}
-    for names, verbs in ((better, ("beats", "beat")), (worse, ("is worse than", "are worse than"))):
-        if names:
-            every = len(names) == len(differences) > 1
-            subject = f"all {len(names)} kinds of merges" if every else few(list(names))
-            claims.known.append(f"{subject} {verbs[len(names) > 1]} {other} {where} ({_by(list(names.values()))})")
-    if undecided:
-        verb = "differs" if len(undecided) == 1 else "differ"
-        claims.unknown.append(
-            f"whether {few(list(undecided))} {verb} from {other} {where} ({_by(list(undecided.values()))}; "
-            f"{_detectable(list(undecided.values()))})"
-        )
+def _name(line: Line) -> str:
+    return f"{line.kind} of {line.size}"
+
+
+def _judged(lines: Sequence[tuple[str, Mapping[str, Estimate]]], other: str) -> tuple[list[str], list[str]]:
+    """What is known and what is not of the lines' differences to `other`, (name, by summary) each, in clauses.
+
+    What is the same in distribution and on the shifts is one clause.
+    """
+    known: dict[str, list[str]] = {}
+    unknown: dict[str, list[str]] = {}
+    for summary, where in WHERE.items():
+        differences = {name: by_summary[summary] for name, by_summary in lines if summary in by_summary}
+        better = {name: d for name, d in differences.items() if d.low > 0}
+        worse = {name: d for name, d in differences.items() if d.high < 0}
+        undecided = {name: d for name, d in differences.items() if d.low <= 0 <= d.high}
+        for names, verbs in ((better, ("beats", "beat")), (worse, ("is worse than", "are worse than"))):
+            if names:
+                every = len(names) == len(differences) > 1
+                subject = f"all {len(names)} kinds of merges" if every else few(list(names))
+                clause = f"{subject} {verbs[len(names) > 1]} {other}"
+                known.setdefault(clause, []).append(f"{where} ({_by(list(names.values()))})")
+        if undecided:
+            clause = f"whether {few(list(undecided))} differ{'s' * (len(undecided) == 1)} from {other}"
+            values = list(undecided.values())
+            unknown.setdefault(clause, []).append(f"{where} ({_by(values)}; {_detectable(values)})")
+
+    def clauses(parts: Mapping[str, Sequence[str]]) -> list[str]:
+        return [f"{clause} {' and '.join(where)}" for clause, where in parts.items()]
+
+    return clauses(known), clauses(unknown)
 
 
 def _by(differences: Sequence[Estimate]) -> str:
@@ -84,12 +87,12 @@ def _by(differences: Sequence[Estimate]) -> str:
 
 
 def _detectable(differences: Sequence[Estimate]) -> str:
-    """What this benchmark would have found: the smallest difference that gets an interval without 0 four times in five.
+    """The smallest difference that gets an interval without 0 four times in five, of the widest interval.
 
     It is 1.96 + 0.84 standard errors, of which the 95 % interval is 2 * 1.96 wide.
     """
     most = max(difference.high - difference.low for difference in differences)
-    return f"one of {100 * most * (1.96 + 0.84) / (2 * 1.96):.1f} points would probably be found"
+    return f"a difference of {100 * most * (1.96 + 0.84) / (2 * 1.96):.1f} points would be found four times in five"
 
 
 def _advised(comparison: Comparison) -> str:
@@ -116,7 +119,7 @@ def _advised(comparison: Comparison) -> str:
     )
     return (
         f"ship **{choice.chosen}**: {reason}{anchor}. The test sets, which nothing was chosen on, give it "
-        f"{' and '.join(figures)}. Training it cost {_seeds(comparison.cost[choice.chosen])}"
+        f"{' and '.join(figures)}. Training it takes {_seeds(comparison.cost[choice.chosen])}"
     )
 
 
@@ -195,7 +198,7 @@ def candidates_table(comparison: Comparison) -> str:
                 *held_out,
                 *([percent(one.accuracy)] if len(choice.splits) > 1 else []),
                 f"{100 * one.difference:+.2f}" if one.name != choice.best else "best",
-                _points(one.standard_error),
+                _points(one.standard_error) if one.name != choice.best else "",
                 "" if one.distance is None else f"{one.distance:.2f}",
                 *(with_half(comparison.summary[one.name][s]) for s in comparison.summaries),
                 str(len(rows[one.name].members)),
