@@ -122,7 +122,7 @@ def test_the_advice_of_the_nearest_says_by_how_much_it_is_worse_than_the_best():
         (
             {"margin": 0.03},
             {**DISTANCES, RIGHT.name: 0.5},
-            "3.00 points worse than the best on held-out (uniform/0-1), which is within the margin (3 points), and",
+            "3.00 points worse than the best on held-out (uniform/0-1), which is within the margin (3 points)",
         ),
         ({"rule": "best"}, None, "the best on held-out, though one other is not worse by more than one standard error"),
         ({"rule": "best", "margin": 0.0}, None, "the best on held-out. The test sets"),
@@ -145,7 +145,8 @@ def test_the_rule_in_words():
     nearest = compare(small(), draws=100, champion=NEAREST, distances=DISTANCES).choice
     assert rule_in_words(nearest).startswith(
         "The rule is `nearest`, by accuracy on held-out: of those that are not worse than the best, uniform/0-1, by "
-        "more than one standard error of the paired difference, the one nearest to the anchor: 2 of 4 weight sets. Paired: "
+        "more than one standard error of the paired difference, the one nearest to the anchor: 2 of 4 weight sets. "
+        "Paired: "
     )
     best = compare(with_shift(), draws=100, champion=ChampionParams(rule="best", margin=0.005)).choice
     assert rule_in_words(best).startswith(
