@@ -83,6 +83,8 @@ def stages() -> str:
 
     def touch(one: str, other: str) -> bool:
         """Whether one path is the other, or a folder around it; `${...}` is any name."""
+        if other == "${item.anchor}":  # a variant starts from the seeds' anchor or from one of `anchors`
+            return one.startswith("models/anchor")
         pairs = zip(one.split("/"), other.split("/"), strict=False)
         return all(a == b or "$" in a or "$" in b for a, b in pairs)
 
@@ -186,7 +188,11 @@ def from_results(results: Path, preset: str) -> tuple[str, str, dict[str, bytes]
     }
     settings = params.compare
     comparison = compare(
-        scores, draws=settings.draws, seed=settings.seed, champion=settings.champion, distances=distances
+        scores,
+        resample=settings.resample,
+        margin=settings.margin,
+        champion=settings.champion,
+        distances=distances,
     )
     prefix, command = ("", "make repro") if preset == DEFAULT else (f"{preset}-", f"dvc exp run -S preset={preset}")
     drawn = {f"{prefix}{name}": figure for name, figure in figures(comparison).items()}

@@ -27,12 +27,15 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from modelstock.errors import ParamsError, closest, few
 from modelstock.files import NAME
-from modelstock.merging.methods.rows import Choice, Method, Option
+from modelstock.merging.methods.rows import Choice, Method, Option, Sets
 from modelstock.merging.methods.table import METHODS
 from modelstock.tracking.tracker import TRACKERS
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
+# Kinds of rows in the comparison, which a pool's name may not be.
+RESERVED = ("anchor", "seed", "ensemble", "ema", "lawa", "snapshot", "longer", "periodic", *METHODS)
 
 
 def _each_once(values: list[Any]) -> list[Any]:
@@ -66,7 +69,7 @@ class Section(BaseModel):
 
 
 class Optimization(Section):
-    """AdamW with linear warm-up, a cosine to zero and gradient clipping."""
+    """AdamW with linear warm-up, by default a cosine to zero, and gradient clipping."""
 
     batch_size: Positive
     lr: float = Field(gt=0, le=1)
@@ -141,12 +144,17 @@ class FinetuneParams(Optimization):
     WiSE-FT, or for those of two dimensions and more. `mixup`: alpha of Beta(alpha, alpha); 0: none. `rand_augment_*`:
     operations per image (0: none) and magnitude (of 30), before the crop. `train_head`: false keeps the anchor's head.
     `head_first_epochs`: epochs, before `epochs`, in which only the head learns, at `head_lr`. `devices`: processes that
-    share a batch. `ema`: decays; `lawa`: last epochs averaged (0: none); `snapshots`: every epoch's weights kept. Each
-    of these averages and snapshots is scored like any weight set. `validate_every`: epochs from one measurement on the
-    held-out split to the next; the last epoch is always followed by one.
+    share a batch. `schedule`: of the learning rate after the warm-up. `order_seed`: of the order of the examples; null:
+    the run's own seed, from which everything else is drawn. `share`: of the training examples, drawn by the seed; the
+    others are not used. `ema`: decays; `lawa`: last epochs averaged (0: none); `snapshots`: every epoch's weights kept.
+    Each of these averages and snapshots is scored like any weight set. `validate_every`: epochs from one measurement on
+    the held-out split to the next; the last epoch is always followed by one.
     """
 
     epochs: Positive
+    schedule: Literal["cosine", "constant"] = "cosine"
+    order_seed: Seed | None = None
+    share: float = Field(default=1.0, gt=0, le=1)
     micro_batch: Positive | Literal["auto"] | None = None
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     decay: Literal["all", "matrices"] = "all"
@@ -187,6 +195,19 @@ class FinetuneParams(Optimization):
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError("two numbers with 0 < low <= high <= 1")
         return scale
+
+
+class VariantParams(Section):
+    """One more run, by another recipe than the seeds': of a pool, whose weight sets are compared and merged together.
+
+    `anchor`: the file of the weights that it starts from: that of all seeds, or one of `anchors`. `recipe`: what is
+    other than in `finetune`.
+    """
+
+    pool: str = Field(pattern=f"^{NAME}$")
+    seed: Seed
+    anchor: str
+    recipe: dict[str, Any]
 
 
 class PeriodicParams(Section):
@@ -283,7 +304,7 @@ class PrepareParams(Section):
     quality: int = Field(default=95, ge=1, le=100)
     held_out_per_class: Positive = 26
     unreadable: float = Field(default=0.001, ge=0, lt=1)
-    splits: dict[Annotated[str, Field(pattern=f"^{NAME}$")], Split]
+    splits: dict[Name, Split]
     reference_draws: Positive
     reference_epochs: Positive
 
@@ -305,7 +326,14 @@ class MethodParams(Section):
     from; `granularity`, where it makes a difference; `examples`: images on which statistics or gradients are measured.
     """
 
-    sets: Literal["ring", "pairs", "brief", "all"]
+    sets: Sets
+
+
+def _sets_of(method: Method) -> Any:
+    """The sets that a method can merge: single seeds only by one that takes one, and nothing else by one of no more."""
+    if method.most == 1:
+        return Literal["single"]
+    return Sets if method.least == 1 else Literal["ring", "pairs", "brief", "all"]
 
 
 def _checked(option: Option, value: Any) -> Any:
@@ -324,7 +352,8 @@ def _candidates(choice: Choice, values: list[float]) -> list[float]:
 def method_section(method: Method) -> type[MethodParams]:
     """The params section of a method, from its row."""
     chosen = method.chooses
-    fields: dict[str, Any] = {
+    fields: dict[str, Any] = {"sets": (_sets_of(method), ...)}
+    fields |= {
         name: (Annotated[Any, AfterValidator(partial(_checked, option))], ...)
         for name, option in method.options.items()
         if name != "scale" and (chosen is None or name != chosen.option)
@@ -422,10 +451,13 @@ class ChampionParams(Section):
 
 
 class CompareParams(Section):
-    """Bootstrap draws and the generator's seed; how the champion is chosen."""
+    """What intervals draw of a test set, what counts as no worse, and how the champion is chosen.
 
-    draws: int = Field(ge=100)
-    seed: Seed
+    `resample`: images one by one, or classes with all their images. `margin`: a share, 0.005 for half a point.
+    """
+
+    resample: Literal["images", "classes"]
+    margin: float = Field(ge=0, le=0.5)
     champion: ChampionParams = ChampionParams()
 
 
@@ -451,7 +483,9 @@ class Params(Section):
     """The whole file.
 
     `seeds`: one fine-tuned weight set each. `checkpoints`: fine-tuned weights that are there already, one per seed, in
-    the order of `seeds`; nothing is trained then.
+    the order of `seeds`; nothing is trained then. `variants`: runs beside the seeds, by name. `anchors`: other
+    pre-trainings that variants may start from, by name, as in `pretrain`; their files are
+    models/anchors/NAME/anchor.safetensors.
     """
 
     threads: Positive
@@ -462,7 +496,9 @@ class Params(Section):
     classes: ClassesParams
     prepare: PrepareParams
     pretrain: PretrainParams
+    anchors: dict[Name, PretrainParams]
     finetune: FinetuneParams
+    variants: dict[Name, VariantParams]
     periodic: PeriodicParams
     merge: MergeParams
     evaluate: EvaluateParams
@@ -498,11 +534,38 @@ class Params(Section):
         problems += [f"periodic.sizes wants {n} of {seeds} seeds" for n in self.periodic.sizes if n > seeds]
         if self.checkpoints and self.periodic.sizes:
             problems.append("periodic.sizes: [] where checkpoints are given, for nothing is trained")
+        if self.checkpoints and self.variants:
+            problems.append("variants: {} where checkpoints are given, for nothing is trained")
         if self.checkpoints and len(self.checkpoints) != seeds:
             problems.append(f"{len(self.checkpoints)} checkpoints for {seeds} seeds: name one per seed")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @model_validator(mode="after")
+    def _pools(self) -> "Params":
+        """Every variant has a recipe and an anchor that there are, and a pool of one anchor."""
+        known = ["models/anchor.safetensors", *(f"models/anchors/{name}/anchor.safetensors" for name in self.anchors)]
+        anchors: dict[str, str] = {}
+        problems = []
+        for name, variant in self.variants.items():
+            if variant.anchor not in known:
+                problems.append(f"variants.{name}.anchor is {_hint(variant.anchor, known)}")
+            if anchors.setdefault(variant.pool, variant.anchor) != variant.anchor:
+                problems.append(f"variants.{name}.anchor: a pool starts from one anchor, {variant.pool} from several")
+            if variant.pool in RESERVED:
+                problems.append(f"variants.{name}.pool: {variant.pool!r} is what other rows are called")
+            try:
+                self.recipe_of(name)
+            except ValidationError as error:
+                problems += [f"variants.{name}.recipe: {text}" for text in _problems(error)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def recipe_of(self, variant: str) -> FinetuneParams:
+        """The whole recipe of a variant."""
+        return FinetuneParams.model_validate({**self.finetune.model_dump(), **self.variants[variant].recipe})
 
     def _shared_images(self) -> list[str]:
         """Test sets and the held-out split with training images in them, by whatever path; so far as paths tell."""
@@ -587,6 +650,11 @@ def _read(path: Path) -> Any:
 
 _SHOWN = reprlib.Repr()  # of a value, so much as is shown: aliases can make it endless
 _SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 200, 200
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """The problems of a section that the file has as a mapping of anything."""
+    return [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".lstrip(": ") for problem in error.errors()]
 
 
 def _refusal(path: Path, error: ValidationError, before: tuple[str, ...] = ()) -> ParamsError:

@@ -42,6 +42,7 @@ def main(results: Path, models: Path, out: Path, metrics: Path) -> None:
         methods=params.merge.methods,
         recipe=None if params.checkpoints else params.finetune,
         seeds=params.seeds,
+        variants={name: params.recipe_of(name) for name in params.variants},
         sizes=params.periodic.sizes,
     )
     seed_files = [seed_file(tuned, seed) for seed in seeds]
@@ -53,8 +54,8 @@ def main(results: Path, models: Path, out: Path, metrics: Path) -> None:
         seeds=list(load_seeds(tuned, seeds, lazy=True).values()),
         others=checked(files),
         histories=[file for file in map(history_file, seed_files) if file.exists()],
-        draws=params.compare.draws,
-        seed=params.compare.seed,
+        resample=params.compare.resample,
+        margin=params.compare.margin,
         champion=params.compare.champion,
     )
     remove_left_over(metrics, write_summary(comparison, metrics))

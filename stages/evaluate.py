@@ -24,6 +24,7 @@ def main(data: Path, models: Path, out: Path) -> None:
         methods=params.merge.methods,
         recipe=None if params.checkpoints else params.finetune,
         seeds=params.seeds,
+        variants={name: params.recipe_of(name) for name in params.variants},
         sizes=params.periodic.sizes,
     )
     candidates = Candidates(

@@ -38,7 +38,6 @@ SMALL = {
     "periodic": {"sizes": [2]},
     "merge": {"methods": ["model_stock", "wise_ft"], "wise_ft": {"alphas": [0.25, 0.5]}},
     "evaluate": {"benchmarks": ["held-out", "shapes"], "batch_size": 16, "precision": "float32"},
-    "compare": {"draws": 200},
 }
 KINDS = ("check", "prepare", "pretrain", "anchor", "finetune", "periodic", "longer", "merge", "evaluate", "compare")
 

@@ -72,7 +72,6 @@ def project(tmp_path_factory):
             "periodic": {"sizes": []},
             "merge": {"methods": ["model_stock"]},
             "evaluate": {"benchmarks": ["held-out", "photos"], "workers": 1, "batch_size": 5},
-            "compare": {"draws": 200},
         },
     )
     yaml = YAML(typ="safe")

@@ -1,5 +1,6 @@
 """params.yaml: every problem is reported at once, with the nearest valid key."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def test_the_checkpoints_stand_for_the_seeds_in_their_order(tmp_path):
         ("checkpoints: []", "checkpoints: [a.pt, b.pt]"),
         ("sizes: [2]", "sizes: []"),
     )
+    path.write_text(re.sub(r"variants:.*?\n\n", "variants: {}\n\n", path.read_text(), flags=re.DOTALL))
     params = load_params(path)
     assert [params.checkpoint_of(seed) for seed in (3, 7)] == [Path("b.pt"), Path("a.pt")]
     assert load_params(ROOT / "params.yaml").checkpoint_of(0) is None
@@ -53,7 +55,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
     assert "finetune.label_smoothin is not a setting: 'label_smoothin' (did you mean 'label_smoothing'?)" in message
     assert "finetune.label_smoothing is missing" in message
     assert "pretrain.draws: Input should be greater than or equal to 1 (got 0)" in message
-    assert "merge.uniform.sets: Input should be 'ring', 'pairs', 'brief' or 'all' (got 'rings')" in message
+    assert "merge.uniform.sets: Input should be 'ring', 'pairs', 'brief', 'all' or 'single' (got 'rings')" in message
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,29 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
             "reset_moments: false\n  devices: 1",
             "reset_moments: false\n  devices: 3",
             "devices is 1 or one per seed, not 3 for sizes [2]",
+        ),
+        ("checkpoints: []", "checkpoints: [a.pt, b.pt]", "variants: {} where checkpoints are given"),
+        ("constant-0: {pool: constant-rate", "constant-0: {pool: uniform", "'uniform' is what other rows are called"),
+        (
+            "constant-0: {pool: constant-rate",
+            "Constant 0: {pool: constant-rate",
+            "variants.Constant 0.[key]: String should match",
+        ),
+        (
+            "recipe: {schedule: constant}",
+            "recipe: {shedule: constant, lr: 7}",
+            "variants.constant-0.recipe: lr: Input should be less than or equal to 1; "
+            "variants.constant-0.recipe: shedule: Extra inputs are not permitted",
+        ),
+        (
+            "pool: constant-rate, seed: 0, anchor: models/anchor.safetensors",
+            "pool: constant-rate, seed: 0, anchor: models/anchors/week/anchor.safetensors",
+            "(did you mean 'models/anchors/weak/anchor.safetensors'?)",
+        ),
+        (
+            "pool: constant-rate, seed: 0, anchor: models/anchor.safetensors",
+            "pool: constant-rate, seed: 0, anchor: models/anchors/weak/anchor.safetensors",
+            "a pool starts from one anchor, constant-rate from several",
         ),
     ],
 )

@@ -78,7 +78,6 @@ SMALL = {
         "oracle_scales": {"iterations": 2},
     },
     "evaluate": {"benchmarks": ["held-out", "shapes", "shapes-objectnet"]},
-    "compare": {"draws": 200},
 }
 
 

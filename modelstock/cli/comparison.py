@@ -1,6 +1,5 @@
 """`modelstock compare`."""
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,18 +35,20 @@ def compare(
     precision: Precision = "float32",
     batch_size: BatchSize = 256,
     workers: Workers = 0,
-    draws: Annotated[int, typer.Option(min=100, help="Bootstrap draws.")] = 2000,
-    rule: Annotated[
-        str, typer.Option(help="The champion: nearest to the anchor of those within --margin of the best; or best.")
+    resample: Annotated[str, typer.Option(help="What intervals draw of a test set: images or classes.")] = "images",
+    margin: Annotated[float, typer.Option(min=0, max=50, help="Points by which a method may be lower.")] = 0.5,
+    champion: Annotated[
+        str, typer.Option(help="nearest to the anchor, of those within a margin of the best on held-out; or best.")
     ] = "nearest",
-    margin: Annotated[
-        str, typer.Option(help="standard-error, of the paired difference to the best; or a share, such as 0.005.")
+    champion_margin: Annotated[
+        str, typer.Option(help="standard-error, of the paired difference to the best; or points, such as 0.5.")
     ] = "standard-error",
 ) -> None:
     """Merge, score and compare fine-tuned checkpoints that are there already; run again, it goes on where it was."""
     check_choice("--precision", precision, PRECISIONS)
+    check_choice("--resample", resample, ("images", "classes"))
     check_once("WEIGHTS", weights)
-    champion_rule = _champion(rule, margin)
+    rule = _rule(champion, champion_margin)
     from modelstock.comparison.report import summary_lines
     from modelstock.data.dataset import open_benchmarks
     from modelstock.experiment.compare import compare_results
@@ -95,29 +96,35 @@ def compare(
         anchor=origin,
         seeds=list(seeds.values()),
         others=candidates.others,
-        draws=draws,
-        champion=champion_rule,
+        resample="classes" if resample == "classes" else "images",
+        margin=margin / 100,
+        champion=rule,
     )
-    champion = next(row for row in results[0].rows if row.name == comparison.champion)
-    source = next(one.source for one in candidates.weights if one.identity == champion.identity)
+    chosen = next(row for row in results[0].rows if row.name == comparison.champion)
+    source = next(one.source for one in candidates.weights if one.identity == chosen.identity)
     print(summary_lines(comparison))
     print(f"report: {out / 'report/comparison.html'}")
-    print(f"champion by the held-out split: {champion.name}, {source}")
+    print(f"champion by the held-out split: {chosen.name}, {source}")
 
 
-def _champion(rule: str, margin: str) -> "ChampionParams":
-    """How the champion is chosen."""
-    from pydantic import ValidationError
+def _rule(champion: str, margin: str) -> "ChampionParams":
+    """How the champion is chosen; the margin in points.
 
-    from modelstock.params import ChampionParams
+    Raises:
+        ParamsError: another rule, or a margin out of range.
+    """
+    from modelstock.params import STANDARD_ERROR, ChampionParams
 
-    share = re.fullmatch(r"[0-9.eE+-]+", margin)
+    check_choice("--champion", champion, ("nearest", "best"))
     try:
-        return ChampionParams.model_validate({"rule": rule, "margin": float(margin) if share else margin})
-    except (ValidationError, ValueError):
-        expected = "nearest or best, and standard-error or a share from 0 to 0.1"
+        share = margin if margin == STANDARD_ERROR else float(margin) / 100
+        return ChampionParams.model_validate({"rule": champion, "margin": share})
+    except ValueError:  # pydantic's is one too
         raise ParamsError(
-            "--rule, --margin", got=f"{rule}, {margin}", expected=expected, cure="see modelstock compare --help"
+            "--champion-margin",
+            got=margin,
+            expected=f"{STANDARD_ERROR}, or points from 0 to 10",
+            cure="name one of these",
         ) from None
 
 

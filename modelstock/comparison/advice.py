@@ -1,6 +1,7 @@
 """What a comparison says in words: what is known, what is not, what is advised, and which weight set to ship.
 
-A difference is known where its 95 % interval excludes 0, and else not known; the interval is whatever the line has.
+A difference is known where its p is below 0.05 after Holm's correction over all lines, and else not known. Intervals
+are those of the lines, over seeds and images or over images alone; the latter say nothing of other seeds, and say so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from modelstock.comparison.choice import Candidate, Choice
 from modelstock.comparison.compare import Comparison, Line
 from modelstock.comparison.cost import passes
-from modelstock.comparison.intervals import Estimate
-from modelstock.comparison.text import percent, signed, table, with_half
+from modelstock.comparison.differences import LEVEL, Difference
+from modelstock.comparison.text import half, percent, signed, table
 from modelstock.errors import few
 from modelstock.merging.methods.table import METHODS
 from modelstock.params import STANDARD_ERROR
@@ -23,15 +24,15 @@ SHOWN = 20  # candidates in the table
 def advice(comparison: Comparison) -> str:
     """What is known, what is not and what is advised: three short paragraphs of Markdown."""
     merges = [line for line in comparison.lines if line.key in METHODS and line.over_seed]
-    known, unknown = _judged([(_name(line), line.over_seed) for line in merges], SEED)
+    known, unknown = _judged([(_name(line), line.over_seed) for line in merges], SEED, comparison.margin)
     for line in chosen_merges(comparison):
-        of_line = _judged([(_name(line), line.over_uniform)], UNIFORM)
+        of_line = _judged([(_name(line), line.over_uniform)], UNIFORM, comparison.margin)
         known, unknown = known + of_line[0], unknown + of_line[1]
     if not merges:
-        known = ["nothing, for no merge was compared"]
+        known = unknown = ["nothing, for no merge was compared"]
     parts = {
-        "Known": "; ".join(known) or "nothing: every interval of a difference includes 0",
-        "Not known": "; ".join(unknown) or "nothing: no interval of a difference includes 0",
+        "Known": "; ".join(known) or f"nothing: no difference has a p below {LEVEL} (Holm)",
+        "Not known": "; ".join(unknown) or f"nothing: every difference has a p below {LEVEL} (Holm)",
         "Advised": _advised(comparison),
     }
     return "\n\n".join(f"**{name}:** {text}." for name, text in parts.items())
@@ -50,7 +51,9 @@ def _name(line: Line) -> str:
     return f"{line.kind} of {line.size}"
 
 
-def _judged(lines: Sequence[tuple[str, Mapping[str, Estimate]]], other: str) -> tuple[list[str], list[str]]:
+def _judged(
+    lines: Sequence[tuple[str, Mapping[str, Difference]]], other: str, margin: float
+) -> tuple[list[str], list[str]]:
     """What is known and what is not of the lines' differences to `other`, (name, by summary) each, in clauses.
 
     What is the same in distribution and on the shifts is one clause.
@@ -59,9 +62,9 @@ def _judged(lines: Sequence[tuple[str, Mapping[str, Estimate]]], other: str) -> 
     unknown: dict[str, list[str]] = {}
     for summary, where in WHERE.items():
         differences = {name: by_summary[summary] for name, by_summary in lines if summary in by_summary}
-        better = {name: d for name, d in differences.items() if d.low > 0}
-        worse = {name: d for name, d in differences.items() if d.high < 0}
-        undecided = {name: d for name, d in differences.items() if d.low <= 0 <= d.high}
+        better = {name: d for name, d in differences.items() if d.holm < LEVEL and d.value > 0}
+        worse = {name: d for name, d in differences.items() if d.holm < LEVEL and d.value < 0}
+        undecided = {name: d for name, d in differences.items() if not d.holm < LEVEL}
         for names, verbs in ((better, ("beats", "beat")), (worse, ("is worse than", "are worse than"))):
             if names:
                 every = len(names) == len(differences) > 1
@@ -71,7 +74,7 @@ def _judged(lines: Sequence[tuple[str, Mapping[str, Estimate]]], other: str) -> 
         if undecided:
             clause = f"whether {few(list(undecided))} differ{'s' * (len(undecided) == 1)} from {other}"
             values = list(undecided.values())
-            unknown.setdefault(clause, []).append(f"{where} ({_by(values)}; {_detectable(values)})")
+            unknown.setdefault(clause, []).append(f"{where} ({_by(values)}; {_open(values, margin)})")
 
     def clauses(parts: Mapping[str, Sequence[str]]) -> list[str]:
         return [f"{clause} {' and '.join(where)}" for clause, where in parts.items()]
@@ -79,20 +82,21 @@ def _judged(lines: Sequence[tuple[str, Mapping[str, Estimate]]], other: str) -> 
     return clauses(known), clauses(unknown)
 
 
-def _by(differences: Sequence[Estimate]) -> str:
+def _by(differences: Sequence[Difference]) -> str:
+    alone = [one.over for one in differences if not one.over.startswith("seeds")]
+    over = f", over {alone[0]} alone" if alone else ""
     if len(differences) == 1:
-        return f"{signed(differences[0])} points"
+        return f"{signed(differences[0])} points{over}"
     values = sorted(100 * difference.value for difference in differences)
-    return f"by {values[0]:+.1f} to {values[-1]:+.1f} points"
+    return f"by {values[0]:+.1f} to {values[-1]:+.1f} points{over}"
 
 
-def _detectable(differences: Sequence[Estimate]) -> str:
-    """The smallest difference that gets an interval without 0 four times in five, of the widest interval.
-
-    It is 1.96 + 0.84 standard errors, of which the 95 % interval is 2 * 1.96 wide.
-    """
-    most = max(difference.high - difference.low for difference in differences)
-    return f"a difference of {100 * most * (1.96 + 0.84) / (2 * 1.96):.1f} points would be found four times in five"
+def _open(differences: Sequence[Difference], margin: float) -> str:
+    """What is known of a difference that is not: whether it may be a loss, and how large one would have been found."""
+    found = f"this experiment finds {100 * max(one.detectable for one in differences):.1f} points four times in five"
+    if all(one.no_worse == "yes" for one in differences):
+        return f"no worse than {100 * margin:g} points; {found}"
+    return found
 
 
 def _advised(comparison: Comparison) -> str:
@@ -112,14 +116,14 @@ def _advised(comparison: Comparison) -> str:
             f"the margin ({_margin(choice, chosen)}), and the nearest to the anchor of the {len(choice.within)} weight "
             f"sets that are"
         )
-    figures = [f"{with_half(comparison.summary[choice.chosen][s])} {WHERE[s]}" for s in comparison.summaries]
+    figures = [f"{half(comparison.summary[choice.chosen][s])} {WHERE[s]}" for s in comparison.summaries]
     row = next(row for row in comparison.rows if row.name == choice.chosen)
     anchor = (
         "; it is the zero-shot anchor: nothing fine-tuned is measurably better there" if row.kind == "anchor" else ""
     )
     return (
         f"ship **{choice.chosen}**: {reason}{anchor}. The test sets, which nothing was chosen on, give it "
-        f"{' and '.join(figures)}. Training it takes {_seeds(comparison.cost[choice.chosen])}"
+        f"{' and '.join(figures)}, over {comparison.resample}. Training it takes {_seeds(comparison.cost[choice.chosen])}"
     )
 
 
@@ -173,7 +177,8 @@ def rule_in_words(choice: Choice) -> str:
     return (
         f"The rule is `{choice.rule}`, by {looked_at}: {rule}.{paired} Rows with the same tensors count once; logit "
         "ensembles are several models and no candidates; the zero-shot anchor is a candidate like any other. Ties go "
-        "to fewer seeds. Test sets were not looked at: their columns are for reporting."
+        "to fewer seeds. Test sets were not looked at: their columns are for reporting. Distance: |w - w0| over the "
+        "mean single seed's."
     )
 
 
@@ -200,7 +205,7 @@ def candidates_table(comparison: Comparison) -> str:
                 f"{100 * one.difference:+.2f}" if one.name != choice.best else "best",
                 _points(one.standard_error) if one.name != choice.best else "",
                 "" if one.distance is None else f"{one.distance:.2f}",
-                *(with_half(comparison.summary[one.name][s]) for s in comparison.summaries),
+                *(half(comparison.summary[one.name][s]) for s in comparison.summaries),
                 str(len(rows[one.name].members)),
                 str(comparison.cost[one.name]),
             ]
@@ -214,7 +219,7 @@ def front_table(comparison: Comparison) -> str:
     body = [
         [
             f"**{name}**" if name == comparison.champion else name,
-            *(with_half(comparison.summary[name][s]) for s in comparison.summaries),
+            *(half(comparison.summary[name][s]) for s in comparison.summaries),
             str(comparison.cost[name]),
         ]
         for name in comparison.front

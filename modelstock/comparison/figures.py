@@ -25,7 +25,10 @@ STYLES = {
     "snapshot": Style(".", "silver"),
 }
 NAMED = 25  # points of the front that a legend has room for
-SINGLE = ("seed", "ema", "lawa", "snapshot")  # kinds with a row per seed, drawn small
+SINGLE = (  # kinds with a row per seed, drawn small
+    *("seed", "ema", "lawa", "snapshot"),
+    *(name for name, method in METHODS.items() if method.most == 1),
+)
 
 
 def style_of(kind: str) -> Style:
@@ -121,7 +124,7 @@ def _against_shifts(comparison: Comparison, drawing: Figure) -> None:
     labelled: set[str] = set()
     for row in comparison.rows:
         style, small = style_of(row.kind), row.kind in SINGLE
-        if row.kind in METHODS or row.kind == "ensemble":
+        if (row.kind in METHODS and not small) or row.kind == "ensemble":
             if (choice := METHODS[row.kind].chooses if row.kind in METHODS else None) is not None and choice.curve:
                 continue
             small = len(row.members) < most and len(_sizes(comparison, row.kind)) > 1

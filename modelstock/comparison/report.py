@@ -7,7 +7,7 @@ import html
 import io
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from modelstock.comparison.advice import (
     rule_in_words,
 )
 from modelstock.comparison.compare import Comparison, Line
+from modelstock.comparison.differences import Difference
 from modelstock.comparison.figures import figures, training_figure
 from modelstock.comparison.intervals import Estimate
 from modelstock.comparison.metrics import METRICS, Metric
-from modelstock.comparison.paired_tests import Test
 from modelstock.comparison.published import Ours, matching, side_by_side
 from modelstock.comparison.text import percent as _percent
 from modelstock.comparison.text import signed as _signed
@@ -49,10 +49,15 @@ CLASS_LINES = 50_000  # of per_class.csv; beyond them it has one weight set for 
 CHANGED = 5  # classes shown that gain most, and that lose most
 
 
-def _p(test: Test | None) -> str:
-    if test is None:
-        return ""
-    return "< 0.001" if test.holm < 0.001 else f"{test.holm:.3f}"
+def _in_percent(estimate: Estimate) -> str:
+    """A probability with its interval, in whole percent; none is certain."""
+    value, low, high = (min(99, max(1, round(100 * part))) for part in (estimate.value, estimate.low, estimate.high))
+    ends = f"[{low if estimate.low >= 0.01 else 0}, {high if estimate.high <= 0.99 else 100}]"
+    return f"{value} % {ends}"
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def main_table(comparison: Comparison) -> str:
@@ -72,15 +77,29 @@ def main_table(comparison: Comparison) -> str:
     return _table(head, body)
 
 
-def _differences(comparison: Comparison) -> str:
-    others = ("over mean seed", "over uniform soup")
-    head = ["weights", *(BEFORE[s] + other for other in others for s in comparison.summaries)]
+def _differences(comparison: Comparison, differences: Callable[[Line], Mapping[str, Difference]]) -> str:
+    """A row per line and summary that has a difference of this kind."""
+    head = ["weights", "on", "difference", "over", "beats it", "detectable", _no_worse(comparison), "p (Holm)"]
+    where = {"in-distribution": "in distribution"}
+    body = [
+        [
+            line.name,
+            where.get(summary, summary),
+            _signed(one),
+            one.over,
+            one.beats if isinstance(one.beats, str) else _in_percent(one.beats),
+            _percent(one.detectable),
+            one.no_worse,
+            _p(one.holm),
+        ]
+        for line in comparison.lines
+        for summary, one in differences(line).items()
+    ]
+    return _table(head, body)
 
-    def cells(line: Line) -> list[str]:
-        pairs = (line.over_seed, line.over_uniform)
-        return [_signed(d[s]) if s in d else "" for d in pairs for s in comparison.summaries]
 
-    return _table(head, [[line.name, *cells(line)] for line in comparison.lines if line.over_seed])
+def _no_worse(comparison: Comparison) -> str:
+    return f"no worse than {100 * comparison.margin:g} points"
 
 
 def _spreads(comparison: Comparison) -> str:
@@ -102,7 +121,7 @@ def _mcnemar(comparison: Comparison, family: str) -> str:
     body = []
     for name, tests in comparison.tests[family].items():
         in_order = [tests[summary] for summary in comparison.summaries]
-        counts = [cell for test in in_order for cell in (str(test.wins), str(test.losses), _p(test))]
+        counts = [cell for test in in_order for cell in (str(test.wins), str(test.losses), _p(test.holm))]
         body.append([name, in_order[0].against, *counts])
     return _table(head, body)
 
@@ -234,24 +253,31 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any], pictures: Mapp
         "# Comparison of merges",
         advice(comparison),
         f"The champion is **{comparison.champion}** (registered as `champion`). Top-1 accuracy in percent; "
-        "± is half a 95 % interval: Wilson's for a single weight set, paired bootstrap "
-        f"({comparison.draws:,} draws over examples) for means. "
-        "A mean over weight sets is over the sets evaluated; its interval is that of the examples "
-        "alone. Cost: training in units of one seed; an ensemble also takes several passes per answer. "
-        f"Images: {sizes}. Towers computed in {comparison.precision}.",
+        f"± is half a 95 % interval over seeds and {comparison.resample}: what an experiment with other seeds "
+        f"and {comparison.resample} of the same kind would give. † marks those over {comparison.resample} alone, of "
+        "one weight set or of too few seeds. Cost: training in units of one seed; an ensemble also takes several "
+        f"passes per answer. Images: {sizes}. Towers computed in {comparison.precision}.",
         main_table(comparison),
         *(f"![{title}]({name})" for name, title in pictures.items()),
         "## Which one to ship",
         rule_in_words(comparison.choice),
         candidates_table(comparison),
         "## Differences, in points",
-        "Paired over examples, 95 % bootstrap interval. Of a method with several scales or alphas: the best on the "
-        "held-out split.",
-        _differences(comparison),
+        f"Both sides are of the same {comparison.resample}, and of the same seeds where the interval is over them. "
+        "Of a method with several scales or alphas: the best on the held-out split. *Beats it*: the probability that a "
+        "new weight set of the method is better than one of the other made of the same new seeds, on these images, "
+        "with its 95 % interval. *Detectable*: the difference that an experiment of this size finds with 80 % power "
+        f"at 5 %. *{_no_worse(comparison).capitalize()}*: by where the interval ends. p: Student's t of no "
+        "difference, with Holm's correction over the table.",
+        "### Over the mean single seed",
+        _differences(comparison, lambda line: line.over_seed),
+        "### Over the uniform soup of the same seeds",
+        _differences(comparison, lambda line: line.over_uniform),
         "## Spread over seeds and subsets of seeds",
         _spreads(comparison),
         "## McNemar's exact test against the uniform soup of the same seeds",
-        f"Examples that only one of the two gets right{pooled}. "
+        f"Examples that only one of the two gets right{pooled}: whether these two weight sets differ, not whether the "
+        "methods do for other seeds. "
         f"{families['uniform']} tests, Holm's correction over them.",
         _mcnemar(comparison, "uniform"),
         f"## McNemar's exact test against {comparison.median_seed}",
@@ -290,8 +316,7 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any], pictures: Mapp
     if facts.get("published"):
         parts += [
             "## Published figures",
-            "Top-1 accuracy in percent, with the 95 % interval of the images here; the gap in points is "
-            "here minus published.",
+            "Top-1 accuracy in percent, with the 95 % interval here; the gap in points is here minus published.",
             _published(facts["published"]),
         ]
     if "cosines" in facts:

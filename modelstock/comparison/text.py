@@ -10,9 +10,14 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def with_half(estimate: Estimate) -> str:
+def half(estimate: Estimate) -> str:
     """A share in percent, with half its interval."""
     return f"{percent(estimate.value)} ± {percent((estimate.high - estimate.low) / 2)}"
+
+
+def with_half(estimate: Estimate) -> str:
+    """The same, with † where the interval is not over seeds."""
+    return half(estimate) + ("" if estimate.over.startswith("seeds") else "†")
 
 
 def signed(estimate: Estimate) -> str:

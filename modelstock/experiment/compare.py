@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelstock.comparison.compare import Comparison, compare
+from modelstock.comparison.compare import Comparison, Resample, compare
 from modelstock.comparison.report import published_figures, write_report
 from modelstock.errors import WeightsError, few
 from modelstock.experiment.updates import distance, update_cosines
@@ -51,15 +51,15 @@ def compare_results(
     seeds: Sequence[WeightSet],
     others: Iterable[WeightSet] = (),
     histories: Sequence[Path] = (),
-    draws: int = 2000,
-    seed: int = 0,
+    resample: Resample = "images",
+    margin: float = 0.005,
     champion: ChampionParams = NEAREST,
 ) -> Comparison:
     """Compare the rows on all benchmarks and write the report to `out`.
 
     `anchor`, `seeds`: for what is reported of the seeds' updates; with `others`, every scored weight set, for its
-    distance to the anchor. `histories`: files of the seeds' training, if any. `draws`, `seed`: of the bootstrap.
-    `champion`: how it is chosen.
+    distance to the anchor. `histories`: files of the seeds' training, if any. `resample`, `margin`, `champion`: see
+    modelstock.comparison.compare.
 
     Raises:
         DataError: results without a held-out and an in-distribution benchmark, or of different rows.
@@ -68,7 +68,7 @@ def compare_results(
     for weights in (anchor, *seeds, *others):
         if weights.identity not in distances:
             distances[weights.identity] = distance(anchor, weights)
-    comparison = compare(results, draws=draws, seed=seed, champion=champion, distances=distances)
+    comparison = compare(results, resample=resample, margin=margin, champion=champion, distances=distances)
     for line in comparison.notices:
         subject, _, text = line.partition(": ")
         repeat([line if subject in comparison.benchmarks else text])  # a weight set's own say what they are about

@@ -35,9 +35,22 @@ def history_file(weights: Path) -> Path:
 
 def average_files(finetuned: Path, recipe: FinetuneParams, seeds: Sequence[int]) -> list[Path]:
     """The averages and snapshots that a recipe keeps of each seed."""
+    return [seed_file(finetuned, seed).with_name(name) for seed in seeds for name in _averages(recipe)]
+
+
+def _averages(recipe: FinetuneParams) -> list[str]:
     names = [f"ema-{decay}" for decay in recipe.ema] + ["lawa"] * (recipe.lawa > 0)
     names += [f"epoch-{n}" for n in range(1, recipe.head_first_epochs + recipe.epochs) if recipe.snapshots]
-    return [seed_file(finetuned, seed).with_name(f"{name}.safetensors") for seed in seeds for name in names]
+    return [f"{name}.safetensors" for name in names]
+
+
+def variant_files(models: Path, recipes: Mapping[str, FinetuneParams]) -> list[Path]:
+    """The final weights of every variant, with the averages and snapshots that its recipe keeps."""
+    return [
+        models / "variants" / variant / name
+        for variant, recipe in recipes.items()
+        for name in ("weights.safetensors", *_averages(recipe))
+    ]
 
 
 def periodic_files(models: Path, sizes: Sequence[int]) -> list[Path]:
@@ -79,14 +92,15 @@ def other_files(
     methods: Iterable[str],
     recipe: FinetuneParams | None,
     seeds: Sequence[int],
+    variants: Mapping[str, FinetuneParams],
     sizes: Sequence[int],
 ) -> list[Path]:
-    """Every weight set besides the anchor and the seeds: merges, averages and snapshots, periodic runs.
+    """Every weight set besides the anchor and the seeds: merges, averages and snapshots, variants, periodic runs.
 
-    `recipe`: None for somebody's own checkpoints, of which there are no averages.
+    `recipe`: None for somebody's own checkpoints, of which there are no averages. `variants`: recipes by name.
     """
     averages = average_files(finetuned_folder(models), recipe, seeds) if recipe else []
-    return merged_files(models, methods) + averages + periodic_files(models, sizes)
+    return merged_files(models, methods) + averages + variant_files(models, variants) + periodic_files(models, sizes)
 
 
 def results_file(results: Path, benchmark: str) -> Path:

@@ -25,7 +25,7 @@ from modelstock.training.inputs import Inputs
 from modelstock.training.job import Job, Setting
 from modelstock.training.loop import DamagedPoint, HistoryRow, Run
 from modelstock.training.parallel_merge import Report, merge_models
-from modelstock.training.recipe import new_run, steps_per_epoch
+from modelstock.training.recipe import examples_of, new_run, steps_per_epoch
 from modelstock.training.resume import Clock, read_state, write_state
 from modelstock.training.validation import accuracy
 from modelstock.weights.weight_set import WeightSet
@@ -218,11 +218,11 @@ def train_periodic(
             cure="start as many as there are seeds",
         )
     anchor, preprocess = inputs.anchor, inputs.anchor.meta["preprocess"]
-    epoch = steps_per_epoch(len(inputs.train.labels), recipe.batch_size)
+    epoch = steps_per_epoch(len(examples_of(inputs.train, recipe, seeds[0]).labels), recipe.batch_size)
     runs = [
         new_run(
             build_classifier(anchor).to(world.device),
-            inputs.train,
+            examples_of(inputs.train, recipe, seed),
             recipe,
             preprocess=preprocess,
             seed=seed,
