@@ -121,9 +121,10 @@ def _advised(comparison: Comparison) -> str:
     anchor = (
         "; it is the zero-shot anchor: nothing fine-tuned is measurably better there" if row.kind == "anchor" else ""
     )
+    cost = _seeds(comparison.cost[choice.chosen])
     return (
         f"ship **{choice.chosen}**: {reason}{anchor}. The test sets, which nothing was chosen on, give it "
-        f"{' and '.join(figures)}, over {comparison.resample}. Training it takes {_seeds(comparison.cost[choice.chosen])}"
+        f"{' and '.join(figures)}, over {comparison.resample}. Training it takes {cost}"
     )
 
 
