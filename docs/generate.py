@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 
 from modelstock.comparison.metrics import METRICS
 from modelstock.merging.methods.table import METHODS
+from modelstock.merging.rules import RULES
 
 ROOT = Path(__file__).parent.parent
 DEFAULT = "shapes"  # the preset of params.yaml
@@ -55,6 +56,15 @@ def methods() -> str:
         needs = "" if method.needs in ("", "depth") else method.needs
         rows.append([f"`{name}`", method.formula, options, needs, method.source, elsewhere])
     return table(["method", "result", "options and defaults", "needs", "source", "elsewhere"], rows)
+
+
+def rules() -> str:
+    """One row per rule of periodic merging, from the table of rules."""
+    rows = []
+    for name, rule in RULES.items():
+        options = ", ".join(f"`{option.name}` {json.dumps(option.default)}: {option.about}" for option in rule.options)
+        rows.append([f"`{name}`", rule.formula, options, rule.source])
+    return table(["rule", "result", "options and defaults", "source"], rows)
 
 
 def metrics() -> str:
@@ -154,7 +164,13 @@ def triangle() -> str:
     )
 
 
-PARTS: dict[str, Callable[[], str]] = {"packages": packages, "stages": stages, "methods": methods, "metrics": metrics}
+PARTS: dict[str, Callable[[], str]] = {
+    "packages": packages,
+    "stages": stages,
+    "methods": methods,
+    "rules": rules,
+    "metrics": metrics,
+}
 FILES: dict[str, Callable[[], str]] = {"docs/triangle.svg": triangle}
 
 

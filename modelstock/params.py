@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -29,6 +29,7 @@ from modelstock.errors import ParamsError, closest, few
 from modelstock.files import NAME
 from modelstock.merging.methods.rows import Choice, Method, Option, Sets
 from modelstock.merging.methods.table import METHODS
+from modelstock.merging.rules import RULES, Rule
 from modelstock.tracking.tracker import TRACKERS
 
 Positive = Annotated[int, Field(ge=1)]
@@ -210,28 +211,6 @@ class VariantParams(Section):
     recipe: dict[str, Any]
 
 
-class PeriodicParams(Section):
-    """Seeds that train side by side and are merged by Model Stock on the way; beside each, one seed as long as all.
-
-    `sizes`: how many seeds, the first of `seeds`, with the recipe of `finetune`. `every_steps`: steps between
-    two merges; null: an epoch. `reset_moments`: AdamW's moments start at zero after each merge. `devices`: 1, or one
-    per seed. `pairwise`, `clip`: see modelstock.merging.methods.model_stock.
-    """
-
-    sizes: Annotated[list[Annotated[int, Field(ge=2)]], Once]
-    every_steps: Positive | None = None
-    reset_moments: bool = False
-    devices: Positive = 1
-    pairwise: Literal["cosine", "angle"] = "cosine"
-    clip: Literal["unit", "none"] = "unit"
-
-    @model_validator(mode="after")
-    def _together(self) -> "PeriodicParams":
-        if self.devices != 1 and any(size != self.devices for size in self.sizes):
-            raise ValueError(f"devices is 1 or one per seed, not {self.devices} for sizes {self.sizes}")
-        return self
-
-
 class LoadingParams(Section):
     """How training images are read; the same bytes come out either way.
 
@@ -377,6 +356,50 @@ def standard_section(method: Method) -> MethodParams:
     return section(**{name: value for name, value in values.items() if name in section.model_fields})
 
 
+class PeriodicParams(Section):
+    """An arm of periodic merging: seeds that train side by side and are merged on the way.
+
+    `rule`: what happens at a merge, a row of modelstock.merging.rules, whose options stand beside it. `size`: how many
+    seeds, the first of `seeds`, with the recipe of `finetune`. `every`: epochs from one merge to the next; each comes
+    at the nearest step, and one at the end. `reset_moments`: AdamW's moments start at zero after each merge.
+    `devices`: 1, or one per seed.
+    """
+
+    rule: str
+    size: int = Field(ge=2)
+    every: float = Field(default=1.0, gt=0)
+    reset_moments: bool = False
+    devices: Positive = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The rule's options."""
+        return {option.name: getattr(self, option.name) for option in RULES[self.rule].options}
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.devices not in (1, self.size):
+            raise ValueError(f"devices is 1 or one per seed, not {self.devices} for size {self.size}")
+        return self
+
+
+def arm_section(rule: Rule) -> type[PeriodicParams]:
+    """The params section of an arm with this rule, from the rule's row."""
+    fields: dict[str, Any] = {
+        option.name: (Annotated[Any, AfterValidator(partial(_checked, option))], option.default)
+        for option in rule.options
+    }
+    fields["rule"] = (Literal[rule.name], ...)
+    return create_model(f"{rule.name} arm", __base__=PeriodicParams, __doc__=rule.formula, **fields)
+
+
+ARMS = {name: arm_section(rule) for name, rule in RULES.items()}  # by rule
+if TYPE_CHECKING:
+    Arm = PeriodicParams
+else:
+    Arm = Annotated[Union[tuple(ARMS.values())], Field(discriminator="rule")]  # noqa: UP007
+
+
 class _Merge(Section):
     """The methods that run, and a section for each; one that is not named may have its section too.
 
@@ -483,9 +506,10 @@ class Params(Section):
     """The whole file.
 
     `seeds`: one fine-tuned weight set each. `checkpoints`: fine-tuned weights that are there already, one per seed, in
-    the order of `seeds`; nothing is trained then. `variants`: runs beside the seeds, by name. `anchors`: other
-    pre-trainings that variants may start from, by name, as in `pretrain`; their files are
-    models/anchors/NAME/anchor.safetensors.
+    the order of `seeds`; nothing is trained then. `anchors`: other pre-trainings that variants may start from, by name,
+    as in `pretrain`; their files are models/anchors/NAME/anchor.safetensors. `variants`: runs beside the seeds, by
+    name. `periodic`: name -> arm. `longer`: times the epochs of `finetune` for which the first seed trains, each a run
+    of its own: what the compute of a periodic run gives without merging.
     """
 
     threads: Positive
@@ -499,7 +523,8 @@ class Params(Section):
     anchors: dict[Name, PretrainParams]
     finetune: FinetuneParams
     variants: dict[Name, VariantParams]
-    periodic: PeriodicParams
+    periodic: dict[Name, Arm]
+    longer: Annotated[list[Annotated[int, Field(ge=2)]], Once]
     merge: MergeParams
     evaluate: EvaluateParams
     compare: CompareParams
@@ -531,9 +556,9 @@ class Params(Section):
         if drawn and self.classes.names != "shapes":
             problems.append(f"classes.names: shapes, for the drawn splits {', '.join(drawn)}")
         seeds = len(self.seeds)
-        problems += [f"periodic.sizes wants {n} of {seeds} seeds" for n in self.periodic.sizes if n > seeds]
-        if self.checkpoints and self.periodic.sizes:
-            problems.append("periodic.sizes: [] where checkpoints are given, for nothing is trained")
+        problems += self._arms()
+        if self.checkpoints and (self.periodic or self.longer):
+            problems.append("periodic: {} and longer: [] where checkpoints are given, for nothing is trained")
         if self.checkpoints and self.variants:
             problems.append("variants: {} where checkpoints are given, for nothing is trained")
         if self.checkpoints and len(self.checkpoints) != seeds:
@@ -566,6 +591,20 @@ class Params(Section):
     def recipe_of(self, variant: str) -> FinetuneParams:
         """The whole recipe of a variant."""
         return FinetuneParams.model_validate({**self.finetune.model_dump(), **self.variants[variant].recipe})
+
+    def _arms(self) -> list[str]:
+        """Arms that want more seeds or epochs than there are, or that are another arm once more."""
+        epochs, problems = self.finetune.head_first_epochs + self.finetune.epochs, []
+        settings: dict[str, str] = {}
+        for name, arm in self.periodic.items():
+            if arm.size > len(self.seeds):
+                problems.append(f"periodic.{name}.size wants {arm.size} of {len(self.seeds)} seeds")
+            if arm.every > epochs:
+                problems.append(f"periodic.{name}.every: at most the run's {epochs} epochs (got {arm.every:g})")
+            first = settings.setdefault(arm.model_dump_json(exclude={"devices"}), name)
+            if first != name:
+                problems.append(f"periodic.{name} has the settings of periodic.{first}: leave one out")
+        return problems
 
     def _shared_images(self) -> list[str]:
         """Test sets and the held-out split with training images in them, by whatever path; so far as paths tell."""
@@ -608,7 +647,8 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
 def _walk(location: Sequence[int | str]) -> tuple[str, list[str]]:
     """A problem's place as the file has it, and the keys that belong beside its last one.
 
-    Pydantic puts the kind of a section (its `source`) and the type of a value into the place; the file has neither.
+    Pydantic puts the kind of a section (its `source` or `rule`) and the type of a value into the place; the file has
+    neither.
     """
     annotation: Any = Params
     keys: list[str] = []
@@ -618,7 +658,8 @@ def _walk(location: Sequence[int | str]) -> tuple[str, list[str]]:
         if get_origin(annotation) is dict and sections:
             annotation = get_args(annotation)[1]
         elif len(sections) > 1:
-            annotation = next(s for s in sections if get_args(s.model_fields["source"].annotation) == (key,))
+            kinds = {get_args(f.annotation): s for s in sections for f in s.model_fields.values()}
+            annotation = kinds.get((key,))
             continue
         elif sections:
             siblings = list(sections[0].model_fields)

@@ -43,7 +43,8 @@ def main(results: Path, models: Path, out: Path, metrics: Path) -> None:
         recipe=None if params.checkpoints else params.finetune,
         seeds=params.seeds,
         variants={name: params.recipe_of(name) for name in params.variants},
-        sizes=params.periodic.sizes,
+        arms=params.periodic,
+        factors=params.longer,
     )
     seed_files = [seed_file(tuned, seed) for seed in seeds]
     files = files_by_identity(scores, [anchor_file(models), *seed_files, *others])

@@ -25,7 +25,8 @@ def main(data: Path, models: Path, out: Path) -> None:
         recipe=None if params.checkpoints else params.finetune,
         seeds=params.seeds,
         variants={name: params.recipe_of(name) for name in params.variants},
-        sizes=params.periodic.sizes,
+        arms=params.periodic,
+        factors=params.longer,
     )
     candidates = Candidates(
         anchor=load_weights(anchor_file(models), lazy=True),

@@ -108,6 +108,11 @@ TABLE = {
         {"periodic"} | BELOW,
         {"prepare", "pretrain", "finetune", "variant", "longer"},
     ),
+    "the rules of periodic merging": (
+        ["modelstock/merging/rules.py"],
+        {"periodic", "evaluate"},
+        TRAINING - {"periodic"},
+    ),
     "a new merge method": (["modelstock/merging/methods/table.py"], BELOW, EVERYTHING - BELOW),
     "an error text, the command line, a tracker, files, params, progress, docs": (
         [
@@ -199,6 +204,16 @@ def test_a_variant_of_its_own_recipe_trains_alone(project):
     with changed(project, "params.yaml", edit=edit):
         trained = {name for name in plan(project, []).dirty if name.partition("@")[0] in TRAINING}
     assert trained == {"variant@constant-0"}
+
+
+def test_another_arm_of_periodic_merging_trains_that_arm_alone(project):
+    new = "periodic:\n  other: {rule: uniform, size: 2, every: 2.0, reset_moments: false, devices: 1}\n"
+    with changed(project, "params.yaml", edit=lambda text: re.sub(r"\nperiodic:.*\n", f"\n{new}", text)):
+        trained = {name for name in plan(project, []).dirty if name.partition("@")[0] in TRAINING}
+    assert trained == {"periodic@other"}
+    with changed(project, "params.yaml", edit=lambda text: text.replace("pull: 0.5", "pull: 0.4")):
+        trained = {name for name in plan(project, []).dirty if name.partition("@")[0] in TRAINING}
+    assert trained == {"periodic@warp"}
 
 
 def test_another_seed_trains_that_seed_alone(project):

@@ -18,7 +18,7 @@ STYLES = {
     "anchor": Style("*", "black", highlight=True),
     "seed": Style("o", "dimgray", highlight=True),
     "ensemble": Style("P", "tab:purple", highlight=True),
-    "periodic": Style("D", "tab:pink"),
+    "periodic": Style("D", "tab:pink"),  # of every arm
     "longer": Style("^", "tab:pink"),
     "ema": Style(".", "tab:green"),
     "lawa": Style(".", "tab:cyan"),
@@ -33,7 +33,9 @@ SINGLE = (  # kinds with a row per seed, drawn small
 
 def style_of(kind: str) -> Style:
     """How rows of a kind are drawn."""
-    return METHODS[kind].style if kind in METHODS else STYLES.get(kind, Style("v", "tab:brown"))
+    if kind in METHODS:
+        return METHODS[kind].style
+    return STYLES.get("periodic" if kind.startswith("periodic-") else kind, Style("v", "tab:brown"))
 
 
 def title_of(kind: str) -> str:

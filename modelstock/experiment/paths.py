@@ -53,9 +53,10 @@ def variant_files(models: Path, recipes: Mapping[str, FinetuneParams]) -> list[P
     ]
 
 
-def periodic_files(models: Path, sizes: Sequence[int]) -> list[Path]:
-    """The periodic runs, and the seeds that train as long."""
-    return [models / stage / str(size) / "weights.safetensors" for stage in ("periodic", "longer") for size in sizes]
+def periodic_files(models: Path, arms: Iterable[str], factors: Iterable[int]) -> list[Path]:
+    """The periodic runs by arm, and the seeds that train `factors` times as long."""
+    runs = [("periodic", arm) for arm in arms] + [("longer", str(factor)) for factor in factors]
+    return [models / stage / name / "weights.safetensors" for stage, name in runs]
 
 
 def merged_file(folder: Path, name: str) -> Path:
@@ -93,14 +94,16 @@ def other_files(
     recipe: FinetuneParams | None,
     seeds: Sequence[int],
     variants: Mapping[str, FinetuneParams],
-    sizes: Sequence[int],
+    arms: Iterable[str],
+    factors: Iterable[int],
 ) -> list[Path]:
-    """Every weight set besides the anchor and the seeds: merges, averages and snapshots, variants, periodic runs.
+    """Every weight set besides anchor and seeds: merges, averages, snapshots, variants, periodic and longer runs.
 
     `recipe`: None for somebody's own checkpoints, of which there are no averages. `variants`: recipes by name.
     """
     averages = average_files(finetuned_folder(models), recipe, seeds) if recipe else []
-    return merged_files(models, methods) + averages + variant_files(models, variants) + periodic_files(models, sizes)
+    others = variant_files(models, variants) + periodic_files(models, arms, factors)
+    return merged_files(models, methods) + averages + others
 
 
 def results_file(results: Path, benchmark: str) -> Path:

@@ -31,7 +31,7 @@ def row_of(weights: WeightSet) -> Row:
 
 
 def _row(weights: WeightSet, made_by: Mapping[str, Any]) -> Row:
-    by_stage = {"anchor": _anchor, "finetune": _seed, "variant": _variant, "longer": _longer}
+    by_stage = {"anchor": _anchor, "finetune": _seed, "variant": _variant, "longer": _longer, "periodic": _periodic}
     name, kind, members, options = by_stage.get(made_by["stage"], _merge)(made_by)
     return Row(name=name, identity=weights.identity, kind=kind, members=members, options=options)
 
@@ -74,6 +74,11 @@ def _variant(made_by: Mapping[str, Any]) -> Description:
 def _longer(made_by: Mapping[str, Any]) -> Description:
     seed, factor = int(made_by["seed"]), made_by["factor"]
     return f"longer@{factor}/{seed}", "longer", (seed,), {"factor": factor}
+
+
+def _periodic(made_by: Mapping[str, Any]) -> Description:
+    kind, members = f"periodic-{made_by['arm']}", tuple(map(int, made_by["members"]))
+    return f"{kind}/{_joined(members)}", kind, members, made_by["options"]
 
 
 def _merge(made_by: Mapping[str, Any]) -> Description:

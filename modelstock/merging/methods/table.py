@@ -6,7 +6,7 @@ from typing import Any
 
 from modelstock.errors import MergeError, nearest
 from modelstock.merging.methods import search, span, sparse, spectral, weighted
-from modelstock.merging.methods.model_stock import model_stock
+from modelstock.merging.methods.model_stock import OPTIONS, model_stock
 from modelstock.merging.methods.normal_equations import normal_equations
 from modelstock.merging.methods.rows import Choice, Method, Of, Option, Style
 
@@ -18,10 +18,6 @@ AROUND_ONE = Choice(option="scale", name="scales", low=0, high=10, values=(0.6, 
 
 SPACES: tuple[tuple[str, Of], ...] = (("", "updates"), ("_weights", "weights"))
 
-STOCK = (
-    Option(name="pairwise", default="cosine", about="what is averaged over pairs", choices=("cosine", "angle")),
-    Option(name="clip", default="unit", about="keep t in [0, 1], or not", choices=("unit", "none")),
-)
 DENSITY = Option(name="density", default=0.2, about="share of the values that is kept", low=0, high=1)
 DROP = Option(name="drop", default=0.9, about="chance of a value to be dropped", low=0, high=1, open_end=True)
 CRUMBS = (
@@ -79,7 +75,7 @@ ROWS = (
         kind="span",
         formula="w0 + t * mean(v_i), t = N cos / (1 + (N - 1) cos)",
         source="Jang, Yun, Han, arXiv 2403.19522, eq. 3",
-        own_options=STOCK,
+        own_options=OPTIONS,
         least=2,
         granular=True,
         batched=True,
@@ -95,7 +91,7 @@ ROWS = (
         kind="span",
         formula="w0 + scale * t * mean(v_i), t as model_stock; scale is what an experiment chooses",
         source="Jang, Yun, Han, arXiv 2403.19522, eq. 3, with one factor for all tensors",
-        own_options=STOCK,
+        own_options=OPTIONS,
         least=2,
         granular=True,
         batched=True,
