@@ -1,7 +1,8 @@
 """Makes the generated parts of README and docs.
 
     python docs/generate.py                         # tables that come from the code
-    python docs/generate.py --results results       # also the results page, the headline and the figure, from a run
+    python docs/generate.py --results results       # also the results page, the headline and the figure, from a run,
+                                                    # with the distances to the anchor of reports/comparison.json
     python docs/generate.py --results results --preset methods    # a run of a preset: its page results-methods.md
     python docs/generate.py --check                 # write nothing; fail where a page is not current
 
@@ -195,7 +196,20 @@ def from_results(results: Path, preset: str) -> tuple[str, str, dict[str, bytes]
 
     params = load_params(ROOT / "params.yaml")
     scores = [load_scores(results / f"{name}.safetensors") for name in params.evaluate.benchmarks]
-    comparison = compare(scores, resample=params.compare.resample, margin=params.compare.margin)
+    report = json.loads((results.parent / "reports/comparison.json").read_text(encoding="utf-8"))
+    distances = {
+        row["identity"]: report["choice"]["distances"][row["name"]]
+        for row in report["rows"]
+        if row["name"] in report["choice"]["distances"]
+    }
+    settings = params.compare
+    comparison = compare(
+        scores,
+        resample=settings.resample,
+        margin=settings.margin,
+        champion=settings.champion,
+        distances=distances,
+    )
     prefix, command = ("", "make repro") if preset == DEFAULT else (f"{preset}-", f"dvc exp run -S preset={preset}")
     drawn = {f"{prefix}{name}": figure for name, figure in figures(comparison).items()}
     text = as_markdown(comparison, {}, {name: title for name, (title, _) in drawn.items()})

@@ -247,9 +247,9 @@ class FilesSplit(Section):
 
     `path`: a folder, a .tar, .tar.gz or .zip archive, a folder of webdataset shards (used where they are) or a folder
     of the library `datasets`. `labels`: what folders and labels mean; `classes`: the names in params, else one of the
-    published layouts (modelstock.data.layouts). `role`: what a test set stands for; `train` and `held-out` have
-    theirs by their names. `part`: all images, or those that are (`held-out`) or are not (`train`) in the
-    held-out split of `held_out_per_class` images per class.
+    published layouts (modelstock.data.layouts). `role`: what a test set stands for, or held-out-shift for a shift that
+    is chosen on and is no test set; `train` and `held-out` have theirs by their names. `part`: all images, or those
+    that are (`held-out`) or are not (`train`) in the held-out split of `held_out_per_class` images per class.
     `devkit`: ImageNet's development kit, for labels of the flat validation set.
     `mappings`: ObjectNet's folder of that name, where it is not beside the images. `password`: of a zip archive, which
     Python decrypts slowly: unpacking it first is faster.
@@ -258,7 +258,7 @@ class FilesSplit(Section):
     source: Literal["files"]
     path: str = Field(min_length=1)
     labels: str = "classes"
-    role: Literal["in-distribution", "shift"] | None = None
+    role: Literal["in-distribution", "shift", "held-out-shift"] | None = None
     part: Literal["all", "train", "held-out"] = "all"
     devkit: str | None = None
     mappings: str | None = None
@@ -288,7 +288,7 @@ class PrepareParams(Section):
     reference_epochs: Positive
 
     def role(self, split: str) -> str:
-        """What a split stands for: train, held-out, in-distribution or shift."""
+        """What a split stands for: train, held-out, held-out-shift, in-distribution or shift."""
         if split in ("train", "held-out"):
             return split
         source = self.splits[split]
@@ -450,14 +450,38 @@ class EvaluateParams(Section):
     resident: Positive | Literal["auto"] = "auto"
 
 
+STANDARD_ERROR = "standard-error"  # a margin
+
+
+class ChampionParams(Section):
+    """How the weight set to ship is chosen; see modelstock.comparison.choice.
+
+    `rule`: nearest: of the weight sets that are not worse than the best by more than `margin` on the held-out split
+    (and held-out shifts, where there are any), the one nearest to the anchor; best: the best. `margin`: standard-error,
+    of the paired difference to the best, or a share: 0.005 is half a point of accuracy.
+    """
+
+    rule: Literal["nearest", "best"] = "nearest"
+    margin: str | float = STANDARD_ERROR
+
+    @field_validator("margin", mode="before")
+    @classmethod
+    def _margin(cls, margin: Any) -> Any:
+        share = isinstance(margin, int | float) and not isinstance(margin, bool) and 0 <= margin <= 0.1
+        if margin != STANDARD_ERROR and not share:
+            raise ValueError(f"takes {STANDARD_ERROR} or a share from 0 to 0.1, 0.005 for half a point")
+        return float(margin) if share else margin
+
+
 class CompareParams(Section):
-    """What intervals draw of a test set, and what counts as no worse.
+    """What intervals draw of a test set, what counts as no worse, and how the champion is chosen.
 
     `resample`: images one by one, or classes with all their images. `margin`: a share, 0.005 for half a point.
     """
 
     resample: Literal["images", "classes"]
     margin: float = Field(ge=0, le=0.5)
+    champion: ChampionParams = ChampionParams()
 
 
 class GeometryParams(Section):
@@ -557,7 +581,7 @@ class Params(Section):
         problems += [f"prepare.splits lacks {n}" for n in ("train", "held-out") if n not in splits]
         for name, split in splits.items():
             if isinstance(split, FilesSplit) and (name in ("train", "held-out")) != (split.role is None):
-                problems.append(f"prepare.splits.{name}.role: say it for test sets, and only for them")
+                problems.append(f"prepare.splits.{name}.role: say it for all sets but train and held-out")
         if not problems:
             problems += self._shared_images()
             roles = [self.prepare.role(name) for name in wanted]

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from modelstock.comparison.compare import champion, compare, per_class
+from modelstock.comparison.compare import compare, per_class
 from modelstock.comparison.differences import Difference
 from modelstock.comparison.intervals import wilson
 from modelstock.comparison.metrics import METRICS, Metric, metrics
@@ -272,14 +272,6 @@ def test_holms_correction_by_hand(comparison):
     np.testing.assert_allclose([t.holm for t in ranked], expected)
 
 
-def test_the_champion_is_the_best_single_weight_set_on_the_held_out_cut_and_looks_at_nothing_else(results):
-    assert champion(results).name == "model_stock/0-1"
-    turned = [s if s.role == "held-out" else dataclasses.replace(s, correct=~s.correct) for s in results]
-    assert champion(turned).name == "model_stock/0-1"
-    level = made("held-out", [0.5] * len(ROWS))
-    assert champion([level, *results[1:]]).name == "anchor"
-
-
 def test_the_same_results_give_the_same_comparison(results, comparison):
     assert compare(results) == comparison
 
@@ -294,6 +286,7 @@ def test_the_same_results_give_the_same_comparison(results, comparison):
             lambda r: [*r[:3], dataclasses.replace(r[3], rows=ROWS[:-1])],
             "shift-b: got rows that differ: ensemble/0-1-2",
         ),
+        (lambda r: [*r, dataclasses.replace(r[3], role="none")], "shift-b: got the role none; expected held-out or"),
         (lambda r: [*r, r[3]], "2 files that are of shift-b; expected one per benchmark"),
         (lambda r: [dataclasses.replace(s, rows=(ROWS[0], *ROWS[:-1])) for s in r], "2 rows named anchor"),
         (lambda r: [dataclasses.replace(s, rows=ROWS[:1], correct=s.correct[:1]) for s in r], "no row of kind seed"),

@@ -72,6 +72,7 @@ def test_the_bytes_repeat(comparison, folder, tmp_path):
         "comparison.json",
         "figure.png",
         "methods.png",
+        "pareto.png",
         "metrics.json",
         "accuracy.csv",
         "held_out.csv",
@@ -94,12 +95,13 @@ def test_table_metrics_and_csv_agree(comparison, folder):
     shown = {cells[0]: cells[1:] for cells in table[2 : 2 + len(comparison.lines)]}
     assert set(shown) == set(metrics)
     for name, cells in shown.items():
-        numbers = [float(cell.split(" ")[0]) for cell in cells]
+        numbers = [float(cell.split(" ")[0]) for cell in cells[:-1]]
         expected = [metrics[name][b] for b in ("shapes", "shift-a", "shift-b", "shift-mean")]
         np.testing.assert_allclose(numbers, expected, atol=0.0501)
     rows = list(csv.DictReader(io.StringIO((folder / "accuracy.csv").read_text())))
     assert len(rows) == 12
     assert {r["name"]: float(r["shapes"]) for r in rows}["greedy/0-2"] == 73.0
+    assert {r["name"]: int(r["cost"]) for r in rows} == dict(comparison.cost)
     assert "median 0.75" in text
     assert "4 tests" in text
 
@@ -121,7 +123,7 @@ def test_the_page_needs_no_other_file_and_no_network(folder):
     page = (folder / "comparison.html").read_text()
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
     assert "http" not in page
-    assert page.count("<table>") == 8
+    assert page.count("<table>") == 10
 
 
 def drawn(comparison, drawer):
@@ -166,6 +168,37 @@ def test_the_second_figure_shows_every_kind_of_row_and_the_curve(comparison):
     assert len(curve.get_xdata()) == sum(row.kind == "wise_ft" and len(row.members) == most for row in comparison.rows)
 
 
+def test_the_pareto_figure_joins_and_names_the_front_and_rings_the_champion(comparison):
+    axes, points = drawn(comparison, WITH_SHIFTS["pareto.png"][1])
+    rows = {row.name: row for row in comparison.rows}
+
+    def place(name):
+        row = rows[name]
+        return [100 * comparison.summary[row.name][s].value for s in comparison.summaries]
+
+    # By hand: the ensemble is no single weight set; the anchor is the best on the shifts, and WiSE-FT at 0.6 between.
+    assert comparison.front == ("model_stock/0-1", "model_stock/1-2", "wise_ft/0-1-2@0.6", "anchor")
+    for number, name in enumerate(comparison.front, 1):
+        np.testing.assert_allclose(points[f"{number}: {name}"], [place(name)])
+    (curve,) = axes.lines
+    np.testing.assert_allclose(np.transpose(curve.get_data()), [place(name) for name in comparison.front])
+    np.testing.assert_allclose(points["the champion, model_stock/0-1"], [place("model_stock/0-1")])
+
+
+def test_the_front_has_a_table_that_says_it_is_for_reporting_only(comparison, folder):
+    text = (folder / "comparison.md").read_text()
+    rows = table(text, "## Pareto front")
+    assert rows[0] == ["weights", "shapes", "mean of shifts", "cost"]
+    assert [cells[0] for cells in rows[1:]] == [
+        "**model_stock/0-1**",
+        "model_stock/1-2",
+        "wise_ft/0-1-2@0.6",
+        "anchor",
+    ]
+    assert [cells[-1] for cells in rows[1:]] == ["2", "2", "3", "0"]
+    assert "For reporting only" in text.split("## Pareto front")[1].split("##")[0]
+
+
 def test_without_shifts_the_figure_has_a_height_for_every_line(comparison):
     alone = compare(without_shifts(results()))
     axes = draw(alone, WITHOUT_SHIFTS["figure.png"][1]).axes[0]
@@ -188,13 +221,17 @@ def test_the_terminal_gets_the_same_lines(comparison):
 
 def test_the_main_table_has_the_benchmarks_in_distribution_first_then_each_shift_and_their_mean(folder):
     rows = table((folder / "comparison.md").read_text(), "# Comparison of merges")
-    assert rows[0] == ["weights", "shapes", "shift-a", "shift-b", "mean of shifts"]
+    assert rows[0] == ["weights", "shapes", "shift-a", "shift-b", "mean of shifts", "cost"]
     assert [cells[0] for cells in rows[1:4]] == [
         "zero-shot anchor",
         "mean single seed",
         "best single seed on held-out (seed-1)",
     ]
-    assert [re.sub(r" ±.*", "", cell) for cell in rows[1]] == ["zero-shot anchor", "60.0", "65.0", "45.0", "55.0"]
+    assert [re.sub(r" ±.*", "", cell) for cell in rows[1]] == ["zero-shot anchor", "60.0", "65.0", "45.0", "55.0", "0"]
+    # The best of three seeds takes all three, and so does a greedy soup of two that chose among them.
+    costs = {cells[0]: cells[-1] for cells in rows[1:]}
+    assert list(costs.values()) == ["0", "1", "3", "3", "2", "2", "3 (3 passes)", "3"]
+    assert costs["greedy of 2"] == "3"
     assert rows[1][1] == "60.0 ± 4.8†"  # Wilson's of 240 among 400: 0.5513 to 0.6468
 
 
@@ -352,16 +389,18 @@ def test_without_shifts_no_file_mentions_them(comparison, tmp_path):
     write_report(alone, tmp_path, facts={})
     for path in tmp_path.iterdir():
         if path.suffix != ".png":
-            text = re.sub(r"data:image/png;base64,[^\"]*", "", path.read_text()).replace('"shifts": []', "")
+            text = re.sub(r"data:image/png;base64,[^\"]*", "", path.read_text())
+            text = re.sub(r'"(held_out_)?shifts": \[\]', "", text)
             assert "shift" not in text, path.name
             assert "nan" not in re.findall(r"\w+", text.lower()), path.name
     text = (tmp_path / "comparison.md").read_text()
-    assert table(text, "# Comparison of merges")[0] == ["weights", "shapes"]
+    assert table(text, "# Comparison of merges")[0] == ["weights", "shapes", "cost"]
     for heading in ("### Over the mean single seed", "### Over the uniform soup of the same seeds"):
         assert {cells[1] for cells in table(text, heading)[1:]} == {"in distribution"}
-    assert (tmp_path / "comparison.html").read_text().count("<table>") == 8
+    assert (tmp_path / "comparison.html").read_text().count("<table>") == 9
     assert json.loads((tmp_path / "metrics.json").read_text())["mean single seed"] == {"shapes": 70.0}
     assert not (tmp_path / "methods.png").exists()
+    assert not (tmp_path / "pareto.png").exists()
     shown = summary_lines(alone)
     assert all(line.name in shown for line in alone.lines)
     assert "shifts" not in shown
@@ -452,7 +491,7 @@ def test_a_tracker_of_ones_own_gets_every_row_with_its_metrics_and_the_champion(
     aliases = {row.name: list(row.aliases) for row in comparison.rows if row.aliases}
     assert aliases == {"seed-1": ["seed"], "uniform/0-1": ["champion", "uniform"]}
     merged = comparison.rows[-1]
-    assert merged.params == {"method": "uniform", "seeds": "2", "members": "0-1", "options": "none"}
+    assert merged.params == {"method": "uniform", "seeds": "2", "members": "0-1", "options": "none", "cost": "2"}
     assert merged.description == (
         "uniform of seeds 0, 1: top-1 accuracy 80.0 % on the held-out split, 80.0 % in distribution."
     )

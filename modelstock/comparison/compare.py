@@ -16,14 +16,20 @@ from typing import Any, Literal
 
 import numpy as np
 
+from modelstock.comparison.choice import SPLITS, Choice, choose, distinct
+from modelstock.comparison.cost import costs
 from modelstock.comparison.crossed import Crossed
 from modelstock.comparison.differences import Difference, difference, holm
 from modelstock.comparison.intervals import Accuracies, Estimate, Float
 from modelstock.comparison.metrics import metrics
 from modelstock.comparison.paired_tests import Test, family
+from modelstock.comparison.pareto import front
 from modelstock.errors import DataError
+from modelstock.params import ChampionParams
 from modelstock.scoring.results import Row, Scores
 
+ROLES = (*SPLITS, "in-distribution", "shift")
+BEST = ChampionParams(rule="best")  # which needs no weights
 Resample = Literal["images", "classes"]
 
 
@@ -60,12 +66,18 @@ class Classes:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Everything that the report shows."""
+    """Everything that the report shows.
+
+    `held_out_shifts`: benchmarks that were chosen on beside `held_out`; like it, they are in no summary. `cost`: row ->
+    its training in units of one seed. `front`: the weight sets that no other dominates in distribution and on the
+    shifts together, the best in distribution first; empty without shifts.
+    """
 
     benchmarks: tuple[str, ...]
     in_distribution: str
     shifts: tuple[str, ...]
     held_out: str
+    held_out_shifts: tuple[str, ...]
     summaries: tuple[str, ...]
     rows: tuple[Row, ...]
     examples: Mapping[str, int]
@@ -77,6 +89,9 @@ class Comparison:
     tests: Mapping[str, Mapping[str, Mapping[str, Test]]]  # "uniform" or "seed" -> row -> summary
     median_seed: str
     champion: str
+    choice: Choice
+    cost: Mapping[str, int]
+    front: tuple[str, ...]
     resample: str  # what intervals draw of a test set: "images", or "classes" with all their images
     margin: float  # a difference above minus this, a share, is no worse
     precision: str  # of the towers
@@ -91,6 +106,9 @@ def check(results: Sequence[Scores]) -> None:
         raise DataError(place, got=got, expected=expected, cure="run the stage evaluate for every benchmark again")
 
     roles = [scores.role for scores in results]
+    for scores in results:
+        if scores.role not in ROLES:
+            refuse(scores.benchmark, f"the role {scores.role}", " or ".join(ROLES))
     for role in ("held-out", "in-distribution"):
         if roles.count(role) != 1:
             refuse("results", f"{roles.count(role)} benchmarks with the role {role}", "exactly one")
@@ -119,20 +137,6 @@ def check(results: Sequence[Scores]) -> None:
                 refuse(f"{scores.benchmark}, row {row}", f"{name} that is NaN or infinite", "finite numbers")
 
 
-def champion(results: Sequence[Scores]) -> Row:
-    """The best single weight set on the held-out split; ties go to the one of fewer seeds, then by name.
-
-    Logit ensembles are no candidates: they cannot be shipped as one model. No test set is looked at.
-    """
-    held = next(scores for scores in results if scores.role == "held-out")
-    ranked = [
-        (-accuracy, len(row.members), row.name, row)
-        for row, accuracy in zip(held.rows, held.correct.mean(axis=1), strict=True)
-        if row.kind != "ensemble"
-    ]
-    return min(ranked, key=lambda entry: entry[:3])[3]
-
-
 def per_class(scores: Scores) -> Float:
     """Accuracies (rows, labels) on each label's own examples; NaN for a label without any."""
     counts = np.bincount(scores.truth, minlength=len(scores.labels))
@@ -151,17 +155,26 @@ def _classes(scores: Scores) -> Classes:
     return Classes(labels=scores.labels, images=tuple(images), accuracy=accuracy)
 
 
-def compare(results: Sequence[Scores], *, resample: Resample = "images", margin: float = 0.005) -> Comparison:
-    """Accuracies, differences and tests of every row; see the module's docstring.
+def compare(
+    results: Sequence[Scores],
+    *,
+    resample: Resample = "images",
+    margin: float = 0.005,
+    champion: ChampionParams = BEST,
+    distances: Mapping[str, float] | None = None,
+) -> Comparison:
+    """Accuracies, differences and tests of every row, and the champion; see the module's docstring.
 
     `resample`: whether intervals draw a test set's images, or its classes with all their images. `margin`: a difference
-    above minus this share is no worse.
+    above minus this share is no worse. `champion`: how it is chosen. `distances`: identity -> |w - w0|, which the rule
+    "nearest" needs.
 
     Raises:
-        DataError: missing roles, or rows that differ between benchmarks.
+        DataError: missing roles, rows that differ between benchmarks, or no distances where they are needed.
     """
     check(results)
-    return _Comparing(results, resample=resample, margin=margin).comparison()
+    comparing = _Comparing(results, resample=resample, margin=margin)
+    return comparing.comparison(choose(results, champion, distances))
 
 
 class _Comparing:
@@ -169,9 +182,9 @@ class _Comparing:
 
     def __init__(self, results: Sequence[Scores], *, resample: Resample, margin: float) -> None:
         self.results, self.resample, self.margin, self.rows = results, resample, margin, results[0].rows
-        by_role = {role: [s for s in results if s.role == role] for role in ("held-out", "in-distribution", "shift")}
+        by_role = {role: [s for s in results if s.role == role] for role in ROLES}
         self.held_out, self.inside = by_role["held-out"][0], by_role["in-distribution"][0]
-        self.shifts = by_role["shift"]
+        self.shifts, self.held_out_shifts = by_role["shift"], by_role["held-out-shift"]
         self.summaries = {"in-distribution": [self.inside], **({"shifts": self.shifts} if self.shifts else {})}
         self.by_benchmark = {scores.benchmark: self._accuracies([scores]) for scores in results}
         self.by_summary = {name: self._accuracies(sets) for name, sets in self.summaries.items()}
@@ -182,7 +195,7 @@ class _Comparing:
         self.median_seed, self.best_seed = ranked[len(ranked) // 2], ranked[-1]
         self.summarised = best_options(self.rows, self.held_out_accuracy)
 
-    def comparison(self) -> Comparison:
+    def comparison(self, choice: Choice) -> Comparison:
         """Everything together."""
         accuracy = {row.name: self._per_benchmark(place) for place, row in enumerate(self.rows)}
         return Comparison(
@@ -190,6 +203,7 @@ class _Comparing:
             in_distribution=self.inside.benchmark,
             shifts=tuple(scores.benchmark for scores in self.shifts),
             held_out=self.held_out.benchmark,
+            held_out_shifts=tuple(scores.benchmark for scores in self.held_out_shifts),
             summaries=tuple(self.summaries),
             rows=self.rows,
             examples={scores.benchmark: scores.correct.shape[1] for scores in self.results},
@@ -203,7 +217,10 @@ class _Comparing:
             lines=tuple(corrected(self.lines())),
             tests=self.tests(),
             median_seed=self.rows[self.median_seed].name,
-            champion=champion(self.results).name,
+            champion=choice.chosen,
+            choice=choice,
+            cost=costs(self.rows),
+            front=self._front(),
             resample=self.resample,
             margin=self.margin,
             precision=self.held_out.precision,
@@ -239,6 +256,16 @@ class _Comparing:
         }
         return {name: family(self.rows, chosen, self.summaries) for name, chosen in pairs.items()}
 
+    def _front(self) -> tuple[str, ...]:
+        if not self.shifts:
+            return ()
+        places = distinct(self.rows)
+        inside, outside = (
+            np.mean([scores.correct.mean(axis=1) for scores in sets], axis=0) for sets in self.summaries.values()
+        )
+        on_it = front([(inside[place], outside[place]) for place in places])
+        return tuple(self.rows[places[i]].name for i in on_it)
+
     def _accuracies(self, sets: Sequence[Scores]) -> Accuracies:
         number = {label: place for place, label in enumerate(sorted({label for s in sets for label in s.labels}))}
         classes = [np.array([number[label] for label in scores.labels])[scores.truth] for scores in sets]
@@ -252,9 +279,10 @@ class _Comparing:
 
     def _line(self, key: str, name: str, places: Sequence[int]) -> Line:
         first = self.rows[places[0]]
-        # The mean over several rows says nothing on the held-out split, which each of them was chosen by.
+        # The mean over several rows says nothing on the sets that each of them was chosen by.
         several = len(places) > 1
-        scored = [name for name in self.by_benchmark if not several or name != self.held_out.benchmark]
+        chosen_on = [scores.benchmark for scores in self.results if scores.role in SPLITS]
+        scored = [name for name in self.by_benchmark if not several or name not in chosen_on]
         twins = [self.uniform[members] for place in places if (members := self.rows[place].members) in self.uniform]
         paired = first.kind != "uniform" and len(twins) == len(places) and len(first.members) > 1
         trained = first.kind not in ("anchor", "seed")

@@ -24,6 +24,7 @@ STYLES = {
     "lawa": Style(".", "tab:cyan"),
     "snapshot": Style(".", "silver"),
 }
+NAMED = 25  # points of the front that a legend has room for
 SINGLE = (  # kinds with a row per seed, drawn small
     *("seed", "ema", "lawa", "snapshot"),
     *(name for name, method in METHODS.items() if method.most == 1),
@@ -150,6 +151,27 @@ def _against_shifts(comparison: Comparison, drawing: Figure) -> None:
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
 
 
+def _pareto(comparison: Comparison, drawing: Figure) -> None:
+    """Every row, the front joined and numbered, and the champion in a ring."""
+    drawing.set_size_inches(11, 6)
+    axes = _axes(comparison, drawing)
+    for row in comparison.rows:
+        axes.scatter(*_place(comparison, row), marker=style_of(row.kind).marker, color="0.7", s=30, zorder=1)
+    rows = {row.name: row for row in comparison.rows}
+    places = [_place(comparison, rows[name]) for name in comparison.front]
+    axes.plot([x for x, _ in places], [y for _, y in places], "-", color="tab:red", alpha=0.4, zorder=2)
+    for number, (name, place) in enumerate(zip(comparison.front, places, strict=True), 1):
+        style = style_of(rows[name].kind)
+        label = f"{number}: {name}" if number <= NAMED else None
+        axes.scatter(*place, marker=style.marker, color=style.colour, s=60, label=label, zorder=3)
+        if label:
+            axes.annotate(str(number), place, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    champion = _place(comparison, rows[comparison.champion])
+    label = f"the champion, {comparison.champion}"
+    axes.scatter(*champion, marker="o", facecolors="none", edgecolors="black", s=220, label=label, zorder=4)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+
+
 def _curves(comparison: Comparison, most: int) -> dict[str, list[Row]]:
     """The rows of methods whose whole curve was scored, of all seeds together."""
     curves: dict[str, list[Row]] = {}
@@ -186,6 +208,7 @@ Drawer = Callable[[Comparison, Figure], None]
 WITH_SHIFTS: dict[str, tuple[str, Drawer]] = {  # file -> what it shows, and what draws it
     "figure.png": ("in-distribution accuracy against the mean of the shifts", _highlights),
     "methods.png": ("in-distribution accuracy against the mean of the shifts, every method", _against_shifts),
+    "pareto.png": ("the Pareto front in distribution and on the shifts, for reporting only", _pareto),
 }
 WITHOUT_SHIFTS: dict[str, tuple[str, Drawer]] = {"figure.png": ("in-distribution accuracy by method", _by_method)}
 

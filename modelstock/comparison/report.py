@@ -6,6 +6,7 @@ import dataclasses
 import html
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,26 @@ from typing import Any
 import markdown
 import numpy as np
 
+from modelstock.comparison.advice import (
+    advice,
+    candidates_table,
+    chosen_merges,
+    front_table,
+    line_cost,
+    rule_in_words,
+)
 from modelstock.comparison.compare import Comparison, Line
 from modelstock.comparison.differences import Difference
 from modelstock.comparison.figures import figures, training_figure
 from modelstock.comparison.intervals import Estimate
 from modelstock.comparison.metrics import METRICS, Metric
 from modelstock.comparison.published import Ours, matching, side_by_side
+from modelstock.comparison.text import percent as _percent
+from modelstock.comparison.text import signed as _signed
+from modelstock.comparison.text import table as _table
+from modelstock.comparison.text import with_half as _with_half
 from modelstock.errors import few
 from modelstock.files import atomic_path, sealed, write_json
-from modelstock.merging.methods.table import METHODS
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}
@@ -37,15 +49,6 @@ CLASS_LINES = 50_000  # of per_class.csv; beyond them it has one weight set for 
 CHANGED = 5  # classes shown that gain most, and that lose most
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _with_half(estimate: Estimate) -> str:
-    mark = "" if estimate.over.startswith("seeds") else "†"
-    return f"{_percent(estimate.value)} ± {_percent((estimate.high - estimate.low) / 2)}{mark}"
-
-
 def _in_percent(estimate: Estimate) -> str:
     """A probability with its interval, in whole percent; none is certain."""
     value, low, high = (min(99, max(1, round(100 * part))) for part in (estimate.value, estimate.low, estimate.high))
@@ -53,29 +56,21 @@ def _in_percent(estimate: Estimate) -> str:
     return f"{value} % {ends}"
 
 
-def _signed(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
-
-
 def _p(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rows = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return "\n".join(rows + ["| " + " | ".join(cells) + " |" for cells in body])
 
 
 def main_table(comparison: Comparison) -> str:
     """Accuracies in percent, one line per method and number of seeds."""
     means = comparison.summaries[1:]
-    head = ["weights", comparison.in_distribution, *comparison.shifts, *(MEANS[s] for s in means)]
+    head = ["weights", comparison.in_distribution, *comparison.shifts, *(MEANS[s] for s in means), "cost"]
     body = [
         [
             line.name,
             _with_half(line.accuracy[comparison.in_distribution]),
             *(_percent(line.accuracy[shift].value) for shift in comparison.shifts),
             *(_with_half(line.summary[s]) for s in means),
+            line_cost(comparison, line),
         ]
         for line in comparison.lines
     ]
@@ -225,19 +220,10 @@ def published_figures(comparison: Comparison, backbone: Mapping[str, str] | None
     return [dataclasses.asdict(figure) for figure in side_by_side(rows, lines)]
 
 
-def _chosen_merges(comparison: Comparison) -> list[Line]:
-    """Of each highlighted method the line of fewest seeds: a rule that looks at no figure."""
-    chosen = []
-    for name, method in METHODS.items():
-        lines = [line for line in comparison.lines if line.key == name and method.style.highlight]
-        chosen += sorted(lines, key=lambda line: line.size)[:1]
-    return chosen
-
-
 def headline(comparison: Comparison) -> str:
     """The six lines that say most: anchor, mean and best seed, the highlighted merges of fewest seeds, the champion."""
     wanted = [line for line in comparison.lines if line.key in ("anchor", "mean-seed", "best-seed")]
-    wanted += _chosen_merges(comparison)
+    wanted += chosen_merges(comparison)
     rows = [(line.name, line.summary) for line in comparison.lines if line in wanted]
     champion = comparison.summary[comparison.champion]
     rows.append((f"**{comparison.champion}**, champion by the held-out split", champion))
@@ -265,12 +251,17 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any], pictures: Mapp
     listed = "every weight set" if complete else "the first weight set of each line of the main table"
     parts = [
         "# Comparison of merges",
-        f"Best on the held-out split: **{comparison.champion}** (registered as `champion`). Top-1 accuracy in percent; "
+        advice(comparison),
+        f"The champion is **{comparison.champion}** (registered as `champion`). Top-1 accuracy in percent; "
         f"± is half a 95 % interval over seeds and {comparison.resample}: what an experiment with other seeds "
         f"and {comparison.resample} of the same kind would give. † marks those over {comparison.resample} alone, of "
-        f"one weight set or of too few seeds. Images: {sizes}. Towers computed in {comparison.precision}.",
+        "one weight set or of too few seeds. Cost: training in units of one seed; an ensemble also takes several "
+        f"passes per answer. Images: {sizes}. Towers computed in {comparison.precision}.",
         main_table(comparison),
         *(f"![{title}]({name})" for name, title in pictures.items()),
+        "## Which one to ship",
+        rule_in_words(comparison.choice),
+        candidates_table(comparison),
         "## Differences, in points",
         f"Both sides are of the same {comparison.resample}, and of the same seeds where the interval is over them. "
         "Of a method with several scales or alphas: the best on the held-out split. *Beats it*: the probability that a "
@@ -306,6 +297,15 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any], pictures: Mapp
         f"chance makes them larger. `per_class.csv` has every class for {listed}.",
         _class_changes(comparison),
     ]
+    if comparison.front:
+        place = "on" if comparison.champion in comparison.front else "not on"
+        parts += [
+            "## Pareto front",
+            "Weight sets that no other equals or beats both in distribution and on the shifts. For reporting only: "
+            "they are picked on the test sets, so they look better here than on other images. The champion is "
+            f"{place} the front.",
+            front_table(comparison),
+        ]
     parts += [
         "## Notices",
         "Everything unusual that this comparison rests on, with the weight sets and benchmarks that it is about."
@@ -354,7 +354,7 @@ def as_summary(comparison: Comparison) -> dict[str, dict[str, float]]:
     """
     champion = next(row for row in comparison.rows if row.name == comparison.champion)
     rows = {"champion": (len(champion.members), [champion.name], comparison.summary[champion.name])}
-    for line in [*(line for line in comparison.lines if line.key == "mean-seed"), *_chosen_merges(comparison)]:
+    for line in [*(line for line in comparison.lines if line.key == "mean-seed"), *chosen_merges(comparison)]:
         rows[line.key] = (line.size, list(line.rows), line.summary)
 
     def percent(names: Sequence[str], summary: Mapping[str, Estimate]) -> dict[str, float]:
@@ -399,16 +399,22 @@ def _csv(head: Sequence[str], body: Iterable[Sequence[object]]) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """One line per weight set: kind, members and accuracies in percent."""
+    """One line per weight set: kind, members, training in units of one seed, and accuracies in percent."""
     means = comparison.summaries[1:]
     body = []
     for row in comparison.rows:
         estimates = [comparison.accuracy[row.name][b] for b in comparison.benchmarks]
         estimates += [comparison.summary[row.name][s] for s in means]
         body.append(
-            [row.name, row.kind, "-".join(map(str, row.members)), *(round(100 * e.value, 4) for e in estimates)]
+            [
+                row.name,
+                row.kind,
+                "-".join(map(str, row.members)),
+                comparison.cost[row.name],
+                *(round(100 * e.value, 4) for e in estimates),
+            ]
         )
-    return _csv(["name", "kind", "members", *comparison.benchmarks, *(FIELDS[s] for s in means)], body)
+    return _csv(["name", "kind", "members", "cost", *comparison.benchmarks, *(FIELDS[s] for s in means)], body)
 
 
 def as_class_csv(comparison: Comparison) -> str:
@@ -474,11 +480,11 @@ def write_report(
     write_json(folder / "quality.json", as_quality(comparison))
     written = dataclasses.asdict(dataclasses.replace(comparison, metrics={}, classes={}))
     del written["metrics"], written["classes"]  # they have files of their own
-    write_json(folder / "comparison.json", sealed({**written, "facts": dict(facts)}))
+    write_json(folder / "comparison.json", sealed({**written, "advice": advice(comparison), "facts": dict(facts)}))
 
 
 def summary_lines(comparison: Comparison) -> str:
-    """The table for a terminal."""
+    """The table for a terminal, and what it says in words."""
     from rich.console import Console
     from rich.table import Table
 
@@ -496,4 +502,5 @@ def summary_lines(comparison: Comparison) -> str:
     console.print(table)
     shown = console.file
     assert isinstance(shown, io.StringIO)
-    return shown.getvalue()
+    words = [textwrap.fill(part.replace("**", ""), 130) for part in advice(comparison).split("\n\n")]
+    return shown.getvalue() + "\n" + "\n".join(words)

@@ -91,9 +91,10 @@ class Method:
     update, unless another is asked for. `needs`: what it reads besides the weights. `of`: with "weights", w0 counts as
     zero. `granular`: one set of coefficients per filter or for the whole model makes sense. `batched`: a function in
     the span that takes the inner products of many rows at once too, (rows, N, N). `ignores_angles`: one that does not
-    look at those of two different updates, which then need not be exact. `standard`: it is compared where no methods
-    are named; `sets`: which seeds then merge together, see modelstock.experiment.subsets. `elsewhere`: library -> its
-    name there, and the difference if there is one.
+    look at those of two different updates, which then need not be exact. `selects`: it may leave checkpoints out, and
+    its rows are named for those that it takes. `standard`: it is compared where no methods are named; `sets`: which
+    seeds then merge together, see modelstock.experiment.subsets. `elsewhere`: library -> its name there, and the
+    difference if there is one.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Method:
     granular: bool = False
     batched: bool = False
     ignores_angles: bool = False
+    selects: bool = False
     chooses: Choice | None = None
     standard: bool = False
     sets: Sets = "brief"

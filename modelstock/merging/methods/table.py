@@ -294,6 +294,7 @@ ROWS = (
         formula="w0 + scale * mean of the v_i in the soup: best first, each kept if the mean gets strictly better",
         source=f"{SOUPS}, recipe 1",
         needs="score",
+        selects=True,
         standard=True,
         sets="all",
         style=Style("^", "tab:green"),
