@@ -6,7 +6,8 @@
 - rounds: in each, the held-out images are drawn anew with replacement, and so many of the seeds are kept, with the
   weight sets that are made of these alone. Of what the rules choose: accuracy in distribution and on the shifts, less
   that of the best candidate there (regret), and "nearest" less "best", each as its mean and the 2.5 and 97.5
-  percentiles over the rounds. Rounds share test images and seeds, so percentiles are of the choice, not of another experiment.
+  percentiles over the rounds. Rounds share test images and seeds, so percentiles are of the choice, not of another
+  experiment.
 """
 
 import argparse
