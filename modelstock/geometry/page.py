@@ -77,7 +77,7 @@ def page(written: Mapping[str, Any], claims: Sequence[Claim], pictures: Pictures
         + (f"{len(centre)} checkpoints ({', '.join(centre)})." if centre else "for each subset, the seeds outside it."),
         "",
         "Brackets are 95 % intervals over seeds, by the jackknife: each seed is left out once. A verdict needs the "
-        "whole interval on one side of the threshold.",
+        "whole interval on one side of the threshold." + (" The centre is taken as given." if centre else ""),
         "",
         "## Claims",
         claims_table(claims),
