@@ -553,6 +553,10 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     assert contents(mine) == {"notes.txt": b"mine"}
 
 
+def test_every_file_that_is_written_is_one_that_may_be_replaced(thin):
+    assert set(figures.figures(thin, {1: thin})) == set(page.PICTURES)
+
+
 # ---------------------------------------------------------------- steps
 
 
