@@ -292,6 +292,27 @@ def test_the_interval_is_the_jackknife_over_seeds():
     assert (3 - quantity.low, quantity.high - 3) == (pytest.approx(half, rel=1e-3), pytest.approx(half, rel=1e-3))
 
 
+def test_intervals_cover_what_new_seeds_would_show():
+    """Norms of seeds of several scales around one centre: 95 % intervals of six seeds, and the mean of many draws."""
+    random = np.random.default_rng(0)
+    mu = random.standard_normal((4, 100))
+
+    def drawn() -> Stack:
+        scales = 1 + 0.2 * random.standard_normal((4, 6, 1))
+        updates = mu[:, None] + scales * random.standard_normal((4, 6, 100))
+        return Stack(np.einsum("tid,tjd->tij", updates, updates), 6)
+
+    for statistic, need in ((shell.variation, 2), (shell.angles, 2), (centre.bias, 3)):
+
+        def mean(part: Stack, statistic=statistic) -> float:
+            return float(statistic(part).mean())
+
+        truth = np.mean([mean(drawn()) for _ in range(1000)])
+        quantities = [estimate("q", mean, drawn(), need=need) for _ in range(200)]
+        covered = sum(quantity.low <= truth <= quantity.high for quantity in quantities)
+        assert scipy.stats.binomtest(covered, 200, 0.95).pvalue > 1e-4
+
+
 def test_few_seeds_are_texts_and_never_numbers():
     quantities = {one.key: one.quantities[0] for one in weight_claims(measured([1.0, 0, 0], [1.0, 1.0, 0]))}
     assert quantities["angles"].shown() == "not enough seeds (2 of 3)"
