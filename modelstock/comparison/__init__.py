@@ -3,9 +3,6 @@
 Modules: `metrics`, one row each; `crossed`, variances over seeds and images; `intervals`, Wilson's and those of means;
 `differences`, what is said of a difference; `paired_tests`, McNemar with Holm;
 `compare`, everything together; `report` and `figures`, what it looks like; `published`, others' figures.
+`outcomes` reads anybody's results per example, and `significance` compares two sides of them. They need the extra
+`statistics` alone, so this file imports nothing.
 """
-
-from modelstock.comparison.compare import Comparison, Line, compare
-from modelstock.comparison.metrics import METRICS, Metric
-
-__all__ = ["METRICS", "Comparison", "Line", "Metric", "compare"]
