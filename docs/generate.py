@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 
 from modelstock.comparison.metrics import METRICS
 from modelstock.merging.methods.table import METHODS
+from modelstock.merging.rules import RULES
 
 ROOT = Path(__file__).parent.parent
 DEFAULT = "shapes"  # the preset of params.yaml
@@ -56,6 +57,15 @@ def methods() -> str:
     return table(["method", "result", "options and defaults", "needs", "source", "elsewhere"], rows)
 
 
+def rules() -> str:
+    """One row per rule of periodic merging, from the table of rules."""
+    rows = []
+    for name, rule in RULES.items():
+        options = ", ".join(f"`{option.name}` {json.dumps(option.default)}: {option.about}" for option in rule.options)
+        rows.append([f"`{name}`", rule.formula, options, rule.source])
+    return table(["rule", "result", "options and defaults", "source"], rows)
+
+
 def metrics() -> str:
     """One row per metric, from the table of metrics."""
     rows = [
@@ -82,6 +92,8 @@ def stages() -> str:
 
     def touch(one: str, other: str) -> bool:
         """Whether one path is the other, or a folder around it; `${...}` is any name."""
+        if other == "${item.anchor}":  # a variant starts from the seeds' anchor or from one of `anchors`
+            return one.startswith("models/anchor")
         pairs = zip(one.split("/"), other.split("/"), strict=False)
         return all(a == b or "$" in a or "$" in b for a, b in pairs)
 
@@ -151,7 +163,13 @@ def triangle() -> str:
     )
 
 
-PARTS: dict[str, Callable[[], str]] = {"packages": packages, "stages": stages, "methods": methods, "metrics": metrics}
+PARTS: dict[str, Callable[[], str]] = {
+    "packages": packages,
+    "stages": stages,
+    "methods": methods,
+    "rules": rules,
+    "metrics": metrics,
+}
 FILES: dict[str, Callable[[], str]] = {"docs/triangle.svg": triangle}
 
 

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -27,12 +27,16 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from modelstock.errors import ParamsError, closest, few
 from modelstock.files import NAME
-from modelstock.merging.methods.rows import Choice, Method, Option
+from modelstock.merging.methods.rows import Choice, Method, Option, Sets
 from modelstock.merging.methods.table import METHODS
+from modelstock.merging.rules import RULES, Rule
 from modelstock.tracking.tracker import TRACKERS
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
+# Kinds of rows in the comparison, which a pool's name may not be.
+RESERVED = ("anchor", "seed", "ensemble", "ema", "lawa", "snapshot", "longer", "periodic", *METHODS)
 
 
 def _each_once(values: list[Any]) -> list[Any]:
@@ -66,7 +70,7 @@ class Section(BaseModel):
 
 
 class Optimization(Section):
-    """AdamW with linear warm-up, a cosine to zero and gradient clipping."""
+    """AdamW with linear warm-up, by default a cosine to zero, and gradient clipping."""
 
     batch_size: Positive
     lr: float = Field(gt=0, le=1)
@@ -141,12 +145,17 @@ class FinetuneParams(Optimization):
     WiSE-FT, or for those of two dimensions and more. `mixup`: alpha of Beta(alpha, alpha); 0: none. `rand_augment_*`:
     operations per image (0: none) and magnitude (of 30), before the crop. `train_head`: false keeps the anchor's head.
     `head_first_epochs`: epochs, before `epochs`, in which only the head learns, at `head_lr`. `devices`: processes that
-    share a batch. `ema`: decays; `lawa`: last epochs averaged (0: none); `snapshots`: every epoch's weights kept. Each
-    of these averages and snapshots is scored like any weight set. `validate_every`: epochs from one measurement on the
-    held-out split to the next; the last epoch is always followed by one.
+    share a batch. `schedule`: of the learning rate after the warm-up. `order_seed`: of the order of the examples; null:
+    the run's own seed, from which everything else is drawn. `share`: of the training examples, drawn by the seed; the
+    others are not used. `ema`: decays; `lawa`: last epochs averaged (0: none); `snapshots`: every epoch's weights kept.
+    Each of these averages and snapshots is scored like any weight set. `validate_every`: epochs from one measurement on
+    the held-out split to the next; the last epoch is always followed by one.
     """
 
     epochs: Positive
+    schedule: Literal["cosine", "constant"] = "cosine"
+    order_seed: Seed | None = None
+    share: float = Field(default=1.0, gt=0, le=1)
     micro_batch: Positive | Literal["auto"] | None = None
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     decay: Literal["all", "matrices"] = "all"
@@ -189,26 +198,17 @@ class FinetuneParams(Optimization):
         return scale
 
 
-class PeriodicParams(Section):
-    """Seeds that train side by side and are merged by Model Stock on the way; beside each, one seed as long as all.
+class VariantParams(Section):
+    """One more run, by another recipe than the seeds': of a pool, whose weight sets are compared and merged together.
 
-    `sizes`: how many seeds, the first of `seeds`, with the recipe of `finetune`. `every_steps`: steps between
-    two merges; null: an epoch. `reset_moments`: AdamW's moments start at zero after each merge. `devices`: 1, or one
-    per seed. `pairwise`, `clip`: see modelstock.merging.methods.model_stock.
+    `anchor`: the file of the weights that it starts from: that of all seeds, or one of `anchors`. `recipe`: what is
+    other than in `finetune`.
     """
 
-    sizes: Annotated[list[Annotated[int, Field(ge=2)]], Once]
-    every_steps: Positive | None = None
-    reset_moments: bool = False
-    devices: Positive = 1
-    pairwise: Literal["cosine", "angle"] = "cosine"
-    clip: Literal["unit", "none"] = "unit"
-
-    @model_validator(mode="after")
-    def _together(self) -> "PeriodicParams":
-        if self.devices != 1 and any(size != self.devices for size in self.sizes):
-            raise ValueError(f"devices is 1 or one per seed, not {self.devices} for sizes {self.sizes}")
-        return self
+    pool: str = Field(pattern=f"^{NAME}$")
+    seed: Seed
+    anchor: str
+    recipe: dict[str, Any]
 
 
 class LoadingParams(Section):
@@ -283,7 +283,7 @@ class PrepareParams(Section):
     quality: int = Field(default=95, ge=1, le=100)
     held_out_per_class: Positive = 26
     unreadable: float = Field(default=0.001, ge=0, lt=1)
-    splits: dict[Annotated[str, Field(pattern=f"^{NAME}$")], Split]
+    splits: dict[Name, Split]
     reference_draws: Positive
     reference_epochs: Positive
 
@@ -305,7 +305,14 @@ class MethodParams(Section):
     from; `granularity`, where it makes a difference; `examples`: images on which statistics or gradients are measured.
     """
 
-    sets: Literal["ring", "pairs", "brief", "all"]
+    sets: Sets
+
+
+def _sets_of(method: Method) -> Any:
+    """The sets that a method can merge: single seeds only by one that takes one, and nothing else by one of no more."""
+    if method.most == 1:
+        return Literal["single"]
+    return Sets if method.least == 1 else Literal["ring", "pairs", "brief", "all"]
 
 
 def _checked(option: Option, value: Any) -> Any:
@@ -324,7 +331,8 @@ def _candidates(choice: Choice, values: list[float]) -> list[float]:
 def method_section(method: Method) -> type[MethodParams]:
     """The params section of a method, from its row."""
     chosen = method.chooses
-    fields: dict[str, Any] = {
+    fields: dict[str, Any] = {"sets": (_sets_of(method), ...)}
+    fields |= {
         name: (Annotated[Any, AfterValidator(partial(_checked, option))], ...)
         for name, option in method.options.items()
         if name != "scale" and (chosen is None or name != chosen.option)
@@ -346,6 +354,50 @@ def standard_section(method: Method) -> MethodParams:
         values[method.chooses.name] = list(method.chooses.values)
     section = method_section(method)
     return section(**{name: value for name, value in values.items() if name in section.model_fields})
+
+
+class PeriodicParams(Section):
+    """An arm of periodic merging: seeds that train side by side and are merged on the way.
+
+    `rule`: what happens at a merge, a row of modelstock.merging.rules, whose options stand beside it. `size`: how many
+    seeds, the first of `seeds`, with the recipe of `finetune`. `every`: epochs from one merge to the next; each comes
+    at the nearest step, and one at the end. `reset_moments`: AdamW's moments start at zero after each merge.
+    `devices`: 1, or one per seed.
+    """
+
+    rule: str
+    size: int = Field(ge=2)
+    every: float = Field(default=1.0, gt=0)
+    reset_moments: bool = False
+    devices: Positive = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The rule's options."""
+        return {option.name: getattr(self, option.name) for option in RULES[self.rule].options}
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.devices not in (1, self.size):
+            raise ValueError(f"devices is 1 or one per seed, not {self.devices} for size {self.size}")
+        return self
+
+
+def arm_section(rule: Rule) -> type[PeriodicParams]:
+    """The params section of an arm with this rule, from the rule's row."""
+    fields: dict[str, Any] = {
+        option.name: (Annotated[Any, AfterValidator(partial(_checked, option))], option.default)
+        for option in rule.options
+    }
+    fields["rule"] = (Literal[rule.name], ...)
+    return create_model(f"{rule.name} arm", __base__=PeriodicParams, __doc__=rule.formula, **fields)
+
+
+ARMS = {name: arm_section(rule) for name, rule in RULES.items()}  # by rule
+if TYPE_CHECKING:
+    Arm = PeriodicParams
+else:
+    Arm = Annotated[Union[tuple(ARMS.values())], Field(discriminator="rule")]  # noqa: UP007
 
 
 class _Merge(Section):
@@ -430,7 +482,10 @@ class Params(Section):
     """The whole file.
 
     `seeds`: one fine-tuned weight set each. `checkpoints`: fine-tuned weights that are there already, one per seed, in
-    the order of `seeds`; nothing is trained then.
+    the order of `seeds`; nothing is trained then. `anchors`: other pre-trainings that variants may start from, by name,
+    as in `pretrain`; their files are models/anchors/NAME/anchor.safetensors. `variants`: runs beside the seeds, by
+    name. `periodic`: name -> arm. `longer`: times the epochs of `finetune` for which the first seed trains, each a run
+    of its own: what the compute of a periodic run gives without merging.
     """
 
     threads: Positive
@@ -441,8 +496,11 @@ class Params(Section):
     classes: ClassesParams
     prepare: PrepareParams
     pretrain: PretrainParams
+    anchors: dict[Name, PretrainParams]
     finetune: FinetuneParams
-    periodic: PeriodicParams
+    variants: dict[Name, VariantParams]
+    periodic: dict[Name, Arm]
+    longer: Annotated[list[Annotated[int, Field(ge=2)]], Once]
     merge: MergeParams
     evaluate: EvaluateParams
     compare: CompareParams
@@ -474,14 +532,55 @@ class Params(Section):
         if drawn and self.classes.names != "shapes":
             problems.append(f"classes.names: shapes, for the drawn splits {', '.join(drawn)}")
         seeds = len(self.seeds)
-        problems += [f"periodic.sizes wants {n} of {seeds} seeds" for n in self.periodic.sizes if n > seeds]
-        if self.checkpoints and self.periodic.sizes:
-            problems.append("periodic.sizes: [] where checkpoints are given, for nothing is trained")
+        problems += self._arms()
+        if self.checkpoints and (self.periodic or self.longer):
+            problems.append("periodic: {} and longer: [] where checkpoints are given, for nothing is trained")
+        if self.checkpoints and self.variants:
+            problems.append("variants: {} where checkpoints are given, for nothing is trained")
         if self.checkpoints and len(self.checkpoints) != seeds:
             problems.append(f"{len(self.checkpoints)} checkpoints for {seeds} seeds: name one per seed")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @model_validator(mode="after")
+    def _pools(self) -> "Params":
+        """Every variant has a recipe and an anchor that there are, and a pool of one anchor."""
+        known = ["models/anchor.safetensors", *(f"models/anchors/{name}/anchor.safetensors" for name in self.anchors)]
+        anchors: dict[str, str] = {}
+        problems = []
+        for name, variant in self.variants.items():
+            if variant.anchor not in known:
+                problems.append(f"variants.{name}.anchor is {_hint(variant.anchor, known)}")
+            if anchors.setdefault(variant.pool, variant.anchor) != variant.anchor:
+                problems.append(f"variants.{name}.anchor: a pool starts from one anchor, {variant.pool} from several")
+            if variant.pool in RESERVED:
+                problems.append(f"variants.{name}.pool: {variant.pool!r} is what other rows are called")
+            try:
+                self.recipe_of(name)
+            except ValidationError as error:
+                problems += [f"variants.{name}.recipe: {text}" for text in _problems(error)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def recipe_of(self, variant: str) -> FinetuneParams:
+        """The whole recipe of a variant."""
+        return FinetuneParams.model_validate({**self.finetune.model_dump(), **self.variants[variant].recipe})
+
+    def _arms(self) -> list[str]:
+        """Arms that want more seeds or epochs than there are, or that are another arm once more."""
+        epochs, problems = self.finetune.head_first_epochs + self.finetune.epochs, []
+        settings: dict[str, str] = {}
+        for name, arm in self.periodic.items():
+            if arm.size > len(self.seeds):
+                problems.append(f"periodic.{name}.size wants {arm.size} of {len(self.seeds)} seeds")
+            if arm.every > epochs:
+                problems.append(f"periodic.{name}.every: at most the run's {epochs} epochs (got {arm.every:g})")
+            first = settings.setdefault(arm.model_dump_json(exclude={"devices"}), name)
+            if first != name:
+                problems.append(f"periodic.{name} has the settings of periodic.{first}: leave one out")
+        return problems
 
     def _shared_images(self) -> list[str]:
         """Test sets and the held-out split with training images in them, by whatever path; so far as paths tell."""
@@ -524,7 +623,8 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
 def _walk(location: Sequence[int | str]) -> tuple[str, list[str]]:
     """A problem's place as the file has it, and the keys that belong beside its last one.
 
-    Pydantic puts the kind of a section (its `source`) and the type of a value into the place; the file has neither.
+    Pydantic puts the kind of a section (its `source` or `rule`) and the type of a value into the place; the file has
+    neither.
     """
     annotation: Any = Params
     keys: list[str] = []
@@ -534,7 +634,8 @@ def _walk(location: Sequence[int | str]) -> tuple[str, list[str]]:
         if get_origin(annotation) is dict and sections:
             annotation = get_args(annotation)[1]
         elif len(sections) > 1:
-            annotation = next(s for s in sections if get_args(s.model_fields["source"].annotation) == (key,))
+            kinds = {get_args(f.annotation): s for s in sections for f in s.model_fields.values()}
+            annotation = kinds.get((key,))
             continue
         elif sections:
             siblings = list(sections[0].model_fields)
@@ -566,6 +667,11 @@ def _read(path: Path) -> Any:
 
 _SHOWN = reprlib.Repr()  # of a value, so much as is shown: aliases can make it endless
 _SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 200, 200
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """The problems of a section that the file has as a mapping of anything."""
+    return [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".lstrip(": ") for problem in error.errors()]
 
 
 def _refusal(path: Path, error: ValidationError, before: tuple[str, ...] = ()) -> ParamsError:

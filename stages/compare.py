@@ -42,7 +42,9 @@ def main(results: Path, models: Path, out: Path, metrics: Path) -> None:
         methods=params.merge.methods,
         recipe=None if params.checkpoints else params.finetune,
         seeds=params.seeds,
-        sizes=params.periodic.sizes,
+        variants={name: params.recipe_of(name) for name in params.variants},
+        arms=params.periodic,
+        factors=params.longer,
     )
     seed_files = [seed_file(tuned, seed) for seed in seeds]
     files = files_by_identity(scores, [anchor_file(models), *seed_files, *others])

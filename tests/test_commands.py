@@ -152,7 +152,7 @@ def test_compare_merges_scores_and_reports_and_repeats_its_bytes(folder, tmp_pat
 
 def test_compare_does_without_shifts_and_takes_methods_from_a_params_file(folder, tmp_path):
     params = tmp_path / "params.yaml"
-    methods = full_params().replace("karcher, ties, ", "karcher, ")
+    methods = full_params().replace("karcher, ties,", "karcher,")
     params.write_text(methods.replace("[model_stock, uniform, greedy", "[ties, uniform, greedy"))
     files = (folder / "0.safetensors", folder / "1.safetensors", "--anchor", folder / "anchor.safetensors")
     call(

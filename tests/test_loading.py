@@ -45,10 +45,17 @@ def shards(tmp_path_factory):
     return folder
 
 
-def batches(examples, *, rank=0, size=1, seed=0, **changes):
-    augmentation = Augmentation(**{"crop_scale": (0.9, 1.0), **changes})
-    world = World(rank, size)
-    return TrainingBatches(examples, augmentation, TINY_PREPROCESS, batch_size=8, seed=seed, name="seed-0", world=world)
+def batches(examples, *, rank=0, size=1, seed=0, order_seed=None, **changes):
+    return TrainingBatches(
+        examples,
+        Augmentation(**{"crop_scale": (0.9, 1.0), **changes}),
+        TINY_PREPROCESS,
+        batch_size=8,
+        seed=seed,
+        order_seed=order_seed,
+        name="seed-0",
+        world=World(rank, size),
+    )
 
 
 def same(first, second) -> bool:
@@ -62,6 +69,21 @@ def test_an_epoch_visits_every_example_once_and_epochs_and_seeds_differ():
     assert sorted(epoch(0, 1)) == list(range(20))
     assert not np.array_equal(epoch(0, 1), epoch(1, 1))
     assert not np.array_equal(epoch(0, 1), epoch(0, 2))
+
+
+def test_an_order_seed_changes_the_order_alone_and_a_seed_then_the_crops_alone(shards):
+    examples = open_dataset(shards).examples(in_memory=True)
+
+    def labels_and_pixels(**seeds):
+        made = batches(examples, crop_scale=(0.5, 1.0), **seeds)
+        ((images, labels),) = made.load(0, 1, workers=0, pin=False)
+        return labels.tolist(), images
+
+    own, pixels = labels_and_pixels(seed=0)
+    assert same(labels_and_pixels(seed=0, order_seed=0)[1], pixels)
+    reordered, _ = labels_and_pixels(seed=0, order_seed=5)
+    assert reordered == labels_and_pixels(seed=3, order_seed=5)[0] == labels_and_pixels(seed=5)[0] != own
+    assert not same(labels_and_pixels(seed=0, order_seed=5)[1], labels_and_pixels(seed=3, order_seed=5)[1])
 
 
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.9, 1.0)])

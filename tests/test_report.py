@@ -373,7 +373,7 @@ def own(tmp_path, monkeypatch):
     yaml = YAML(typ="safe")
     params = yaml.load((Path(__file__).parent.parent / "params.yaml").read_text())
     params["seeds"] = [0, 1]
-    params["periodic"]["sizes"] = []
+    params |= {"periodic": {}, "longer": []}
     params["merge"]["methods"] = ["uniform"]
     params["evaluate"]["benchmarks"] = ["held-out", "shapes"]
     with open(tmp_path / "params.yaml", "w") as file:

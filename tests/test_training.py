@@ -22,7 +22,7 @@ from modelstock.training.callbacks import Ema, Lawa
 from modelstock.training.finetune import finetune
 from modelstock.training.loop import Callback, Run, learning_rate
 from modelstock.training.pretrain import shared_positives_loss
-from modelstock.training.recipe import CrossEntropy, new_run, parameter_groups, schedule_of
+from modelstock.training.recipe import CrossEntropy, examples_of, new_run, parameter_groups, schedule_of
 from modelstock.training.resume import Clock, ResumePoint, read_state
 from modelstock.training.validation import top1
 from modelstock.weights.weight_set import WeightSet
@@ -392,6 +392,30 @@ def test_the_head_learns_first_and_the_tower_only_after_it_at_its_own_schedule(a
     rate = schedule_of(recipe, 3)
     assert [rate(s) for s in (0, 1, 6, 7)] == pytest.approx([0.005, 0.01, 0.0005, 0.001])
     assert rate(15) == pytest.approx(0)
+
+
+def test_a_constant_schedule_stays_at_its_peak_after_the_warm_up():
+    recipe = RECIPE.model_copy(update={"schedule": "constant"})
+    rate = schedule_of(recipe, 3)
+    last = 3 * recipe.epochs - 1
+    warm_up = [recipe.lr * (step + 1) / recipe.warmup_steps for step in range(recipe.warmup_steps)]
+    assert [rate(step) for step in range(recipe.warmup_steps)] == pytest.approx(warm_up)
+    assert rate(recipe.warmup_steps) == rate(last) == recipe.lr
+    assert schedule_of(RECIPE, 3)(last) < recipe.lr / 2
+
+
+def test_a_share_of_the_examples_is_drawn_by_the_seed_and_nothing_else_is_seen():
+    whole = examples()
+    half = {seed: examples_of(whole, RECIPE.model_copy(update={"share": 0.5}), seed) for seed in (0, 1)}
+    for part in half.values():
+        assert len(part.labels) == round(0.5 * len(whole.labels))
+        pictures = [whole.image(row).tobytes() for row in range(len(whole.labels))]
+        rows = [pictures.index(part.image(row).tobytes()) for row in range(len(part.labels))]
+        assert len(set(rows)) == len(rows)
+        assert [whole.labels[row] for row in rows] == part.labels.tolist()
+        assert part.size(0) == whole.size(rows[0])
+    assert [half[0].image(row).tobytes() for row in range(9)] != [half[1].image(row).tobytes() for row in range(9)]
+    assert examples_of(whole, RECIPE, 0) is whole
 
 
 def test_a_frozen_head_stays_the_anchors(tmp_path, anchor):

@@ -105,6 +105,23 @@ def test_the_installed_command_inspects_compares_and_lists(environment, files):
     assert "│ merge" in command(environment, files, "--help").stdout
 
 
+def test_the_installed_command_measures_a_geometry_without_figures(environment, files, tmp_path):
+    done = command(
+        environment,
+        files,
+        "geometry",
+        "--anchor",
+        "0.safetensors",
+        "1.safetensors",
+        "2.safetensors",
+        "-o",
+        tmp_path / "out",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'modelstock[figures]'" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["geometry.json", "geometry.md", "tensors.csv"]
+
+
 def test_the_library_merges_in_memory_as_its_docstring_shows(environment, files, tmp_path):
     for name, number in (("anchor", 0), ("a", 1), ("b", 2)):
         shutil.copy(files / f"{number}.safetensors", tmp_path / f"{name}.safetensors")

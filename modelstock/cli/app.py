@@ -9,6 +9,7 @@ from modelstock.cli.checkpoints import diff, inspect
 from modelstock.cli.comparison import compare
 from modelstock.cli.data import prepare
 from modelstock.cli.extras import missing_extra
+from modelstock.cli.geometry import geometry
 from modelstock.cli.merging import merge, methods, statistics
 from modelstock.cli.models import anchor, export
 from modelstock.cli.scoring import evaluate
@@ -23,7 +24,7 @@ app = typer.Typer(
     help="Prepare data, merge fine-tuned checkpoints exactly, score them in one pass, compare and export them.",
     rich_markup_mode="rich",
 )
-CORE: tuple[Callable[..., None], ...] = (merge, methods, inspect, diff)
+CORE: tuple[Callable[..., None], ...] = (merge, methods, inspect, diff, geometry)
 TRAIN: tuple[Callable[..., None], ...] = (prepare, anchor, statistics, evaluate, compare, export)
 STATISTICS: tuple[Callable[..., None], ...] = (significance,)
 NEEDS = r"Needs the extra train: pip install 'modelstock\[train]'"

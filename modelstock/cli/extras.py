@@ -19,6 +19,7 @@ LIBRARIES = {
         "torchvision",
         "webdataset",
     ),
+    "figures": ("matplotlib",),
     "pipeline": ("dvc", "filelock", "mlflow", "networkx", "pandas", "prefect"),
     "datasets": ("datasets",),
 }

@@ -18,18 +18,23 @@ STYLES = {
     "anchor": Style("*", "black", highlight=True),
     "seed": Style("o", "dimgray", highlight=True),
     "ensemble": Style("P", "tab:purple", highlight=True),
-    "periodic": Style("D", "tab:pink"),
+    "periodic": Style("D", "tab:pink"),  # of every arm
     "longer": Style("^", "tab:pink"),
     "ema": Style(".", "tab:green"),
     "lawa": Style(".", "tab:cyan"),
     "snapshot": Style(".", "silver"),
 }
-SINGLE = ("seed", "ema", "lawa", "snapshot")  # kinds with a row per seed, drawn small
+SINGLE = (  # kinds with a row per seed, drawn small
+    *("seed", "ema", "lawa", "snapshot"),
+    *(name for name, method in METHODS.items() if method.most == 1),
+)
 
 
 def style_of(kind: str) -> Style:
     """How rows of a kind are drawn."""
-    return METHODS[kind].style if kind in METHODS else STYLES.get(kind, Style("v", "tab:brown"))
+    if kind in METHODS:
+        return METHODS[kind].style
+    return STYLES.get("periodic" if kind.startswith("periodic-") else kind, Style("v", "tab:brown"))
 
 
 def title_of(kind: str) -> str:
@@ -120,7 +125,7 @@ def _against_shifts(comparison: Comparison, drawing: Figure) -> None:
     labelled: set[str] = set()
     for row in comparison.rows:
         style, small = style_of(row.kind), row.kind in SINGLE
-        if row.kind in METHODS or row.kind == "ensemble":
+        if (row.kind in METHODS and not small) or row.kind == "ensemble":
             if (choice := METHODS[row.kind].chooses if row.kind in METHODS else None) is not None and choice.curve:
                 continue
             small = len(row.members) < most and len(_sizes(comparison, row.kind)) > 1

@@ -47,6 +47,22 @@ class InMemory:
         return image
 
 
+class Part:
+    """Some of the rows of other examples."""
+
+    def __init__(self, examples: Examples, rows: NDArray[np.int64]) -> None:
+        self._examples, self._rows = examples, rows
+        self.labels = examples.labels[rows]
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of an image."""
+        return self._examples.size(int(self._rows[row]))
+
+    def image(self, row: int) -> NDArray[np.uint8]:
+        """An image (H, W, 3)."""
+        return self._examples.image(int(self._rows[row]))
+
+
 class InShards:
     """Images read from their shards at every use, wherever in a shard they are; only their places are held."""
 

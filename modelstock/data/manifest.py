@@ -44,7 +44,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     benchmark: str = Field(pattern=f"^{NAME}$")
-    role: Literal["train", "held-out", "in-distribution", "shift", "none"]
+    role: Literal["train", "held-out", "held-out-shift", "in-distribution", "shift", "none"]
     labels: list[str] = Field(min_length=1)
     label_groups: list[Annotated[list[int], Field(min_length=1)]]
     classes: list[str] = Field(min_length=1)

@@ -11,7 +11,8 @@ Verdict = Literal["holds", "does not hold", "undecided", "measured", "not enough
 class Quantity:
     """A number of a claim. `low`, `high`: its 95 % interval, where it has one, `over` which (seeds, images, tensors).
 
-    `value` None: there are too few seeds, and `text` says how many of how many.
+    `value` None: there are too few seeds, and `text` says how many of how many; with a value it says what of it is not
+    there, such as the interval.
     """
 
     name: str
@@ -27,7 +28,8 @@ class Quantity:
         if self.value is None:
             return self.text
         interval = "" if self.low is None else f" [{self.low:.{digits}g}, {self.high:.{digits}g}]"
-        return f"{self.value:.{digits}g}{self.unit and ' ' + self.unit}{interval}"
+        text = f" ({self.text})" if self.text else ""
+        return f"{self.value:.{digits}g}{self.unit and ' ' + self.unit}{interval}{text}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,10 +90,10 @@ def merge_files(
         chosen = chooser(include, exclude, [name for checkpoint in (origin, *others) for name in checkpoint.tensors])
         _check_room(out, file_size(origin, dtype))
         ours = "architecture" in origin.meta
-        _check_whole(opened, workers)
+        check_whole(opened, workers)
         check_parents(origin, others)
         check_measured(others, measured)
-        advance = _Advance(2 * sum(tensor.size for tensor in origin.tensors.values()), progress)
+        advance = Advance(2 * sum(tensor.size for tensor in origin.tensors.values()), progress)
         plan = plan_merge(
             method,
             origin,
@@ -118,7 +118,7 @@ def merge_files(
             granularity=granularity,
             include=list(include),
             exclude=list(exclude),
-            files=[{"name": path.name, "bytes": _size(path)} for path in inputs],
+            files=[{"name": path.name, "bytes": size_of(path)} for path in inputs],
         ),
     }
     if identify or ours:
@@ -131,19 +131,20 @@ def merge_files(
     return plan
 
 
-def _check_whole(checkpoints: Sequence[Checkpoint], workers: int) -> None:
+def check_whole(checkpoints: Sequence[Checkpoint], workers: int) -> None:
     """Raise DamagedError for a checkpoint that does not have the checksum written with it."""
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(Checkpoint.check_whole, checkpoints))
 
 
-class _Advance:
+class Advance:
     """Counts the values that are done, and reports them with their total."""
 
     def __init__(self, total: int, progress: Callable[[int, int], object]) -> None:
         self._total, self._progress, self._done = total, progress, 0
 
     def __call__(self, values: int) -> None:
+        """Count this many more."""
         self._done += values
         self._progress(self._done, self._total)
 
@@ -153,19 +154,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
     """Bytes of a file, or of the files in a folder."""
     return sum(p.stat().st_size for p in path.iterdir() if p.is_file()) if path.is_dir() else path.stat().st_size
 
 
-def check_paths(inputs: Sequence[Path], outputs: Sequence[Path], overwrite: bool) -> None:
-    """Refuse missing inputs, the same one twice, and outputs that are inputs, exist, or have nowhere to go.
-
-    The first output is the safetensors file.
+def check_inputs(inputs: Sequence[Path]) -> None:
+    """Refuse missing inputs, and the same one twice.
 
     Raises:
         WeightsError: an input that does not exist.
-        MergeError: everything else.
+        MergeError: the same file twice.
     """
     for path in inputs:
         if not path.exists():
@@ -179,6 +178,18 @@ def check_paths(inputs: Sequence[Path], outputs: Sequence[Path], overwrite: bool
                     expected="different weights",
                     cure="name each weight set once, and the anchor only as anchor",
                 )
+
+
+def check_paths(inputs: Sequence[Path], outputs: Sequence[Path], overwrite: bool) -> None:
+    """Refuse missing inputs, the same one twice, and outputs that are inputs, exist, or have nowhere to go.
+
+    The first output is the safetensors file.
+
+    Raises:
+        WeightsError: an input that does not exist.
+        MergeError: everything else.
+    """
+    check_inputs(inputs)
     if outputs[0].suffix != ".safetensors":
         raise MergeError(
             outputs[0], got=f"the suffix {outputs[0].suffix!r}", expected=".safetensors", cure="rename the output"
@@ -194,18 +205,18 @@ def check_paths(inputs: Sequence[Path], outputs: Sequence[Path], overwrite: bool
             raise MergeError(
                 out, got="a file that exists", expected="a new one", cure="use --overwrite or another name"
             )
-        place = _standing(out)
+        place = standing(out)
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise MergeError(out, got=f"{place}, which is no folder to write to", expected="one", cure="name another")
 
 
-def _standing(path: Path) -> Path:
+def standing(path: Path) -> Path:
     """The nearest thing above a path that exists."""
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def _check_room(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(_standing(out)).free
+    free = shutil.disk_usage(standing(out)).free
     if free < needed:
         raise RoomError(out, got=f"{free:,} free bytes", expected=f"{needed:,}", cure="make room or name another disk")
 

@@ -58,8 +58,13 @@ def notice_unusual(
     _notice_precisions(anchor, tuned, dtype)
     _notice_kept(anchor, tensors)
     if of == "updates":
-        _notice_shared_direction(anchor, grams)
-        _notice_rounding(anchor, tuned, grams)
+        notice_updates(anchor, tuned, grams)
+
+
+def notice_updates(anchor: Checkpoint, tuned: Sequence[Checkpoint], grams: Mapping[str, Float]) -> None:
+    """Give a notice where the updates' angles may not be those of fine-tuning."""
+    _notice_shared_direction(anchor, grams)
+    _notice_rounding(anchor, tuned, grams)
 
 
 def _notice_batch_norm(tensors: Tensors) -> None:

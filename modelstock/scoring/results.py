@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Scores:
-    """Results on one benchmark. `role`: "held-out", "in-distribution" or "shift"; arrays are (rows, examples).
+    """Results on one benchmark. `role`: as the data's manifest has it; arrays are (rows, examples).
 
     A label is a class or several classes of the head; the softmax is over the labels. `labels`: the labels' names.
     `notices`: what is unusual about the data and the weight sets; see modelstock.notices.

@@ -1,4 +1,4 @@
-"""Training batches: examples in the order of (seed, epoch), augmented by the randomness of (seed, step) alone.
+"""Training batches: examples in the order of (order seed, epoch), augmented by the randomness of (seed, step) alone.
 
 A step's whole batch, its crops and its mixing weight are settled before any image is read, so that any process can
 make any share of it: the batches are the same from a thread and from any number of loader workers, and the global
@@ -144,10 +144,12 @@ class TrainingBatches(Dataset[Batch | DataError]):
         batch_size: int,
         seed: int,
         name: str,
+        order_seed: int | None = None,
         world: World = ALONE,
     ) -> None:
         self._examples, self._augmentation, self._preprocess = examples, augmentation, dict(preprocess)
         self._batch_size, self._seed, self._name = batch_size, seed, name
+        self._order_seed = seed if order_seed is None else order_seed
         self._rank, self._world_size = world.rank, world.size
         self._rand_augment = transforms.RandAugment(
             augmentation.rand_augment_operations, augmentation.rand_augment_magnitude
@@ -174,7 +176,8 @@ class TrainingBatches(Dataset[Batch | DataError]):
     def _draws(self, step: int) -> tuple[list[Draw], float]:
         """What is drawn for every image of the step's whole batch, and mixup's weight."""
         options = self._augmentation
-        rows = batch_rows(step, count=len(self._examples.labels), batch_size=self._batch_size, seed=self._seed).tolist()
+        count, order = len(self._examples.labels), self._order_seed
+        rows = batch_rows(step, count=count, batch_size=self._batch_size, seed=order).tolist()
         generator = self._generator(step)
         boxes = [crop_box(*self._examples.size(row), options.crop_scale, generator) for row in rows]
         flips = (torch.rand(len(rows), generator=generator) < 0.5).tolist() if options.flip else [False] * len(rows)

@@ -15,7 +15,7 @@ from modelstock.training.distributed import ALONE, World
 from modelstock.training.inputs import Inputs
 from modelstock.training.job import Job, Setting
 from modelstock.training.loop import Callback, HistoryRow
-from modelstock.training.recipe import new_run, schedule_of, steps_per_epoch
+from modelstock.training.recipe import examples_of, new_run, schedule_of, steps_per_epoch
 from modelstock.training.resume import ResumePoint
 from modelstock.training.validation import Validation
 from modelstock.weights.weight_set import WeightSet
@@ -43,6 +43,7 @@ def finetune(
     Raises:
         TrainingError: fewer examples than a batch, a loss that is not finite, or memory that does not suffice.
     """
+    examples = examples_of(examples, recipe, seed)
     epoch = steps_per_epoch(len(examples.labels), recipe.batch_size)
     schedule = schedule_of(recipe, epoch)
     averages: list[Average] = [Ema(decay, model) for decay in recipe.ema]

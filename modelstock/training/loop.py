@@ -26,10 +26,12 @@ Batch = tuple[Tensor, ...]  # tensors of equal first dimension: the examples
 MicroBatch = int | Literal["auto"] | None
 
 
-def learning_rate(step: int, *, peak: float, warmup: int, steps: int) -> float:
-    """Linear warm-up to `peak` over `warmup` steps, then half a cosine down to 0 at `steps`."""
+def learning_rate(step: int, *, peak: float, warmup: int, steps: int, constant: bool = False) -> float:
+    """Linear warm-up to `peak` over `warmup` steps, then half a cosine down to 0 at `steps`, or `constant`."""
     if step < warmup:
         return peak * (step + 1) / warmup
+    if constant:
+        return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 

@@ -1,13 +1,15 @@
 """The recipe of fine-tuning: which parameters learn how fast, from which loss, over which steps, on which batches."""
 
+import zlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modelstock.data.examples import Examples
+from modelstock.data.examples import Examples, Part
 from modelstock.errors import TrainingError
 from modelstock.models.towers import Classifier
 from modelstock.params import FinetuneParams
@@ -89,18 +91,23 @@ class CrossEntropy:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Step -> learning rate: warm-up and cosine, once for the head alone over `head_steps`, once for everything."""
+    """Step -> learning rate: once for the head alone over `head_steps`, once for everything.
+
+    Warm-up and a cosine; for everything, with `constant`, warm-up alone.
+    """
 
     lr: float
     steps: int
     warmup_steps: int
     head_lr: float = 0.0
     head_steps: int = 0
+    constant: bool = False
 
     def __call__(self, step: int) -> float:
         if step < self.head_steps:
             return learning_rate(step, peak=self.head_lr, warmup=self.warmup_steps, steps=self.head_steps)
-        return learning_rate(step - self.head_steps, peak=self.lr, warmup=self.warmup_steps, steps=self.steps)
+        step -= self.head_steps
+        return learning_rate(step, peak=self.lr, warmup=self.warmup_steps, steps=self.steps, constant=self.constant)
 
 
 def schedule_of(recipe: FinetuneParams, epoch: int) -> Schedule:
@@ -111,6 +118,7 @@ def schedule_of(recipe: FinetuneParams, epoch: int) -> Schedule:
         warmup_steps=recipe.warmup_steps,
         head_lr=recipe.head_lr,
         head_steps=recipe.head_first_epochs * epoch,
+        constant=recipe.schedule == "constant",
     )
 
 
@@ -123,6 +131,15 @@ def augmentation_of(recipe: FinetuneParams) -> Augmentation:
         rand_augment_magnitude=recipe.rand_augment_magnitude,
         mixup=recipe.mixup,
     )
+
+
+def examples_of(examples: Examples, recipe: FinetuneParams, seed: int) -> Examples:
+    """The training examples of a seed: all, or the share that the recipe asks for, drawn by the seed."""
+    if recipe.share == 1:
+        return examples
+    count = len(examples.labels)
+    drawn = np.random.default_rng([seed, zlib.crc32(b"share")]).permutation(count)[: round(recipe.share * count)]
+    return Part(examples, np.sort(drawn))
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
@@ -149,7 +166,7 @@ def new_run(
     world: World = ALONE,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
-    """One seed at its first step; `callbacks` come after those of the recipe.
+    """One seed at its first step, on these examples; `callbacks` come after those of the recipe.
 
     Raises:
         TrainingError: fewer examples than a batch, or a layer decay that the tower does not allow.
@@ -163,7 +180,14 @@ def new_run(
         model, layer_decay=recipe.layer_decay, weight_decay=recipe.weight_decay, decay=recipe.decay
     )
     data = TrainingBatches(
-        examples, augmentation_of(recipe), preprocess, batch_size=recipe.batch_size, seed=seed, name=name, world=world
+        examples,
+        augmentation_of(recipe),
+        preprocess,
+        batch_size=recipe.batch_size,
+        seed=seed,
+        order_seed=recipe.order_seed,
+        name=name,
+        world=world,
     )
     schedule = schedule_of(recipe, epoch)
     device = world.device

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 Needs = Literal["", "depth", "fisher", "inner", "score", "gradient"]
 Of = Literal["updates", "weights"]
+Sets = Literal["ring", "pairs", "brief", "all", "single"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +92,8 @@ class Method:
     zero. `granular`: one set of coefficients per filter or for the whole model makes sense. `batched`: a function in
     the span that takes the inner products of many rows at once too, (rows, N, N). `ignores_angles`: one that does not
     look at those of two different updates, which then need not be exact. `standard`: it is compared where no methods
-    are named; `sets`: which seeds then merge together. `elsewhere`: library -> its name there, and the difference if
-    there is one.
+    are named; `sets`: which seeds then merge together, see modelstock.experiment.subsets. `elsewhere`: library -> its
+    name there, and the difference if there is one.
     """
 
     name: str
@@ -112,7 +113,7 @@ class Method:
     ignores_angles: bool = False
     chooses: Choice | None = None
     standard: bool = False
-    sets: Literal["ring", "pairs", "brief", "all"] = "brief"
+    sets: Sets = "brief"
     style: Style = Style("v", "tab:brown")
     title: str = ""  # in figures and headings; the name, where it is empty
     elsewhere: Mapping[str, str] = field(default_factory=dict)
