@@ -180,7 +180,7 @@ def test_without_points_the_comparisons_rows_are_judged(project, monkeypatch, tm
         geometry_stage(RESULTS, MODELS, tmp_path)
     assert [str(line.message).partition(": ")[0] for line in given] == [
         *(f"models/centre/{seed}" for seed in (10, 8, 9)),
-        *(f"results/points/{name}.safetensors" for name in SPLITS),
+        *(f"results/points/{name}.safetensors" for name in ("held-out", "shapes-sketch", "shapes")),
     ]
     found = claims(str(tmp_path))
     assert {"closer", "seeds", "cost", "regret", "angles"} <= set(found)
