@@ -1,7 +1,8 @@
 """Makes the generated parts of README and docs.
 
     python docs/generate.py                         # tables that come from the code
-    python docs/generate.py --results results       # also the results page, the headline and the figure, from a run
+    python docs/generate.py --results results       # also the results page, the headline and the figure, from a run,
+                                                    # with the distances to the anchor of reports/comparison.json
     python docs/generate.py --results results --preset methods    # a run of a preset: its page results-methods.md
     python docs/generate.py --geometry geometry     # a run of preset=geometry: geometry.md and its pictures
     python docs/generate.py --check                 # write nothing; fail where a page is not current
@@ -22,6 +23,7 @@ from ruamel.yaml import YAML
 
 from modelstock.comparison.metrics import METRICS
 from modelstock.merging.methods.table import METHODS
+from modelstock.merging.rules import RULES
 
 ROOT = Path(__file__).parent.parent
 DEFAULT = "shapes"  # the preset of params.yaml
@@ -57,6 +59,15 @@ def methods() -> str:
     return table(["method", "result", "options and defaults", "needs", "source", "elsewhere"], rows)
 
 
+def rules() -> str:
+    """One row per rule of periodic merging, from the table of rules."""
+    rows = []
+    for name, rule in RULES.items():
+        options = ", ".join(f"`{option.name}` {json.dumps(option.default)}: {option.about}" for option in rule.options)
+        rows.append([f"`{name}`", rule.formula, options, rule.source])
+    return table(["rule", "result", "options and defaults", "source"], rows)
+
+
 def metrics() -> str:
     """One row per metric, from the table of metrics."""
     rows = [
@@ -83,6 +94,8 @@ def stages() -> str:
 
     def touch(one: str, other: str) -> bool:
         """Whether one path is the other, or a folder around it; `${...}` is any name."""
+        if other == "${item.anchor}":  # a variant starts from the seeds' anchor or from one of `anchors`
+            return one.startswith("models/anchor")
         pairs = zip(one.split("/"), other.split("/"), strict=False)
         return all(a == b or "$" in a or "$" in b for a, b in pairs)
 
@@ -152,7 +165,13 @@ def triangle() -> str:
     )
 
 
-PARTS: dict[str, Callable[[], str]] = {"packages": packages, "stages": stages, "methods": methods, "metrics": metrics}
+PARTS: dict[str, Callable[[], str]] = {
+    "packages": packages,
+    "stages": stages,
+    "methods": methods,
+    "rules": rules,
+    "metrics": metrics,
+}
 FILES: dict[str, Callable[[], str]] = {"docs/triangle.svg": triangle}
 
 
@@ -178,7 +197,20 @@ def from_results(results: Path, preset: str) -> tuple[str, str, dict[str, bytes]
 
     params = load_params(ROOT / "params.yaml")
     scores = [load_scores(results / f"{name}.safetensors") for name in params.evaluate.benchmarks]
-    comparison = compare(scores, draws=params.compare.draws, seed=params.compare.seed)
+    report = json.loads((results.parent / "reports/comparison.json").read_text(encoding="utf-8"))
+    distances = {
+        row["identity"]: report["choice"]["distances"][row["name"]]
+        for row in report["rows"]
+        if row["name"] in report["choice"]["distances"]
+    }
+    settings = params.compare
+    comparison = compare(
+        scores,
+        resample=settings.resample,
+        margin=settings.margin,
+        champion=settings.champion,
+        distances=distances,
+    )
     prefix, command = ("", "make repro") if preset == DEFAULT else (f"{preset}-", f"dvc exp run -S preset={preset}")
     drawn = {f"{prefix}{name}": figure for name, figure in figures(comparison).items()}
     text = as_markdown(comparison, {}, {name: title for name, (title, _) in drawn.items()})

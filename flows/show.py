@@ -44,7 +44,7 @@ def show(report: Path) -> None:
     """Publish the comparison of `reports/comparison.json`, and the figure beside it."""
     comparison = json.loads(report.read_bytes())
     parts = [
-        f"Best on the held-out split: **{comparison['champion']}**.",
+        comparison["advice"],
         "Top-1 accuracy in percent, with half a 95 % interval.",
         table(comparison),
         link(os.environ),

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -27,12 +27,16 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from modelstock.errors import ParamsError, closest, few
 from modelstock.files import NAME
-from modelstock.merging.methods.rows import Choice, Method, Option
+from modelstock.merging.methods.rows import Choice, Method, Option, Sets
 from modelstock.merging.methods.table import METHODS
+from modelstock.merging.rules import RULES, Rule
 from modelstock.tracking.tracker import TRACKERS
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
+# Kinds of rows in the comparison, which a pool's name may not be.
+RESERVED = ("anchor", "seed", "ensemble", "ema", "lawa", "snapshot", "longer", "periodic", *METHODS)
 
 
 def _each_once(values: list[Any]) -> list[Any]:
@@ -194,26 +198,17 @@ class FinetuneParams(Optimization):
         return scale
 
 
-class PeriodicParams(Section):
-    """Seeds that train side by side and are merged by Model Stock on the way; beside each, one seed as long as all.
+class VariantParams(Section):
+    """One more run, by another recipe than the seeds': of a pool, whose weight sets are compared and merged together.
 
-    `sizes`: how many seeds, the first of `seeds`, with the recipe of `finetune`. `every_steps`: steps between
-    two merges; null: an epoch. `reset_moments`: AdamW's moments start at zero after each merge. `devices`: 1, or one
-    per seed. `pairwise`, `clip`: see modelstock.merging.methods.model_stock.
+    `anchor`: the file of the weights that it starts from: that of all seeds, or one of `anchors`. `recipe`: what is
+    other than in `finetune`.
     """
 
-    sizes: Annotated[list[Annotated[int, Field(ge=2)]], Once]
-    every_steps: Positive | None = None
-    reset_moments: bool = False
-    devices: Positive = 1
-    pairwise: Literal["cosine", "angle"] = "cosine"
-    clip: Literal["unit", "none"] = "unit"
-
-    @model_validator(mode="after")
-    def _together(self) -> "PeriodicParams":
-        if self.devices != 1 and any(size != self.devices for size in self.sizes):
-            raise ValueError(f"devices is 1 or one per seed, not {self.devices} for sizes {self.sizes}")
-        return self
+    pool: str = Field(pattern=f"^{NAME}$")
+    seed: Seed
+    anchor: str
+    recipe: dict[str, Any]
 
 
 class LoadingParams(Section):
@@ -252,9 +247,9 @@ class FilesSplit(Section):
 
     `path`: a folder, a .tar, .tar.gz or .zip archive, a folder of webdataset shards (used where they are) or a folder
     of the library `datasets`. `labels`: what folders and labels mean; `classes`: the names in params, else one of the
-    published layouts (modelstock.data.layouts). `role`: what a test set stands for; `train` and `held-out` have
-    theirs by their names. `part`: all images, or those that are (`held-out`) or are not (`train`) in the
-    held-out split of `held_out_per_class` images per class.
+    published layouts (modelstock.data.layouts). `role`: what a test set stands for, or held-out-shift for a shift that
+    is chosen on and is no test set; `train` and `held-out` have theirs by their names. `part`: all images, or those
+    that are (`held-out`) or are not (`train`) in the held-out split of `held_out_per_class` images per class.
     `devkit`: ImageNet's development kit, for labels of the flat validation set.
     `mappings`: ObjectNet's folder of that name, where it is not beside the images. `password`: of a zip archive, which
     Python decrypts slowly: unpacking it first is faster.
@@ -263,7 +258,7 @@ class FilesSplit(Section):
     source: Literal["files"]
     path: str = Field(min_length=1)
     labels: str = "classes"
-    role: Literal["in-distribution", "shift"] | None = None
+    role: Literal["in-distribution", "shift", "held-out-shift"] | None = None
     part: Literal["all", "train", "held-out"] = "all"
     devkit: str | None = None
     mappings: str | None = None
@@ -288,12 +283,12 @@ class PrepareParams(Section):
     quality: int = Field(default=95, ge=1, le=100)
     held_out_per_class: Positive = 26
     unreadable: float = Field(default=0.001, ge=0, lt=1)
-    splits: dict[Annotated[str, Field(pattern=f"^{NAME}$")], Split]
+    splits: dict[Name, Split]
     reference_draws: Positive
     reference_epochs: Positive
 
     def role(self, split: str) -> str:
-        """What a split stands for: train, held-out, in-distribution or shift."""
+        """What a split stands for: train, held-out, held-out-shift, in-distribution or shift."""
         if split in ("train", "held-out"):
             return split
         source = self.splits[split]
@@ -310,7 +305,14 @@ class MethodParams(Section):
     from; `granularity`, where it makes a difference; `examples`: images on which statistics or gradients are measured.
     """
 
-    sets: Literal["ring", "pairs", "brief", "all"]
+    sets: Sets
+
+
+def _sets_of(method: Method) -> Any:
+    """The sets that a method can merge: single seeds only by one that takes one, and nothing else by one of no more."""
+    if method.most == 1:
+        return Literal["single"]
+    return Sets if method.least == 1 else Literal["ring", "pairs", "brief", "all"]
 
 
 def _checked(option: Option, value: Any) -> Any:
@@ -329,7 +331,8 @@ def _candidates(choice: Choice, values: list[float]) -> list[float]:
 def method_section(method: Method) -> type[MethodParams]:
     """The params section of a method, from its row."""
     chosen = method.chooses
-    fields: dict[str, Any] = {
+    fields: dict[str, Any] = {"sets": (_sets_of(method), ...)}
+    fields |= {
         name: (Annotated[Any, AfterValidator(partial(_checked, option))], ...)
         for name, option in method.options.items()
         if name != "scale" and (chosen is None or name != chosen.option)
@@ -351,6 +354,50 @@ def standard_section(method: Method) -> MethodParams:
         values[method.chooses.name] = list(method.chooses.values)
     section = method_section(method)
     return section(**{name: value for name, value in values.items() if name in section.model_fields})
+
+
+class PeriodicParams(Section):
+    """An arm of periodic merging: seeds that train side by side and are merged on the way.
+
+    `rule`: what happens at a merge, a row of modelstock.merging.rules, whose options stand beside it. `size`: how many
+    seeds, the first of `seeds`, with the recipe of `finetune`. `every`: epochs from one merge to the next; each comes
+    at the nearest step, and one at the end. `reset_moments`: AdamW's moments start at zero after each merge.
+    `devices`: 1, or one per seed.
+    """
+
+    rule: str
+    size: int = Field(ge=2)
+    every: float = Field(default=1.0, gt=0)
+    reset_moments: bool = False
+    devices: Positive = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The rule's options."""
+        return {option.name: getattr(self, option.name) for option in RULES[self.rule].options}
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.devices not in (1, self.size):
+            raise ValueError(f"devices is 1 or one per seed, not {self.devices} for size {self.size}")
+        return self
+
+
+def arm_section(rule: Rule) -> type[PeriodicParams]:
+    """The params section of an arm with this rule, from the rule's row."""
+    fields: dict[str, Any] = {
+        option.name: (Annotated[Any, AfterValidator(partial(_checked, option))], option.default)
+        for option in rule.options
+    }
+    fields["rule"] = (Literal[rule.name], ...)
+    return create_model(f"{rule.name} arm", __base__=PeriodicParams, __doc__=rule.formula, **fields)
+
+
+ARMS = {name: arm_section(rule) for name, rule in RULES.items()}  # by rule
+if TYPE_CHECKING:
+    Arm = PeriodicParams
+else:
+    Arm = Annotated[Union[tuple(ARMS.values())], Field(discriminator="rule")]  # noqa: UP007
 
 
 class _Merge(Section):
@@ -403,11 +450,38 @@ class EvaluateParams(Section):
     resident: Positive | Literal["auto"] = "auto"
 
 
-class CompareParams(Section):
-    """Bootstrap draws and the generator's seed."""
+STANDARD_ERROR = "standard-error"  # a margin
 
-    draws: int = Field(ge=100)
-    seed: Seed
+
+class ChampionParams(Section):
+    """How the weight set to ship is chosen; see modelstock.comparison.choice.
+
+    `rule`: nearest: of the weight sets that are not worse than the best by more than `margin` on the held-out split
+    (and held-out shifts, where there are any), the one nearest to the anchor; best: the best. `margin`: standard-error,
+    of the paired difference to the best, or a share: 0.005 is half a point of accuracy.
+    """
+
+    rule: Literal["nearest", "best"] = "nearest"
+    margin: str | float = STANDARD_ERROR
+
+    @field_validator("margin", mode="before")
+    @classmethod
+    def _margin(cls, margin: Any) -> Any:
+        share = isinstance(margin, int | float) and not isinstance(margin, bool) and 0 <= margin <= 0.1
+        if margin != STANDARD_ERROR and not share:
+            raise ValueError(f"takes {STANDARD_ERROR} or a share from 0 to 0.1, 0.005 for half a point")
+        return float(margin) if share else margin
+
+
+class CompareParams(Section):
+    """What intervals draw of a test set, what counts as no worse, and how the champion is chosen.
+
+    `resample`: images one by one, or classes with all their images. `margin`: a share, 0.005 for half a point.
+    """
+
+    resample: Literal["images", "classes"]
+    margin: float = Field(ge=0, le=0.5)
+    champion: ChampionParams = ChampionParams()
 
 
 class GeometryParams(Section):
@@ -417,7 +491,8 @@ class GeometryParams(Section):
     `seeds` and are in no comparison: their mean is the centre. `sizes`, `subsets`: merges of so many seeds, of so many
     subsets of each size at most. `pairs`: so many pairs of seeds are scaled by `scales` and merged at each granularity.
     `paths`: so many seeds are interpolated with the anchor by `alphas`. `plane`: coordinates, along each of the first
-    two seeds' updates, of a grid. `noise`: draws of each kind around the centre. `seed`: of subsets and noise.
+    two seeds' updates, of a grid. `noise`: draws of each kind around the centre. `draws`: of bootstraps. `seed`: of
+    subsets, noise and bootstraps.
     """
 
     benchmarks: Annotated[list[str], Once] = []
@@ -430,6 +505,7 @@ class GeometryParams(Section):
     alphas: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Once] = []
     plane: Annotated[list[Annotated[float, Field(ge=-2, le=3)]], Once] = []
     noise: int = Field(default=0, ge=0)
+    draws: int = Field(default=1000, ge=100)
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -465,7 +541,10 @@ class Params(Section):
     """The whole file.
 
     `seeds`: one fine-tuned weight set each. `checkpoints`: fine-tuned weights that are there already, one per seed, in
-    the order of `seeds`; nothing is trained then.
+    the order of `seeds`; nothing is trained then. `anchors`: other pre-trainings that variants may start from, by name,
+    as in `pretrain`; their files are models/anchors/NAME/anchor.safetensors. `variants`: runs beside the seeds, by
+    name. `periodic`: name -> arm. `longer`: times the epochs of `finetune` for which the first seed trains, each a run
+    of its own: what the compute of a periodic run gives without merging.
     """
 
     threads: Positive
@@ -476,8 +555,11 @@ class Params(Section):
     classes: ClassesParams
     prepare: PrepareParams
     pretrain: PretrainParams
+    anchors: dict[Name, PretrainParams]
     finetune: FinetuneParams
-    periodic: PeriodicParams
+    variants: dict[Name, VariantParams]
+    periodic: dict[Name, Arm]
+    longer: Annotated[list[Annotated[int, Field(ge=2)]], Once]
     merge: MergeParams
     evaluate: EvaluateParams
     compare: CompareParams
@@ -499,7 +581,7 @@ class Params(Section):
         problems += [f"prepare.splits lacks {n}" for n in ("train", "held-out") if n not in splits]
         for name, split in splits.items():
             if isinstance(split, FilesSplit) and (name in ("train", "held-out")) != (split.role is None):
-                problems.append(f"prepare.splits.{name}.role: say it for test sets, and only for them")
+                problems.append(f"prepare.splits.{name}.role: say it for all sets but train and held-out")
         if not problems:
             problems += self._shared_images()
             roles = [self.prepare.role(name) for name in wanted]
@@ -510,15 +592,56 @@ class Params(Section):
         if drawn and self.classes.names != "shapes":
             problems.append(f"classes.names: shapes, for the drawn splits {', '.join(drawn)}")
         seeds = len(self.seeds)
-        problems += [f"periodic.sizes wants {n} of {seeds} seeds" for n in self.periodic.sizes if n > seeds]
-        if self.checkpoints and self.periodic.sizes:
-            problems.append("periodic.sizes: [] where checkpoints are given, for nothing is trained")
+        problems += self._arms()
+        if self.checkpoints and (self.periodic or self.longer):
+            problems.append("periodic: {} and longer: [] where checkpoints are given, for nothing is trained")
+        if self.checkpoints and self.variants:
+            problems.append("variants: {} where checkpoints are given, for nothing is trained")
         if self.checkpoints and len(self.checkpoints) != seeds:
             problems.append(f"{len(self.checkpoints)} checkpoints for {seeds} seeds: name one per seed")
         problems += self._geometry_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @model_validator(mode="after")
+    def _pools(self) -> "Params":
+        """Every variant has a recipe and an anchor that there are, and a pool of one anchor."""
+        known = ["models/anchor.safetensors", *(f"models/anchors/{name}/anchor.safetensors" for name in self.anchors)]
+        anchors: dict[str, str] = {}
+        problems = []
+        for name, variant in self.variants.items():
+            if variant.anchor not in known:
+                problems.append(f"variants.{name}.anchor is {_hint(variant.anchor, known)}")
+            if anchors.setdefault(variant.pool, variant.anchor) != variant.anchor:
+                problems.append(f"variants.{name}.anchor: a pool starts from one anchor, {variant.pool} from several")
+            if variant.pool in RESERVED:
+                problems.append(f"variants.{name}.pool: {variant.pool!r} is what other rows are called")
+            try:
+                self.recipe_of(name)
+            except ValidationError as error:
+                problems += [f"variants.{name}.recipe: {text}" for text in _problems(error)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def recipe_of(self, variant: str) -> FinetuneParams:
+        """The whole recipe of a variant."""
+        return FinetuneParams.model_validate({**self.finetune.model_dump(), **self.variants[variant].recipe})
+
+    def _arms(self) -> list[str]:
+        """Arms that want more seeds or epochs than there are, or that are another arm once more."""
+        epochs, problems = self.finetune.head_first_epochs + self.finetune.epochs, []
+        settings: dict[str, str] = {}
+        for name, arm in self.periodic.items():
+            if arm.size > len(self.seeds):
+                problems.append(f"periodic.{name}.size wants {arm.size} of {len(self.seeds)} seeds")
+            if arm.every > epochs:
+                problems.append(f"periodic.{name}.every: at most the run's {epochs} epochs (got {arm.every:g})")
+            first = settings.setdefault(arm.model_dump_json(exclude={"devices"}), name)
+            if first != name:
+                problems.append(f"periodic.{name} has the settings of periodic.{first}: leave one out")
+        return problems
 
     def _geometry_problems(self) -> list[str]:
         """Points that no data, or no seeds, are there for."""
@@ -581,7 +704,8 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
 def _walk(location: Sequence[int | str]) -> tuple[str, list[str]]:
     """A problem's place as the file has it, and the keys that belong beside its last one.
 
-    Pydantic puts the kind of a section (its `source`) and the type of a value into the place; the file has neither.
+    Pydantic puts the kind of a section (its `source` or `rule`) and the type of a value into the place; the file has
+    neither.
     """
     annotation: Any = Params
     keys: list[str] = []
@@ -591,7 +715,8 @@ def _walk(location: Sequence[int | str]) -> tuple[str, list[str]]:
         if get_origin(annotation) is dict and sections:
             annotation = get_args(annotation)[1]
         elif len(sections) > 1:
-            annotation = next(s for s in sections if get_args(s.model_fields["source"].annotation) == (key,))
+            kinds = {get_args(f.annotation): s for s in sections for f in s.model_fields.values()}
+            annotation = kinds.get((key,))
             continue
         elif sections:
             siblings = list(sections[0].model_fields)
@@ -623,6 +748,11 @@ def _read(path: Path) -> Any:
 
 _SHOWN = reprlib.Repr()  # of a value, so much as is shown: aliases can make it endless
 _SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 2, 200, 200
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """The problems of a section that the file has as a mapping of anything."""
+    return [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".lstrip(": ") for problem in error.errors()]
 
 
 def _refusal(path: Path, error: ValidationError, before: tuple[str, ...] = ()) -> ParamsError:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modelstock.comparison.report import summary_lines, write_summary
 from modelstock.errors import TrackingError
-from modelstock.experiment.compare import compare_results
+from modelstock.experiment.compare import checked, compare_results
 from modelstock.experiment.left_over import remove_left_over, remove_left_over_models
 from modelstock.experiment.paths import (
     POINTS,
@@ -44,7 +44,9 @@ def main(results: Path, models: Path, geometry: Path, out: Path, metrics: Path) 
         methods=params.merge.methods,
         recipe=None if params.checkpoints else params.finetune,
         seeds=params.seeds,
-        sizes=params.periodic.sizes,
+        variants={name: params.recipe_of(name) for name in params.variants},
+        arms=params.periodic,
+        factors=params.longer,
     )
     seed_files = [seed_file(tuned, seed) for seed in seeds]
     files = files_by_identity(scores, [anchor_file(models), *seed_files, *others])
@@ -53,10 +55,12 @@ def main(results: Path, models: Path, geometry: Path, out: Path, metrics: Path) 
         out,
         anchor=load_weights(anchor_file(models), lazy=True),
         seeds=list(load_seeds(tuned, seeds, lazy=True).values()),
+        others=checked(files),
         histories=[file for file in map(history_file, seed_files) if file.exists()],
-        draws=params.compare.draws,
-        seed=params.compare.seed,
+        resample=params.compare.resample,
+        margin=params.compare.margin,
         geometry=geometry,
+        champion=params.compare.champion,
     )
     remove_left_over(metrics, write_summary(comparison, metrics))
     shown: Sequence[str] = []

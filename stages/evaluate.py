@@ -24,7 +24,9 @@ def main(data: Path, models: Path, out: Path) -> None:
         methods=params.merge.methods,
         recipe=None if params.checkpoints else params.finetune,
         seeds=params.seeds,
-        sizes=params.periodic.sizes,
+        variants={name: params.recipe_of(name) for name in params.variants},
+        arms=params.periodic,
+        factors=params.longer,
     )
     candidates = Candidates(
         anchor=load_weights(anchor_file(models), lazy=True),

@@ -33,7 +33,9 @@ def main(results: Path, models: Path, out: Path) -> None:
         methods=params.merge.methods,
         recipe=None if params.checkpoints else params.finetune,
         seeds=params.seeds,
-        sizes=params.periodic.sizes,
+        variants={name: params.recipe_of(name) for name in params.variants},
+        arms=params.periodic,
+        factors=params.longer,
     )
     seeds = [seed_file(finetuned_folder(models), seed) for seed in params.seeds]
     space = load_space(models, params)
@@ -43,8 +45,6 @@ def main(results: Path, models: Path, out: Path) -> None:
         space,
         section,
         files=files_by_identity(compared, [anchor_file(models), *seeds, *others]),
-        draws=params.compare.draws,
-        seed=params.compare.seed,
     )
     measured = measure(
         space.anchor,

@@ -1,4 +1,4 @@
-"""Trains seeds side by side, merged by Model Stock on the way; resumes like one seed, with the same bytes."""
+"""Trains seeds side by side, merged on the way by an arm's rule; resumes like one seed, with the same bytes."""
 
 from pathlib import Path
 
@@ -11,13 +11,14 @@ from modelstock.weights.weight_set import load_weights
 from stages import run
 
 
-def main(size: int, anchor: Path, train: Path, held_out: Path, out: Path) -> None:
-    """SIZE: how many seeds; ANCHOR: a weight set; TRAIN, HELD_OUT: folders of shards; OUT: the folder to write."""
+def main(arm: str, anchor: Path, train: Path, held_out: Path, out: Path) -> None:
+    """ARM: its name in params; ANCHOR: a weight set; TRAIN, HELD_OUT: folders of shards; OUT: the folder to write."""
     params = load_params()
-    seeds = params.seeds[:size]
+    merging = params.periodic[arm]
+    seeds = params.seeds[: merging.size]
     with setting(
         "periodic",
-        devices=params.periodic.devices,
+        devices=merging.devices,
         device=params.device,
         threads=params.threads,
         loading=params.loading,
@@ -25,9 +26,9 @@ def main(size: int, anchor: Path, train: Path, held_out: Path, out: Path) -> Non
     ) as where:
         in_memory = params.loading.in_memory
         inputs = read_inputs(load_weights(anchor), open_dataset(train), open_dataset(held_out), in_memory=in_memory)
-        accuracy = merge_periodically(inputs, params.finetune, params.periodic, seeds=seeds, setting=where, out=out)
+        accuracy = merge_periodically(inputs, params.finetune, merging, arm=arm, seeds=seeds, setting=where, out=out)
     if accuracy is not None:
-        print(f"periodic/{'-'.join(map(str, seeds))}: held-out accuracy {100 * accuracy:.1f} %")
+        print(f"periodic-{arm}/{'-'.join(map(str, seeds))}: held-out accuracy {100 * accuracy:.1f} %")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main(data: Path, held_out: Path, models: Path, out: Path) -> None:
         params.geometry,
         options,
         held_out=open_dataset(held_out),
-        pools=load_pools(getattr(params, "variants", {}), models),
+        pools=load_pools(params.variants, models),
     )
     save_scores(out, results)
     print(f"{data}: {len(results.rows)} points scored in one pass, towers in {results.precision}")

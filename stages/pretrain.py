@@ -4,22 +4,28 @@ from pathlib import Path
 
 from modelstock.devices import deterministic
 from modelstock.models.pretrained import load_clip
-from modelstock.params import OpenClipPretraining, load_params
+from modelstock.params import OpenClipPretraining, PretrainParams, load_params
 from modelstock.training.pretrain import pretrain_clip
+from modelstock.weights.weight_set import WeightSet
 from stages import run
+
+
+def make_clip(section: PretrainParams, out: Path, *, threads: int) -> WeightSet:
+    """The CLIP of a section, in the folder `out` with the history of its pre-training, if any."""
+    if isinstance(section, OpenClipPretraining):
+        clip = load_clip(section.architecture, section.pretrained, seed=section.seed)
+        clip.save(out / "clip.safetensors")
+    else:
+        clip = pretrain_clip(section, threads=threads, out=out)
+    print(f"clip: {clip.meta['backbone']['name']} {clip.meta['backbone']['pretrained']}, {clip.identity[:12]}")
+    return clip
 
 
 def main(out: Path) -> None:
     """OUT: the folder for clip.safetensors, with both towers, and the history of a pre-training."""
     params = load_params()
     deterministic(params.threads)
-    if isinstance(params.pretrain, OpenClipPretraining):
-        section = params.pretrain
-        clip = load_clip(section.architecture, section.pretrained, seed=section.seed)
-        clip.save(out / "clip.safetensors")
-    else:
-        clip = pretrain_clip(params.pretrain, threads=params.threads, out=out)
-    print(f"clip: {clip.meta['backbone']['name']} {clip.meta['backbone']['pretrained']}, {clip.identity[:12]}")
+    make_clip(params.pretrain, out, threads=params.threads)
 
 
 if __name__ == "__main__":

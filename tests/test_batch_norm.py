@@ -13,11 +13,12 @@ from modelstock.errors import MergeError
 from modelstock.experiment.merge import SubsetMerges
 from modelstock.merging.engine import merge
 from modelstock.merging.methods.table import METHODS
+from modelstock.merging.rules import RULES
 from modelstock.models.towers import build_classifier
 from modelstock.params import standard_section
 from modelstock.scoring.batch_norm import estimated, has_running_statistics
 from modelstock.scoring.one_pass import ScoringOptions
-from modelstock.training.parallel_merge import merge_models
+from modelstock.training.parallel_merge import flat, give_back, merge_models
 from modelstock.weights.layout import is_running_statistic
 from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
 from tests.support.models import CONFIGS, clip_of
@@ -116,3 +117,19 @@ def test_models_merged_in_training_have_the_running_statistics_of_the_merge_of_t
         if tensor.is_floating_point():
             np.testing.assert_array_equal(tensor.numpy(), merged.tensors[name])
     assert report["visual.bn1.running_var"]["running statistic"] == "averaged"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_averages_running_statistics_and_a_model_keeps_its_share_of_its_own(family, rule):
+    anchor, seeds = family
+    models = [build_classifier(weights) for weights in seeds.values()]
+    own = [flat(model) for model in models]
+    merge_models(anchor, models, rule=RULES[rule], options={o.name: o.default for o in RULES[rule].options})
+    name, counter = "visual.bn1.running_mean", "visual.bn1.num_batches_tracked"
+    first, second = (weights.tensors[name].astype(float) for weights in seeds.values())
+    for model, before, weights in zip(models, own, seeds.values(), strict=True):
+        np.testing.assert_allclose(model.state_dict()[name], (first + second) / 2, rtol=1e-6)
+        give_back(model, before, 0.75)
+        expected = 0.75 * weights.tensors[name].astype(float) + 0.25 * (first + second) / 2
+        np.testing.assert_allclose(model.state_dict()[name], expected, rtol=1e-6)
+        assert model.state_dict()[counter] == weights.tensors[counter]

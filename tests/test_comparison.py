@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from modelstock.comparison.compare import champion, compare, per_class
-from modelstock.comparison.intervals import percentile, resampled, wilson
+from modelstock.comparison.compare import compare, per_class
+from modelstock.comparison.differences import Difference
+from modelstock.comparison.intervals import wilson
 from modelstock.comparison.metrics import METRICS, Metric, metrics
 from modelstock.comparison.paired_tests import mcnemar
 from modelstock.comparison.report import write_report
@@ -97,7 +98,7 @@ def few(confidence, correct, correct5=None, truth=None, labels=("no", "yes")):
 
 @pytest.fixture(scope="module")
 def comparison(results):
-    return compare(results, draws=500)
+    return compare(results)
 
 
 def test_wilsons_interval_as_published():
@@ -113,27 +114,6 @@ def test_mcnemars_test_by_hand():
     assert mcnemar(first, second) == (6, 1, pytest.approx(0.125))
     assert mcnemar(second, first) == (1, 6, pytest.approx(0.125))
     assert mcnemar(first, first) == (0, 0, 1.0)
-
-
-def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
-    generator, covered = np.random.default_rng(0), 0
-    for _ in range(300):
-        correct = generator.random((1, 300)) < 0.7
-        found = percentile(correct.mean(), resampled(correct, 300, generator)[:, 0])
-        covered += found.low <= 0.7 <= found.high
-    assert 0.91 <= covered / 300 <= 0.985
-
-
-def test_samples_are_the_same_for_every_row_so_that_what_is_common_cancels():
-    generator = np.random.default_rng(1)
-    one = generator.random(500) < 0.6
-    other = one.copy()
-    other[:5] = ~other[:5]
-    samples = resampled(np.stack([one, other, one]), 400, np.random.default_rng(2))
-    assert (samples[:, 0] == samples[:, 2]).all()
-    assert (samples[:, 0] - samples[:, 1]).std() < 0.3 * samples[:, 0].std()
-    np.testing.assert_allclose(samples[:, 0].mean(), one.mean(), atol=0.005)
-    np.testing.assert_allclose(samples[:, 0].std(), np.sqrt(one.mean() * (1 - one.mean()) / 500), rtol=0.15)
 
 
 def line(comparison, start):
@@ -211,7 +191,7 @@ def test_a_metric_is_one_row(results, monkeypatch, tmp_path):
         about="the smallest confidence",
     )
     monkeypatch.setitem(METRICS, "low", low)
-    found = compare(results, draws=100)
+    found = compare(results)
     value = float(results[0].confidence[0].min())
     assert found.metrics["anchor"][results[0].benchmark]["low"] == value
     write_report(found, tmp_path, facts={})
@@ -242,13 +222,18 @@ def test_every_row_has_every_metric_on_every_benchmark(results, comparison):
 
 def test_a_label_without_images_has_no_accuracy(results):
     wider = [dataclasses.replace(s, labels=(*LABELS, "yak")) for s in results]
-    classes = compare(wider, draws=100).classes["shapes"]
+    classes = compare(wider).classes["shapes"]
     assert classes.images[-1] == 0
     assert {shares[-1] for shares in classes.accuracy.values()} == {None}
 
 
+def without_holm(estimates):
+    """Holm's correction is over fewer differences where there are no shifts."""
+    return {k: dataclasses.replace(v, holm=0.0) if isinstance(v, Difference) else v for k, v in estimates.items()}
+
+
 def test_without_shifts_everything_about_them_is_absent_and_the_rest_is_as_with_them(results, comparison):
-    alone = compare(without_shifts(results), draws=500)
+    alone = compare(without_shifts(results))
     assert alone.summaries == ("in-distribution",)
     assert comparison.summaries == ("in-distribution", "shifts")
     assert alone.shifts == ()
@@ -257,8 +242,8 @@ def test_without_shifts_everything_about_them_is_absent_and_the_rest_is_as_with_
         assert found.name == full.name
         assert found.accuracy == {b: full.accuracy[b] for b in found.accuracy}
         for part in ("summary", "spread", "over_seed", "over_uniform"):
-            with_shifts = getattr(full, part)
-            assert getattr(found, part) == {k: v for k, v in with_shifts.items() if k == "in-distribution"}, part
+            with_shifts = {k: v for k, v in getattr(full, part).items() if k == "in-distribution"}
+            assert without_holm(getattr(found, part)) == without_holm(with_shifts), part
     test = alone.tests["uniform"]["model_stock/0-1"]
     assert set(test) == {"in-distribution"}
     # Two tests in the family where there were four: Holm's correction doubles the smaller p.
@@ -287,17 +272,8 @@ def test_holms_correction_by_hand(comparison):
     np.testing.assert_allclose([t.holm for t in ranked], expected)
 
 
-def test_the_champion_is_the_best_single_weight_set_on_the_held_out_cut_and_looks_at_nothing_else(results):
-    assert champion(results).name == "model_stock/0-1"
-    turned = [s if s.role == "held-out" else dataclasses.replace(s, correct=~s.correct) for s in results]
-    assert champion(turned).name == "model_stock/0-1"
-    level = made("held-out", [0.5] * len(ROWS))
-    assert champion([level, *results[1:]]).name == "anchor"
-
-
-def test_the_same_seed_gives_the_same_comparison(results, comparison):
-    assert compare(results, draws=500) == comparison
-    assert compare(results, draws=500, seed=1).summary != comparison.summary
+def test_the_same_results_give_the_same_comparison(results, comparison):
+    assert compare(results) == comparison
 
 
 @pytest.mark.parametrize(
@@ -310,6 +286,7 @@ def test_the_same_seed_gives_the_same_comparison(results, comparison):
             lambda r: [*r[:3], dataclasses.replace(r[3], rows=ROWS[:-1])],
             "shift-b: got rows that differ: ensemble/0-1-2",
         ),
+        (lambda r: [*r, dataclasses.replace(r[3], role="none")], "shift-b: got the role none; expected held-out or"),
         (lambda r: [*r, r[3]], "2 files that are of shift-b; expected one per benchmark"),
         (lambda r: [dataclasses.replace(s, rows=(ROWS[0], *ROWS[:-1])) for s in r], "2 rows named anchor"),
         (lambda r: [dataclasses.replace(s, rows=ROWS[:1], correct=s.correct[:1]) for s in r], "no row of kind seed"),

@@ -19,9 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")  # of 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 FILES = {"centre": "finetune"}  # stages that do the work of another one's file
-TRAINING = {"finetune", "centre", "periodic", "longer"}
+TRAINING = {"finetune", "centre", "variant", "periodic", "longer"}
 BELOW = {"merge", "evaluate", "points", "geometry", "compare"}
-EVERYTHING = {"prepare", "pretrain", "anchor", *TRAINING, *BELOW}
+EVERYTHING = {"prepare", "pretrain", "anchor", "anchors", *TRAINING, *BELOW}
 
 
 # --- dvc.yaml against what the stages import
@@ -114,7 +114,12 @@ TABLE = {
     "the method that periodic merging uses": (
         ["modelstock/merging/methods/model_stock.py"],
         {"periodic"} | BELOW,
-        {"prepare", "pretrain", "finetune", "longer"},
+        {"prepare", "pretrain", "finetune", "variant", "longer"},
+    ),
+    "the rules of periodic merging": (
+        ["modelstock/merging/rules.py"],
+        {"periodic", "evaluate"},
+        TRAINING - {"periodic"},
     ),
     "a new merge method": (["modelstock/merging/methods/table.py"], BELOW, EVERYTHING - BELOW),
     "an error text, the command line, a tracker, files, params, progress, docs": (
@@ -139,7 +144,7 @@ TABLE = {
     "periodic merging": (
         ["modelstock/training/periodic.py"],
         {"periodic", "evaluate"},
-        {"finetune", "longer", "merge"},
+        {"finetune", "variant", "longer", "merge"},
     ),
     "how an image is decoded": (
         ["modelstock/data/images.py"],
@@ -187,7 +192,7 @@ def test_a_changed_layout_retrains_nothing_if_the_shards_bytes_stay(project):
         ("  experiment: modelstock", "  experiment: other", {"compare"}),
         ("  ties: {sets: brief, density: 0.2", "  ties: {sets: brief, density: 0.3", BELOW),
         ("  epochs: 12", "  epochs: 13", TRAINING | BELOW),
-        ("  draws: 2000", "  draws: 3000", {"geometry", "compare"}),
+        ("  margin: 0.005", "  margin: 0.01", {"compare"}),
         ("  noise: 0", "  noise: 1", {"points", "geometry", "compare"}),
         ("threads: 2", "threads: 1", EVERYTHING),
     ],
@@ -209,6 +214,25 @@ def test_the_picture_in_the_docs_is_dvcs_graph_by_kind(project):
 def test_a_setting_of_one_method_merges_by_no_other_method_again(project):
     with changed(project, "params.yaml", edit=lambda text: text.replace("density: 0.2,", "density: 0.3,")):
         assert {name for name in plan(project, []).dirty if name.startswith("merge@")} == {"merge@ties"}
+
+
+def test_a_variant_of_its_own_recipe_trains_alone(project):
+    def edit(text: str) -> str:
+        return text.replace("recipe: {schedule: constant}", "recipe: {schedule: constant, lr: 1.0e-4}", 1)
+
+    with changed(project, "params.yaml", edit=edit):
+        trained = {name for name in plan(project, []).dirty if name.partition("@")[0] in TRAINING}
+    assert trained == {"variant@constant-0"}
+
+
+def test_another_arm_of_periodic_merging_trains_that_arm_alone(project):
+    new = "periodic:\n  other: {rule: uniform, size: 2, every: 2.0, reset_moments: false, devices: 1}\n"
+    with changed(project, "params.yaml", edit=lambda text: re.sub(r"\nperiodic:.*\n", f"\n{new}", text)):
+        trained = {name for name in plan(project, []).dirty if name.partition("@")[0] in TRAINING}
+    assert trained == {"periodic@other"}
+    with changed(project, "params.yaml", edit=lambda text: text.replace("pull: 0.5", "pull: 0.4")):
+        trained = {name for name in plan(project, []).dirty if name.partition("@")[0] in TRAINING}
+    assert trained == {"periodic@warp"}
 
 
 def test_another_seed_trains_that_seed_alone(project):

@@ -64,10 +64,9 @@ def project(tmp_path, data, anchor, variants, monkeypatch):
     params = yaml.load(full_params())
     params |= {"threads": 1, "device": "cpu", "seeds": [0, 1, 2]}
     params["finetune"] |= {"ema": [], "lawa": 0, "snapshots": False}
-    params["periodic"]["sizes"] = []
+    params |= {"periodic": {}, "longer": []}
     params["merge"]["methods"] = list(METHOD_NAMES)
     params["evaluate"] |= {"benchmarks": list(SPLITS), "batch_size": 32}
-    params["compare"]["draws"] = 200
     with open(tmp_path / "params.yaml", "w") as file:
         yaml.dump(params, file)
     anchor.save(anchor_file(tmp_path / "models"))
@@ -93,7 +92,7 @@ def run_command(project: Path, data: Path) -> str:
     seeds = [seed_file(Path("models/finetuned"), seed) for seed in range(3)]
     words = ["compare", *seeds, "--anchor", "models/anchor.safetensors", "-o", "own", "--params", "params.yaml"]
     words += [word for split in SPLITS for word in ("--benchmark", data / split)]
-    words += ["--device", "cpu", "--batch-size", 32, "--draws", 200]
+    words += ["--device", "cpu", "--batch-size", 32]
     done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout
@@ -208,6 +207,11 @@ def test_rows_say_what_made_a_weight_set():
     average = {"stage": "finetune", "seed": 3, "average": "ema", "options": {"ema_decay": 0.99, "lr": 1}}
     assert row(**average) == ("ema@0.99/3", "ema", (3,), {"ema_decay": 0.99})
     assert row(stage="longer", seed=0, factor=4) == ("longer@4/0", "longer", (0,), {"factor": 4})
+    variant = {"stage": "variant", "seed": 2, "pool": "rate", "variant": "slow", "options": {"lawa_last": 5, "lr": 1}}
+    assert row(**variant) == ("rate/slow", "rate", (2,), {})
+    assert row(**variant, average="lawa") == ("rate-lawa@5/slow", "rate-lawa", (2,), {"lawa_last": 5})
+    arm = {"stage": "periodic", "arm": "every-2", "members": [0, 1], "options": {"every": 2.0}}
+    assert row(**arm) == ("periodic-every-2/0-1", "periodic-every-2", (0, 1), {"every": 2.0})
     merge = {"stage": "merge", "method": "ties", "members": [0, 2], "options": {"scale": 0.5, "density": 0.2}}
     assert row(**merge, chosen="scale")[0] == "ties/0-2@0.5"
     assert row(**merge)[0] == "ties/0-2"
@@ -226,12 +230,15 @@ def test_files_lie_where_stages_write_them():
     recipe = load_params(ROOT / "params.yaml").finetune.model_copy(
         update={"ema": [0.9], "lawa": 2, "snapshots": True, "head_first_epochs": 0, "epochs": 3}
     )
-    chosen = {"methods": [], "seeds": [4], "sizes": [2]}
+    changes = {"slow": recipe.model_copy(update={"ema": []})}
+    chosen = {"methods": [], "seeds": [4], "variants": changes, "arms": ["every-2", "papa"], "factors": [3]}
     files = other_files(Path("models"), recipe=recipe, **chosen)
     averages = [f"finetuned/4/{name}.safetensors" for name in ("ema-0.9", "lawa", "epoch-1", "epoch-2")]
-    periodic = ["periodic/2/weights.safetensors", "longer/2/weights.safetensors"]
-    assert [str(file) for file in files] == [f"models/{name}" for name in averages + periodic]
-    assert other_files(Path("models"), recipe=None, **{**chosen, "sizes": []}) == []
+    variants = [f"variants/slow/{name}.safetensors" for name in ("weights", "lawa", "epoch-1", "epoch-2")]
+    periodic = [f"{name}/weights.safetensors" for name in ("periodic/every-2", "periodic/papa", "longer/3")]
+    assert [str(file) for file in files] == [f"models/{name}" for name in averages + variants + periodic]
+    none = {"methods": [], "seeds": [4], "variants": {}, "arms": [], "factors": []}
+    assert other_files(Path("models"), recipe=None, **none) == []
 
 
 def test_merges_are_those_that_their_report_names(tmp_path):
@@ -287,7 +294,7 @@ def test_a_comparison_reports_what_is_known_and_nothing_else(data, anchor, varia
     results = [score_benchmark(open_dataset(data / split), candidates, FAST) for split in ("held-out", "shapes")]
     for one in results:
         save_scores(results_file(tmp_path / "results", one.benchmark), one)
-    comparison = compare_results(results, tmp_path / "report", anchor=anchor, seeds=variants[:2], draws=100)
+    comparison = compare_results(results, tmp_path / "report", anchor=anchor, seeds=variants[:2])
     facts = json.loads((tmp_path / "report/comparison.json").read_text())["facts"]
     assert set(facts) == {"champion", "cosines"}  # no published figures for this backbone
     assert facts["champion"] == comparison.champion

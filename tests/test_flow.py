@@ -54,6 +54,7 @@ SHARE = {"value": 0.8, "low": 0.75, "high": 0.85}
 LESS = {"value": 0.6, "low": 0.55, "high": 0.65}
 COMPARISON = {
     "champion": "uniform/0-1",
+    "advice": "**Advised:** ship **uniform/0-1**.",
     "in_distribution": "shapes",
     "held_out": "held-out",
     "shifts": ["sketch"],

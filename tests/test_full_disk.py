@@ -86,7 +86,7 @@ def test_of_seeds_side_by_side(anchor, monkeypatch):
     inputs = Inputs(anchor=anchor, train=examples(), held_out=examples(), identities={})
 
     def work(out):
-        merge_periodically(inputs, RECIPE, EVERY_EPOCH, seeds=[0, 1], setting=Setting(), out=out)
+        merge_periodically(inputs, RECIPE, EVERY_EPOCH, arm="test", seeds=[0, 1], setting=Setting(), out=out)
 
     assert full_at_every_write(work, monkeypatch) >= 8
 

@@ -66,7 +66,9 @@ def stage(request, anchor):
         case "longer":
             return partial(seed, longer(RECIPE, 2), made_by={"stage": "longer", "seed": 0, "factor": 2}), 18
         case "periodic":
-            return partial(merge_periodically, inputs, RECIPE, EVERY_EPOCH, seeds=[0, 1], setting=Setting()), 18
+            return partial(
+                merge_periodically, inputs, RECIPE, EVERY_EPOCH, arm="test", seeds=[0, 1], setting=Setting()
+            ), 18
         case _:
             return partial(pretrain_clip, PRETRAINING, threads=1), 4
 

@@ -15,6 +15,7 @@ from modelstock.data.dataset import Dataset, open_dataset
 from modelstock.data.manifest import make_manifest, read_manifest, save_manifest
 from modelstock.data.shapes.names import NAMES
 from modelstock.errors import DataError, WeightsError
+from modelstock.merging.rules import RULES
 from modelstock.models import anchor as anchors
 from modelstock.models.towers import TINY_CLIP, build_clip, tensors_of
 from modelstock.params import ClassesParams, FinetuneParams, PeriodicParams
@@ -25,7 +26,7 @@ from modelstock.training.inputs import read_inputs
 from modelstock.training.job import Job, Setting
 from modelstock.weights.weight_set import WeightSet
 from tests.support.splits import make_split
-from tests.support.training import RECIPE
+from tests.support.training import RECIPE, arm
 
 
 @pytest.fixture(autouse=True)
@@ -163,19 +164,30 @@ def test_periodic_merging_is_kept_under_all_its_options_but_how_many_share_the_w
     monkeypatch.setattr(periodic, "train_periodic", lambda *a, folder, **k: (keys.append(folder.name), 1 / 0))
     inputs = read_inputs(anchor, splits["train"], splits["held-out"], in_memory=True)
 
-    def key(*, seeds=(0, 1), recipe=RECIPE, **merging):
+    def key(rule="model_stock", *, seeds=(0, 1), recipe=RECIPE, name="test", **settings):
+        merging = arm(rule, size=len(seeds), **settings)
         with pytest.raises(ZeroDivisionError):
             periodic.merge_periodically(
-                inputs, recipe, PeriodicParams(sizes=[2], **merging), seeds=seeds, setting=Setting(), out=Path("out")
+                inputs, recipe, merging, arm=name, seeds=seeds, setting=Setting(), out=Path("out")
             )
         return keys[-1]
 
-    others = [
-        key(seeds=(0, 2)), key(recipe=RECIPE.model_copy(update={"lr": 1e-5})), key(every_steps=3),
-        key(reset_moments=True), key(pairwise="angle"), key(clip="none"),
+    changes = {
+        "model_stock": {"pairwise": "angle", "clip": "none"},
+        "uniform": {},
+        "warp": {"pull": 0.3, "toward": "anchor"},
+        "papa": {"alpha": 0.5},
+    }
+    assert {rule: set(options) for rule, options in changes.items()} == {
+        name: {option.name for option in rule.options} for name, rule in RULES.items()
+    }
+    different = [
+        key(seeds=(0, 2)), key(seeds=(0, 1, 2)), key(recipe=RECIPE.model_copy(update={"lr": 1e-5})), key(every=0.5),
+        key(reset_moments=True), key(name="other"), *(key(rule) for rule in changes),
+        *(key(rule, **{name: value}) for rule, options in changes.items() for name, value in options.items()),
     ]  # fmt: skip
-    assert set(PeriodicParams.model_fields) == {"sizes", "every_steps", "reset_moments", "pairwise", "clip", "devices"}
-    assert len({key(), *others}) == 1 + len(others)
+    assert set(PeriodicParams.model_fields) == {"rule", "size", "every", "reset_moments", "devices"}
+    assert len(set(different)) == len(different)
     assert key(devices=2) == key()
 
 

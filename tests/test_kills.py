@@ -35,17 +35,18 @@ SMALL = {
     "pretrain": {"draws": 512, "batch_size": 64, "warmup_steps": 2},
     "seeds": [0, 1, 2],
     "finetune": {"epochs": 4, "batch_size": 16, "warmup_steps": 1, "lawa": 2, "snapshots": True},
-    "periodic": {"sizes": [2]},
+    "periodic": {
+        "gradual": {"rule": "papa", "size": 2, "every": 0.5, "alpha": 0.9, "reset_moments": False, "devices": 1},
+    },
     "merge": {"methods": ["model_stock", "wise_ft"], "wise_ft": {"alphas": [0.25, 0.5]}},
     "evaluate": {"benchmarks": ["held-out", "shapes"], "batch_size": 16, "precision": "float32"},
-    "compare": {"draws": 200},
 }
 KINDS = ("check", "prepare", "pretrain", "anchor", "finetune", "periodic", "longer", "merge", "evaluate", "compare")
 
 
 def update(base: dict, change: dict) -> None:
     for key, value in change.items():
-        if isinstance(value, dict) and key != "splits":
+        if isinstance(value, dict) and key not in ("splits", "periodic"):
             update(base[key], value)
         else:
             base[key] = value

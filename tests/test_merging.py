@@ -40,6 +40,9 @@ CASES = [
     ("model_stock", {"granularity": "filter"}),
     ("model_stock", {"granularity": "model"}),
     ("karcher", {"granularity": "filter"}),
+    ("normal_equations", {"clip": "none"}),
+    ("normal_equations", {"granularity": "filter"}),
+    ("monosoup", {"rank": "energy", "energy": 0.5}),
 ]
 
 
@@ -164,7 +167,8 @@ class TestLaws:
             given = {"fisher": [update**2 + i for i in range(3)], "inner": [np.eye(4) * (i + 1) for i in range(3)]}
             sparse = [np.random.default_rng(i) for i in range(3)]
             whole = {k: 1.0 if k == "density" else 0.0 for k in row.options if k != "scale" and not row.needs}
-            found = row.function(np.stack([update] * 3), given.get(row.needs, sparse), **whole)
+            whole = {"rank": "energy", "energy": 1.0} if method == "monosoup" else whole
+            found = row.function(np.stack([update] * count), given.get(row.needs, sparse), **whole)
             np.testing.assert_allclose(found, update, rtol=1e-12)
         elif row.needs == "score":
             assert row.function(3, lambda trials: [-abs(t.sum() - 1) for t in trials]).coefficients.sum() == 1
@@ -665,8 +669,8 @@ class TestManyRowsAtOnce:
     @pytest.mark.parametrize("options", [{}, {"pairwise": "angle"}, {"clip": "none"}])
     @pytest.mark.parametrize("count", [2, 3, 5, 8, 20])
     def test_coefficients_and_facts_are_those_of_one_row_to_the_last_bit(self, method, options, count):
-        if options and method != "model_stock":
-            pytest.skip("options of Model Stock")
+        if not options.keys() <= METHODS[method].options.keys():
+            pytest.skip("options of other methods")
         own = {**options, **({"weights": range(1, count + 1)} if method == "weighted" else {})}
         updates = np.random.default_rng(count).standard_normal((300, count, 40)) + 0.3
         updates[7, 1] = 0

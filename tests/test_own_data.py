@@ -69,14 +69,13 @@ def project(tmp_path_factory):
             "loading": {"in_memory": False},
             "seeds": [0, 1],
             "finetune": {"epochs": 1, "batch_size": 12, "warmup_steps": 1, "lawa": 0, "ema": []},
-            "periodic": {"sizes": []},
             "merge": {"methods": ["model_stock"]},
             "evaluate": {"benchmarks": ["held-out", "photos"], "workers": 1, "batch_size": 5},
-            "compare": {"draws": 200},
         },
     )
     yaml = YAML(typ="safe")
     raw = yaml.load((folder / "params.yaml").read_text())
+    raw |= {"periodic": {}, "longer": []}
     raw["classes"] = {"names": FOLDERS, "templates": ["a photo of a {}."]}
     raw["pretrain"] = {"source": "open_clip", "architecture": "tiny", "pretrained": "backbone", "seed": 0}
     with open(folder / "params.yaml", "w") as file:

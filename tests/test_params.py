@@ -1,15 +1,18 @@
 """params.yaml: every problem is reported at once, with the nearest valid key."""
 
+import re
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
+from flows.compose import text_of
 from modelstock.errors import ParamsError
 from modelstock.params import load_params
 from tests.support.settings import full_params
 
 ROOT = Path(__file__).parent.parent
+ARMS = text_of("methods", ROOT / "conf").partition("\nperiodic:")[2].partition("\nlonger:")[0]  # as the file has them
 
 
 def changed(tmp_path, *changes: tuple[str, str]) -> Path:
@@ -32,8 +35,10 @@ def test_the_checkpoints_stand_for_the_seeds_in_their_order(tmp_path):
         tmp_path,
         ("seeds: [0, 1, 2, 3, 4, 5, 6, 7]", "seeds: [7, 3]"),
         ("checkpoints: []", "checkpoints: [a.pt, b.pt]"),
-        ("sizes: [2]", "sizes: []"),
+        ("longer: [2]", "longer: []"),
+        (ARMS, " {}"),
     )
+    path.write_text(re.sub(r"variants:.*?\n\n", "variants: {}\n\n", path.read_text(), flags=re.DOTALL))
     params = load_params(path)
     assert [params.checkpoint_of(seed) for seed in (3, 7)] == [Path("b.pt"), Path("a.pt")]
     assert load_params(ROOT / "params.yaml").checkpoint_of(0) is None
@@ -53,7 +58,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
     assert "finetune.label_smoothin is not a setting: 'label_smoothin' (did you mean 'label_smoothing'?)" in message
     assert "finetune.label_smoothing is missing" in message
     assert "pretrain.draws: Input should be greater than or equal to 1 (got 0)" in message
-    assert "merge.uniform.sets: Input should be 'ring', 'pairs', 'brief' or 'all' (got 'rings')" in message
+    assert "merge.uniform.sets: Input should be 'ring', 'pairs', 'brief', 'all' or 'single' (got 'rings')" in message
 
 
 @pytest.mark.parametrize(
@@ -99,7 +104,8 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
         ("seeds: [0, 1, 2, 3, 4, 5, 6, 7]", "seeds: [1.0, 0]", "seeds.0: Input should be a valid integer (got 1.0)"),
         ("shapes, shapes-v2,", "shapes, shapes,", "evaluate.benchmarks: name each once, not shapes twice"),
         ("[model_stock, uniform,", "[uniform, uniform,", "merge.methods: name each once, not uniform twice"),
-        ("sizes: [2]", "sizes: [2, 2]", "periodic.sizes: name each once, not 2 twice"),
+        ("longer: [2]", "longer: [2, 2]", "longer: name each once, not 2 twice"),
+        ("longer: [2]", "longer: [1]", "longer.0: Input should be greater than or equal to 2"),
         ("ema: [0.99]", "ema: [0.99, 0.99]", "finetune.ema: name each once, not 0.99 twice"),
         ("density: 0.2, scales: [0.4,", "density: 0.2, scales: [0.4, 0.4,", "merge.ties.scales: name each once"),
         ("checkpoints: []", "checkpoints: [a.pt, ./a.pt]", "checkpoints: name each once"),
@@ -127,11 +133,49 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path):
         ("micro_batch: null", "micro_batch: half", "finetune.micro_batch: Input should be 'auto'"),
         ("mixup: 0.0", "mixup: -1", "finetune.mixup: Input should be greater than or equal to 0"),
         ("ema: [0.99]", "ema: [1.0]", "finetune.ema.0: Input should be less than 1"),
-        ("sizes: [2]", "sizes: [9]", "periodic.sizes wants 9 of 8 seeds"),
+        ("{rule: warp, size: 2", "{rule: warp, size: 9", "periodic.warp.size wants 9 of 8 seeds"),
+        ("every: 0.4348", "every: 12.5", "periodic.papa.every: at most the run's 12 epochs (got 12.5)"),
+        ("every: 0.4348", "every: 0", "periodic.papa.every: Input should be greater than 0"),
+        ("alpha: 0.99", "alpha: 1.5", "periodic.papa.alpha: takes a number from 0 to 1 (got 1.5)"),
+        ("alpha: 0.99", "alfa: 0.99", "periodic.papa.alfa is not a setting: 'alfa' (did you mean 'alpha'?)"),
+        ("toward: last", "toward: seed", "periodic.warp.toward: takes anchor or last (got 'seed')"),
+        ("pull: 0.5, ", "", "periodic.warp: pull is missing"),
+        ("rule: papa", "rule: pappa", "periodic.papa: Input tag 'pappa'"),
+        ("  papa: {", "  pa.pa: {", "periodic.pa.pa: String should match pattern"),
+        ("{rule: papa, size: 2, every: 0.4348, alpha: 0.99,", "{rule: papa, size: 2, alpha: 0.99,", "every is missing"),
         (
-            "reset_moments: false\n  devices: 1",
-            "reset_moments: false\n  devices: 3",
-            "devices is 1 or one per seed, not 3 for sizes [2]",
+            "  papa: {rule: papa, size: 2, every: 0.4348, alpha: 0.99,",
+            "  twin: {rule: warp, size: 2, every: 1.0, pull: 0.5, toward: last,",
+            "periodic.twin has the settings of periodic.warp: leave one out",
+        ),
+        (
+            "toward: last, reset_moments: false, devices: 1",
+            "toward: last, reset_moments: false, devices: 3",
+            "devices is 1 or one per seed, not 3 for size 2",
+        ),
+        ("checkpoints: []", "checkpoints: [a.pt, b.pt]", "periodic: {} and longer: [] where checkpoints are given"),
+        ("checkpoints: []", "checkpoints: [a.pt, b.pt]", "variants: {} where checkpoints are given"),
+        ("constant-0: {pool: constant-rate", "constant-0: {pool: uniform", "'uniform' is what other rows are called"),
+        (
+            "constant-0: {pool: constant-rate",
+            "Constant 0: {pool: constant-rate",
+            "variants.Constant 0.[key]: String should match",
+        ),
+        (
+            "recipe: {schedule: constant}",
+            "recipe: {shedule: constant, lr: 7}",
+            "variants.constant-0.recipe: lr: Input should be less than or equal to 1; "
+            "variants.constant-0.recipe: shedule: Extra inputs are not permitted",
+        ),
+        (
+            "pool: constant-rate, seed: 0, anchor: models/anchor.safetensors",
+            "pool: constant-rate, seed: 0, anchor: models/anchors/week/anchor.safetensors",
+            "(did you mean 'models/anchors/weak/anchor.safetensors'?)",
+        ),
+        (
+            "pool: constant-rate, seed: 0, anchor: models/anchor.safetensors",
+            "pool: constant-rate, seed: 0, anchor: models/anchors/weak/anchor.safetensors",
+            "a pool starts from one anchor, constant-rate from several",
         ),
     ],
 )

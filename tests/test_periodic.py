@@ -1,4 +1,7 @@
-"""Periodic merging is merging by hand, bit for bit, in one process and under torchrun; and one seed over devices."""
+"""Periodic merging is merging by hand, bit for bit, in one process and under torchrun; and one seed over devices.
+
+The runs are of 9 steps, 3 in an epoch: `every: 2 / 3` is every 2 steps.
+"""
 
 import json
 import os
@@ -16,20 +19,24 @@ from modelstock.data.shapes.names import TINY_PREPROCESS
 from modelstock.errors import ParamsError, TrainingError
 from modelstock.experiment.rows import row_of
 from modelstock.merging import engine, kernels
+from modelstock.merging.methods.blend import Blend
+from modelstock.merging.methods.rows import Option
+from modelstock.merging.methods.span import uniform
+from modelstock.merging.rules import RULES, Rule
 from modelstock.models.towers import build_classifier, set_tensors, tensors_of
-from modelstock.params import PeriodicParams, load_params
+from modelstock.params import FinetuneParams, PeriodicParams, arm_section, load_params
 from modelstock.tracking.history import read_history
-from modelstock.training import resume
+from modelstock.training import periodic, resume
 from modelstock.training.distributed import World, processes
 from modelstock.training.inputs import read_inputs
-from modelstock.training.parallel_merge import merge_models, shares_of, spans_of
-from modelstock.training.periodic import Periodic, train_periodic
+from modelstock.training.parallel_merge import flat, give_back, merge_models, shares_of, spans_of
+from modelstock.training.periodic import Periodic, merge_step, train_periodic
 from modelstock.training.recipe import new_run
 from modelstock.training.resume import Clock
 from modelstock.weights.weight_set import WeightSet, load_weights
 from tests.support.settings import full_params
 from tests.support.splits import make_split
-from tests.support.training import RECIPE, equal, examples, keep, train, train_side_by_side
+from tests.support.training import RECIPE, arm, equal, examples, keep, train, train_side_by_side
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,11 +50,35 @@ def test_a_merge_of_models_is_the_merge_of_their_weight_sets_bit_for_bit_in_any_
     expected, facts = engine.merge("model_stock", anchor, chosen, options=options)
     for order in (chosen, chosen[::-1]):
         models = [build_classifier(w) for w in order]
-        report = merge_models(anchor, models, **options)
+        report = merge_models(anchor, models, options=options)
         assert all(equal(tensors_of(model), expected.tensors) for model in models)
         assert report.keys() == facts.keys()
         for name, known in facts.items():
             assert {k: report[name][k] for k in ("norms", "cosine", "ratio", "flag")} == known
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_warp_merges_two_by_slerp_and_more_by_their_karcher_mean(anchor, variants, count):
+    method = {2: "nuslerp", 3: "karcher"}[count]
+    expected, facts = engine.merge(method, anchor, by_norm(anchor, variants[:count]), options={"scale": 0.3})
+    models = [build_classifier(w) for w in variants[:count]]
+    report = merge_models(anchor, models, rule=RULES["warp"], options={"pull": 0.3, "toward": "anchor"})
+    assert equal(tensors_of(models[0]), expected.tensors)
+    assert report == facts
+
+
+def test_what_a_model_keeps_of_its_own_is_a_straight_line_to_the_merge(anchor, variants):
+    first, second = build_classifier(variants[0]), build_classifier(variants[1])
+    own = flat(first)
+    set_tensors(first, variants[1])
+    give_back(first, own, 0.25)
+    for name, tensor in tensors_of(first).items():
+        line = 0.25 * variants[0].tensors[name].astype(float) + 0.75 * variants[1].tensors[name].astype(float)
+        assert np.array_equal(tensor, line.astype(np.float32))
+    give_back(first, own, 1.0)
+    assert equal(tensors_of(first), variants[0].tensors)
+    give_back(second, own, 0.0)
+    assert equal(tensors_of(second), variants[1].tensors)
 
 
 def test_a_tensor_that_no_seed_changed_keeps_the_anchors_values(anchor, variants):
@@ -82,17 +113,36 @@ def test_a_merge_in_many_spans_is_still_that_of_the_engine(anchor, variants, mon
 # ---------------------------------------------------------------- a run
 
 
-def by_hand(anchor, *, seeds=(0, 1), every=3, reset=False):
-    """Seeds trained one after the other to each merge, merged as files are, and sent on from there."""
+def by_norm(anchor, tuned):
+    """Weight sets in the order of their updates' norms, tensor by tensor: that in which a periodic merge sums them."""
+    squares = {
+        w.source: [float(np.sum((w.tensors[n].astype(float) - anchor.tensors[n]) ** 2)) for n in sorted(w.tensors)]
+        for w in tuned
+    }
+    return sorted(tuned, key=lambda w: squares[w.source])
+
+
+def by_hand(anchor, *, seeds=(0, 1), every=3, reset=False, method="model_stock", scale=1.0, kept=0.0, last=False):
+    """Seeds trained one after the other to each merge, merged as files are, and sent on from there.
+
+    `scale`: of the update from the anchor, or, with `last`, from the merge before. `kept`: the share of its own weights
+    that each seed goes on with, but for the last merge.
+    """
     runs = [new_run(build_classifier(anchor), examples(), RECIPE, preprocess=TINY_PREPROCESS, seed=s) for s in seeds]
-    merged = anchor
+    merged = origin = anchor
     for target in [*range(every, 9, every), 9]:
         for one in runs:
             one.train(until=target)
         tuned = [WeightSet(tensors_of(one.model), anchor.meta, str(s)) for one, s in zip(runs, seeds, strict=True)]
-        merged, _ = engine.merge("model_stock", anchor, tuned)
-        for one in runs:
-            set_tensors(one.model, merged)
+        merged, _ = engine.merge(method, origin, by_norm(origin, tuned), options={"scale": scale})
+        origin = WeightSet(merged.tensors, anchor.meta) if last else anchor
+        for one, own in zip(runs, tuned, strict=True):
+            share = kept if target < 9 else 0
+            pulled = {
+                name: share * own.tensors[name].astype(float) + (1 - share) * tensor.astype(float)
+                for name, tensor in merged.tensors.items()
+            }
+            set_tensors(one.model, WeightSet({n: t.astype(np.float32) for n, t in pulled.items()}, anchor.meta))
             if reset:
                 one.optimizer.state.clear()
     return merged.tensors
@@ -102,12 +152,12 @@ def by_hand(anchor, *, seeds=(0, 1), every=3, reset=False):
     ("params", "how"),
     [
         ({}, {}),
-        ({"every_steps": 2}, {"every": 2}),
-        ({"every_steps": 4, "reset_moments": True}, {"every": 4, "reset": True}),
+        ({"every": 2 / 3}, {"every": 2}),
+        ({"every": 4 / 3, "reset_moments": True}, {"every": 4, "reset": True}),
     ],
 )
 def test_a_periodic_run_is_seeds_trained_and_merged_by_hand(tmp_path, anchor, params, how):
-    found, history, reports = train_side_by_side(anchor, tmp_path, merging=PeriodicParams(sizes=[2], **params))
+    found, history, reports = train_side_by_side(anchor, tmp_path, merging=arm(**params))
     assert equal(found, by_hand(anchor, **how))
     merges = [row["step"] for row in history]
     every = how.get("every", 3)
@@ -119,9 +169,106 @@ def test_a_periodic_run_is_seeds_trained_and_merged_by_hand(tmp_path, anchor, pa
     assert scored == {3: [3, 6, 9], 2: [4, 6, 9], 4: [4, 8, 9]}[every]
 
 
+@pytest.mark.parametrize(
+    ("rule", "params", "how"),
+    [
+        ("uniform", {}, {"method": "uniform"}),
+        ("warp", {"pull": 1.0}, {"method": "nuslerp", "last": True}),
+        ("warp", {"pull": 0.4, "toward": "anchor"}, {"method": "nuslerp", "scale": 0.4}),
+        ("warp", {"pull": 0.4}, {"method": "nuslerp", "scale": 0.4, "last": True}),
+        ("papa", {"alpha": 0.7, "every": 2 / 3}, {"method": "uniform", "kept": 0.7, "every": 2}),
+    ],
+)
+def test_every_rule_is_training_and_merging_by_hand(tmp_path, anchor, rule, params, how):
+    found, history, _ = train_side_by_side(anchor, tmp_path, merging=arm(rule, **params))
+    assert equal(found, by_hand(anchor, **how))
+    assert all("merge/cosine" in row and "merge/ratio" not in row for row in history)
+
+
+def test_of_a_population_that_is_not_pulled_the_uniform_soup_is_left(tmp_path, anchor):
+    alone, history, _ = train_side_by_side(anchor, tmp_path, merging=arm("papa", alpha=1.0, every=1 / 3))
+    assert equal(alone, by_hand(anchor, method="uniform", every=9))
+    assert len(history) == 9
+
+
+def test_a_population_that_keeps_nothing_is_averaged(tmp_path, anchor):
+    nothing = train_side_by_side(anchor, tmp_path / "papa", merging=arm("papa", alpha=0.0))
+    assert equal(nothing[0], train_side_by_side(anchor, tmp_path / "uniform", merging=arm("uniform"))[0])
+
+
+@pytest.mark.parametrize("toward", ["anchor", "last"])
+def test_a_pull_of_nothing_gives_the_anchor_at_every_merge(tmp_path, anchor, toward, monkeypatch):
+    measured = []
+    monkeypatch.setattr(periodic, "accuracy", lambda model, *_: measured.append(tensors_of(model)) or 0.5)
+    found, _, _ = train_side_by_side(anchor, tmp_path, merging=arm("warp", pull=0.0, toward=toward))
+    assert len(measured) == 3
+    assert all(equal(tensors, anchor.tensors) for tensors in (*measured, found))
+
+
+def test_accuracy_on_the_way_is_that_of_the_merge_also_where_no_model_is_it(tmp_path, anchor, monkeypatch):
+    measured = []
+    monkeypatch.setattr(periodic, "accuracy", lambda model, *_: measured.append(tensors_of(model)) or 0.5)
+    train_side_by_side(anchor, tmp_path, merging=arm("papa", alpha=1.0))
+    runs = [new_run(build_classifier(anchor), examples(), RECIPE, preprocess=TINY_PREPROCESS, seed=s) for s in (0, 1)]
+    for one in runs:
+        one.train(until=3)
+    soup, _ = engine.merge("uniform", anchor, [WeightSet(tensors_of(r.model), anchor.meta, r.name) for r in runs])
+    assert equal(measured[0], soup.tensors)
+
+
+@pytest.mark.parametrize("epoch", [1, 7, 23, 2502])
+@pytest.mark.parametrize("every", [0.0004, 0.1, 1 / 3, 0.4348, 0.5, 1.0, 1.5, 2.0, 5.0])
+def test_merges_come_at_the_step_nearest_to_their_epoch_and_never_twice_at_one(every, epoch):
+    steps = [merge_step(number, every, epoch) for number in range(1, 200)]
+    assert all(abs(step - number * every * epoch) <= 0.5 for number, step in enumerate(steps, 1))
+    assert every * epoch < 1 or (steps[0] >= 1 and all(np.diff(steps) >= 1))
+
+
+def test_half_an_epoch_of_23_steps_is_11_and_a_half():
+    assert [merge_step(number, 0.5, 23) for number in (1, 2, 3, 4)] == [12, 23, 35, 46]
+    assert [merge_step(number, 0.4348, 23) for number in (1, 2, 3)] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("epoch", [3, 7, 23, 2502])
+def test_merges_less_than_a_step_apart_are_refused_with_a_period_that_is_taken(tmp_path, anchor, epoch, monkeypatch):
+    monkeypatch.setattr(periodic, "steps_per_epoch", lambda *_: epoch)
+    with pytest.raises(
+        TrainingError, match=f"periodic.every: got 1e-06 epochs of {epoch} steps; expected a step"
+    ) as error:
+        train_side_by_side(anchor, tmp_path, merging=arm(every=1e-6))
+    least = float(error.value.expected.split(", ")[1].split()[0])
+    assert 1 <= least * epoch < 1.3
+
+
+def test_one_merge_at_the_end_is_the_merge_of_seeds_trained_alone(tmp_path, anchor):
+    found, history, _ = train_side_by_side(anchor, tmp_path, merging=arm(every=3.0))
+    assert equal(found, by_hand(anchor, every=9))
+    assert len(history) == 1
+
+
+def test_a_new_rule_is_a_row(tmp_path, anchor, monkeypatch):
+    def shortened(gram, *, by):
+        return Blend(uniform(gram).coefficients / by, {"by": by})
+
+    option = Option(name="by", default=4, about="divisor", low=1)
+    row = Rule(name="shortened", function=shortened, formula="", source="", options=(option,))
+    monkeypatch.setitem(RULES, "shortened", row)
+    merging = arm_section(row)(rule="shortened", size=2)
+    found, _, reports = train_side_by_side(anchor, tmp_path, merging=merging)
+    assert equal(found, by_hand(anchor, method="uniform", scale=0.25))
+    assert reports["3"]["visual.proj"]["by"] == 4
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rules_options_are_not_called_as_anything_else_in_a_runs_settings(rule):
+    options = {option.name for option in RULES[rule].options}
+    assert not options & {*FinetuneParams.model_fields, *PeriodicParams.model_fields}
+    assert {RULES[rule].kept, RULES[rule].toward} - {""} <= options
+
+
 def test_moments_reset_and_moments_kept_end_elsewhere_and_so_do_no_merges(tmp_path, anchor):
     kept, _, _ = train_side_by_side(anchor, tmp_path / "kept")
-    reset, _, _ = train_side_by_side(anchor, tmp_path / "reset", merging=PeriodicParams(sizes=[2], reset_moments=True))
+    reset, _, _ = train_side_by_side(anchor, tmp_path / "reset", merging=arm(reset_moments=True))
     single, _, _ = train(anchor, tmp_path / "single")
     assert not equal(kept, reset)
     assert not equal(kept, single)
@@ -133,11 +280,21 @@ def test_three_seeds_and_loader_workers_change_nothing_in_the_rule(tmp_path, anc
     assert {"loss/0", "loss/1", "loss/2"} <= history[-1].keys()
 
 
-def test_stopped_after_any_save_and_started_again_it_ends_with_the_same_bytes(tmp_path, anchor, monkeypatch):
-    expected = train_side_by_side(anchor, tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("merging", "stops"),
+    [
+        (arm(), (1, 4, 7, 8, 14)),
+        (arm("papa", alpha=0.9, every=2 / 3), (5, 6, 13)),  # the models differ after a merge
+        (arm("warp", pull=0.4), (7, 8, 14)),  # the next merge depends on the one before
+    ],
+)
+def test_stopped_after_any_save_and_started_again_it_ends_with_the_same_bytes(
+    tmp_path, anchor, monkeypatch, merging, stops
+):
+    expected = train_side_by_side(anchor, tmp_path / "whole", merging=merging)
     monkeypatch.setattr(resume, "SAVE_EVERY_S", -1.0)  # after every step of every seed, and after every merge
     save = Periodic.save
-    for stop in (1, 4, 7, 8, 14):
+    for stop in stops:
         left = [stop]
 
         def until(self, left=left):
@@ -149,8 +306,8 @@ def test_stopped_after_any_save_and_started_again_it_ends_with_the_same_bytes(tm
         with monkeypatch.context() as patch:
             patch.setattr(Periodic, "save", until)
             with pytest.raises(InterruptedError):
-                train_side_by_side(anchor, tmp_path / f"stop-{stop}")
-        found = train_side_by_side(anchor, tmp_path / f"stop-{stop}")
+                train_side_by_side(anchor, tmp_path / f"stop-{stop}", merging=merging)
+        found = train_side_by_side(anchor, tmp_path / f"stop-{stop}", merging=merging)
         assert equal(found[0], expected[0])
         assert found[1:] == expected[1:]
         left = sorted(path.name for path in (tmp_path / f"stop-{stop}").glob("*.*.*"))
@@ -182,7 +339,7 @@ KILLED = """
 import random, signal, sys
 from pathlib import Path
 import torch
-from tests.support.training import child, keep, train_side_by_side
+from tests.support.training import arm, child, keep, train_side_by_side
 from modelstock.training import resume
 from modelstock.weights.weight_set import load_weights
 torch.set_num_threads(1)
@@ -190,7 +347,7 @@ resume.SAVE_EVERY_S = -1.0
 anchor, out = load_weights(Path(sys.argv[1])), Path(sys.argv[2])
 
 def train(folder):
-    keep(folder, *train_side_by_side(anchor, folder, epochs=6))
+    keep(folder, *train_side_by_side(anchor, folder, merging=arm("papa", alpha=0.9, every=2 / 3), epochs=6))
 
 assert child(lambda: train(out / "whole")) == 0
 moments, kills, runs = random.Random(0), 0, 0
@@ -235,7 +392,7 @@ TWO = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from tests.support.training import keep, train, train_side_by_side
+from tests.support.training import arm, keep, train, train_side_by_side
 from modelstock.training import resume
 from modelstock.training.distributed import processes
 from modelstock.weights.weight_set import load_weights
@@ -259,6 +416,9 @@ def main():
             keep(out / ("shared-whole" if what == "whole" else "shared-killed"), *found[:2])
         found = train_side_by_side(anchor, out / ("two" if what == "whole" else "resumed"), world=world)
         keep(out / (("two" if what == "whole" else "resumed") + "-" + str(world.rank)), *found)
+        for rule in ("papa", "warp") if what == "whole" else ():
+            found = train_side_by_side(anchor, out / rule, merging=arm(rule, every=2 / 3), world=world)
+            keep(out / (rule + "-" + str(world.rank)), *found)
 
 if __name__ == "__main__":
     main()
@@ -270,11 +430,14 @@ def two(tmp_path_factory, anchor):
     """What two processes under torchrun made of both: periodic merging, one each, and one seed over both."""
     folder = tmp_path_factory.mktemp("two")
     anchor.save(folder / "anchor.safetensors")
-    for name in ("two-0", "two-1", "resumed-0", "resumed-1"):
+    for name in ("two-0", "two-1", "resumed-0", "resumed-1", "papa-0", "papa-1", "warp-0", "warp-1"):
         (folder / name).mkdir()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     keep(folder_of(folder, "one"), *train_side_by_side(anchor, folder / "one"))
+    for rule in ("papa", "warp"):
+        results = train_side_by_side(anchor, folder / f"{rule}-one", merging=arm(rule, every=2 / 3))
+        keep(folder_of(folder, f"{rule}-one"), *results)
     keep(folder_of(folder, "shared-one"), *train(anchor, folder / "shared-one", mixup=0.3)[:2])
     # A run of one process that stopped on its way, with saves at merges alone, for two processes to go on with.
     with pytest.MonkeyPatch.context() as patch:
@@ -314,6 +477,12 @@ def test_one_process_a_seed_under_torchrun_gives_the_bytes_of_one_process(two):
     assert files(two / "two-1")[0] == files(two / "one")[0]
 
 
+@pytest.mark.parametrize("rule", ["papa", "warp"])
+def test_so_it_does_by_a_rule_after_which_models_differ_or_the_next_merge_starts_elsewhere(two, rule):
+    assert files(two / f"{rule}-0") == files(two / f"{rule}-one")
+    assert files(two / f"{rule}-1")[0] == files(two / f"{rule}-one")[0]
+
+
 def test_what_one_process_left_unfinished_two_processes_finish_with_the_same_bytes(two):
     assert files(two / "resumed-0") == files(two / "one")
 
@@ -343,11 +512,11 @@ def test_the_stage_starts_a_process_a_seed_by_itself_and_gives_the_bytes_of_one_
     settings = yaml.load(full_params())
     settings |= {"threads": 1, "device": "cpu"}
     settings["finetune"] |= {"batch_size": 8, "epochs": 2, "warmup_steps": 2, "ema": [], "lawa": 0}
-    settings["periodic"] |= {"devices": 2}
+    settings["periodic"] = {"stock": dict(settings["periodic"]["model-stock"], devices=2)}
     with open(tmp_path / "params.yaml", "w") as file:
         yaml.dump(settings, file)
     done = subprocess.run(
-        [sys.executable, "-m", "stages.periodic", "2", "anchor.safetensors", "data/train", "data/held-out", "out"],
+        [sys.executable, "-m", "stages.periodic", "stock", "anchor.safetensors", "data/train", "data/held-out", "out"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -355,7 +524,7 @@ def test_the_stage_starts_a_process_a_seed_by_itself_and_gives_the_bytes_of_one_
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("periodic/0-1: held-out accuracy") == 1
+    assert done.stdout.count("periodic-stock/0-1: held-out accuracy") == 1
     params = load_params(tmp_path / "params.yaml")
     splits = (open_dataset(tmp_path / "data" / name) for name in ("train", "held-out"))
     inputs = read_inputs(anchor, *splits, in_memory=True)
@@ -364,13 +533,13 @@ def test_the_stage_starts_a_process_a_seed_by_itself_and_gives_the_bytes_of_one_
     model, history, reports = train_periodic(
         inputs,
         params.finetune,
-        params.periodic,
+        params.periodic["stock"],
         seeds=[0, 1],
         folder=tmp_path / "one",
     )
     torch.set_num_threads(threads)
     found = load_weights(tmp_path / "out/weights.safetensors")
     assert equal(found.tensors, tensors_of(model))
-    assert row_of(found).name == "periodic/0-1"
+    assert row_of(found).name == "periodic-stock/0-1"
     assert read_history(tmp_path / "out/history.jsonl") == history
     assert json.loads((tmp_path / "out/report.json").read_text()) == reports

@@ -55,6 +55,7 @@ def test_one_noun_names_the_stage_its_file_and_its_params():
     )
 
 
+ARM = {"size": 2, "reset_moments": False, "devices": 1}
 SMALL = {
     "threads": 1,
     "prepare": {
@@ -76,6 +77,10 @@ SMALL = {
     "pretrain": {"draws": 512, "batch_size": 64, "warmup_steps": 2},
     "seeds": [0, 1, 2],
     "finetune": {"epochs": 2, "batch_size": 32, "warmup_steps": 1, "lawa": 2, "snapshots": True},
+    "periodic": {
+        "stock": {**ARM, "rule": "model_stock", "every": 1.0, "pairwise": "cosine", "clip": "unit"},
+        "gradual": {**ARM, "rule": "papa", "every": 0.5, "alpha": 0.9},
+    },
     "merge": {
         "methods": ["model_stock", "uniform", "greedy", "wise_ft", "regmean", "oracle_scales"],
         "wise_ft": {"alphas": [0.25, 0.5]},
@@ -83,10 +88,10 @@ SMALL = {
         "oracle_scales": {"iterations": 2},
     },
     "evaluate": {"benchmarks": ["held-out", "shapes", "shapes-objectnet"]},
-    "compare": {"draws": 200},
     "geometry": {
         "benchmarks": ["held-out", "shapes"],
         "centre": [8, 9],
+        "draws": 200,
         "pairs": 1,
         "scales": [0.5],
         "plane": [0.0, 1.0],
@@ -96,7 +101,7 @@ SMALL = {
 
 def update(base: dict, change: dict) -> None:
     for key, value in change.items():
-        if isinstance(value, dict) and key != "splits":
+        if isinstance(value, dict) and key not in ("splits", "periodic"):
             update(base[key], value)
         else:
             base[key] = value
@@ -152,9 +157,14 @@ def test_everything_is_there_after_dvc_repro(project):
     scaled = {n for n in names if n.startswith("regmean/")}
     assert scaled < {f"regmean/{m}@{s}" for m in ("0-1", "0-1-2") for s in (0.5, 1.0)}
     assert len(scaled) == 2
-    assert {"ema@0.99/0", "lawa@2/1", "snapshot@1/2", "periodic/0-1", "longer@2/0"} <= names
-    merges = json.loads((project / "models/periodic/2/report.json").read_text())
-    assert list(merges) == ["2", "4"]
+    assert {"ema@0.99/0", "lawa@2/1", "snapshot@1/2", "longer@2/0"} <= names
+    assert {"periodic-stock/0-1", "periodic-gradual/0-1"} <= names
+    table = (project / "reports/comparison.md").read_text()
+    assert all(f"| {line} of 2 |" in table for line in ("periodic-stock", "periodic-gradual"))
+    merges, pulls = (
+        json.loads((project / f"models/periodic/{arm}/report.json").read_text()) for arm in ("stock", "gradual")
+    )
+    assert (list(merges), list(pulls)) == (["2", "4"], ["1", "2", "3", "4"])
     assert merges["4"]["visual.proj"]["flag"] in ("", "clipped")
     points = {row.name: row.identity for row in load_scores(project / "results/points/shapes.safetensors").rows}
     assert {"centre", "plane/0-1@1.0@1.0", "oracle/0-1"} <= set(points)
@@ -243,7 +253,7 @@ def test_a_bad_value_is_refused_before_dvc_deletes_anything_and_a_good_one_runs_
 def test_a_stage_run_again_gives_the_same_bytes(project):
     before = hashes(project)
     shutil.rmtree(project / "scratch")
-    for stage in ("prepare@shapes-adversarial", "finetune@1", "periodic@2", "merge@model_stock"):
+    for stage in ("prepare@shapes-adversarial", "finetune@1", "periodic@gradual", "merge@model_stock"):
         done = run(project, "dvc", "repro", "--force", "--single-item", stage)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "Running stage" in done.stdout
@@ -275,9 +285,10 @@ def test_mlflow_holds_one_run_per_row_and_a_second_comparison_adds_none(project)
     weights = {row.identity for row in scores.rows if row.kind != "ensemble"}
     assert set(runs["row"]) == {row.name for row in scores.rows}
     assert set(runs["training"]) == {
-        f"training of {name}" for name in ("seed-0", "seed-1", "seed-2", "periodic/0-1", "longer@2/0")
+        f"training of {name}"
+        for name in ("seed-0", "seed-1", "seed-2", "periodic-stock/0-1", "periodic-gradual/0-1", "longer@2/0")
     }
-    assert counts == {"row": len(scores.rows), "training": 5, "comparison": 1}
+    assert counts == {"row": len(scores.rows), "training": 6, "comparison": 1}
     assert models == len(weights)
     assert set(history.values()) == {1}
     for row, correct in zip(scores.rows, scores.correct, strict=True):

@@ -41,7 +41,7 @@ def results():
 
 @pytest.fixture(scope="module")
 def comparison():
-    return compare(results(), draws=200)
+    return compare(results())
 
 
 def table(text, heading):
@@ -72,6 +72,7 @@ def test_the_bytes_repeat(comparison, folder, tmp_path):
         "comparison.json",
         "figure.png",
         "methods.png",
+        "pareto.png",
         "metrics.json",
         "accuracy.csv",
         "held_out.csv",
@@ -94,12 +95,13 @@ def test_table_metrics_and_csv_agree(comparison, folder):
     shown = {cells[0]: cells[1:] for cells in table[2 : 2 + len(comparison.lines)]}
     assert set(shown) == set(metrics)
     for name, cells in shown.items():
-        numbers = [float(cell.split(" ")[0]) for cell in cells]
+        numbers = [float(cell.split(" ")[0]) for cell in cells[:-1]]
         expected = [metrics[name][b] for b in ("shapes", "shift-a", "shift-b", "shift-mean")]
         np.testing.assert_allclose(numbers, expected, atol=0.0501)
     rows = list(csv.DictReader(io.StringIO((folder / "accuracy.csv").read_text())))
     assert len(rows) == 12
     assert {r["name"]: float(r["shapes"]) for r in rows}["greedy/0-2"] == 73.0
+    assert {r["name"]: int(r["cost"]) for r in rows} == dict(comparison.cost)
     assert "median 0.75" in text
     assert "4 tests" in text
 
@@ -113,7 +115,7 @@ def test_the_lines_for_dvc_are_the_champion_the_mean_seed_and_the_highlighted_me
         "model_stock": dict(zip(figures, (2, 77, 76, 48), strict=True)),
         "uniform": dict(zip(figures, (2, 74, 74, 44), strict=True)),
     }
-    alone = as_summary(compare(without_shifts(results()), draws=100))
+    alone = as_summary(compare(without_shifts(results())))
     assert alone["champion"] == {"seeds": 2, "held-out": 78, "in-distribution": 76}
 
 
@@ -121,7 +123,7 @@ def test_the_page_needs_no_other_file_and_no_network(folder):
     page = (folder / "comparison.html").read_text()
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
     assert "http" not in page
-    assert page.count("<table>") == 7
+    assert page.count("<table>") == 10
 
 
 def drawn(comparison, drawer):
@@ -166,8 +168,39 @@ def test_the_second_figure_shows_every_kind_of_row_and_the_curve(comparison):
     assert len(curve.get_xdata()) == sum(row.kind == "wise_ft" and len(row.members) == most for row in comparison.rows)
 
 
+def test_the_pareto_figure_joins_and_names_the_front_and_rings_the_champion(comparison):
+    axes, points = drawn(comparison, WITH_SHIFTS["pareto.png"][1])
+    rows = {row.name: row for row in comparison.rows}
+
+    def place(name):
+        row = rows[name]
+        return [100 * comparison.summary[row.name][s].value for s in comparison.summaries]
+
+    # By hand: the ensemble is no single weight set; the anchor is the best on the shifts, and WiSE-FT at 0.6 between.
+    assert comparison.front == ("model_stock/0-1", "model_stock/1-2", "wise_ft/0-1-2@0.6", "anchor")
+    for number, name in enumerate(comparison.front, 1):
+        np.testing.assert_allclose(points[f"{number}: {name}"], [place(name)])
+    (curve,) = axes.lines
+    np.testing.assert_allclose(np.transpose(curve.get_data()), [place(name) for name in comparison.front])
+    np.testing.assert_allclose(points["the champion, model_stock/0-1"], [place("model_stock/0-1")])
+
+
+def test_the_front_has_a_table_that_says_it_is_for_reporting_only(comparison, folder):
+    text = (folder / "comparison.md").read_text()
+    rows = table(text, "## Pareto front")
+    assert rows[0] == ["weights", "shapes", "mean of shifts", "cost"]
+    assert [cells[0] for cells in rows[1:]] == [
+        "**model_stock/0-1**",
+        "model_stock/1-2",
+        "wise_ft/0-1-2@0.6",
+        "anchor",
+    ]
+    assert [cells[-1] for cells in rows[1:]] == ["2", "2", "3", "0"]
+    assert "For reporting only" in text.split("## Pareto front")[1].split("##")[0]
+
+
 def test_without_shifts_the_figure_has_a_height_for_every_line(comparison):
-    alone = compare(without_shifts(results()), draws=100)
+    alone = compare(without_shifts(results()))
     axes = draw(alone, WITHOUT_SHIFTS["figure.png"][1]).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [line.name for line in alone.lines]
 
@@ -188,14 +221,41 @@ def test_the_terminal_gets_the_same_lines(comparison):
 
 def test_the_main_table_has_the_benchmarks_in_distribution_first_then_each_shift_and_their_mean(folder):
     rows = table((folder / "comparison.md").read_text(), "# Comparison of merges")
-    assert rows[0] == ["weights", "shapes", "shift-a", "shift-b", "mean of shifts"]
+    assert rows[0] == ["weights", "shapes", "shift-a", "shift-b", "mean of shifts", "cost"]
     assert [cells[0] for cells in rows[1:4]] == [
         "zero-shot anchor",
         "mean single seed",
         "best single seed on held-out (seed-1)",
     ]
-    assert [re.sub(r" ±.*", "", cell) for cell in rows[1]] == ["zero-shot anchor", "60.0", "65.0", "45.0", "55.0"]
-    assert rows[1][1] == "60.0 ± 4.8"  # Wilson's of 240 among 400: 0.5513 to 0.6468
+    assert [re.sub(r" ±.*", "", cell) for cell in rows[1]] == ["zero-shot anchor", "60.0", "65.0", "45.0", "55.0", "0"]
+    # The best of three seeds takes all three, and so does a greedy soup of two that chose among them.
+    costs = {cells[0]: cells[-1] for cells in rows[1:]}
+    assert list(costs.values()) == ["0", "1", "3", "3", "2", "2", "3 (3 passes)", "3"]
+    assert costs["greedy of 2"] == "3"
+    assert rows[1][1] == "60.0 ± 4.8†"  # Wilson's of 240 among 400: 0.5513 to 0.6468
+
+
+def test_the_tables_of_differences_say_over_what_each_interval_is(comparison, folder):
+    text = (folder / "comparison.md").read_text()
+    rows = table(text, "### Over the uniform soup of the same seeds")
+    assert rows[0][1:4] == ["on", "difference", "over"]
+    assert rows[0][6] == "no worse than 0.5 points"
+    stock = next(line for line in comparison.lines if line.kind == "model_stock")
+    assert [cells[:2] for cells in rows[1:]] == [
+        [stock.name, "in distribution"],
+        [stock.name, "shifts"],
+    ]
+    low, high = (100 * getattr(stock.over_uniform["shifts"], end) for end in ("low", "high"))
+    # The mean of two pairs that share a seed has 3/4 of the variance of one pair: that of 4/3 pairs, 2.7 seeds.
+    assert rows[2][2:5] == [f"+4.0 [{low:+.1f}, {high:+.1f}]", "images", "not enough seeds (2 of 6)"]
+    assert "nan" not in re.findall(r"\w+", text.lower())
+
+
+def test_a_margin_and_a_resampling_of_ones_own_are_named(tmp_path):
+    text = as_markdown(compare(results(), resample="classes", margin=0.02), {}, {})
+    assert "| no worse than 2 points |" in text
+    assert "over seeds and classes" in text
+    assert {cells[3] for cells in table(text, "### Over the uniform soup of the same seeds")[1:]} == {"classes"}
 
 
 def test_calibration_is_the_mean_over_a_lines_weight_sets_and_over_the_shifts(comparison, folder):
@@ -212,7 +272,7 @@ def test_calibration_is_the_mean_over_a_lines_weight_sets_and_over_the_shifts(co
 
 def test_top5_is_left_out_where_no_benchmark_has_more_than_five_labels():
     few = [dataclasses.replace(s, labels=LABELS[:5], truth=s.truth % 5) for s in results()]
-    text = as_markdown(compare(few, draws=100), {}, {})
+    text = as_markdown(compare(few), {}, {})
     assert "op-5" not in text
     assert table(text, "## Other metrics")[0] == ["weights", "NLL", "ECE", "shifts, NLL", "shifts, ECE"]
 
@@ -233,7 +293,7 @@ def test_classes_that_the_champion_gains_and_loses_most_on_by_hand():
         )
         for name in ("held-out", "shapes")
     ]
-    found = compare(sets, draws=100)
+    found = compare(sets)
     assert found.champion == "model_stock/0-1"
     assert table(as_markdown(found, {}, {}), "## Classes") == [
         ["class", "images", "mean single seed", "champion", "change"],
@@ -251,7 +311,7 @@ def test_accuracy_by_class_has_every_weight_set_or_beyond_fifty_thousand_lines_t
     assert [r["label"] for r in of] == list(LABELS)
     assert sum(float(r["accuracy"]) * int(r["images"]) for r in of) / 400 == pytest.approx(70, abs=1e-3)
     many = tuple(f"class {i}" for i in range(1100))  # 12 rows x 4 benchmarks x 1,100
-    wide = compare([dataclasses.replace(s, labels=many) for s in results()], draws=100)
+    wide = compare([dataclasses.replace(s, labels=many) for s in results()])
     rows = list(csv.DictReader(io.StringIO(as_class_csv(wide))))
     assert list(dict.fromkeys(r["row"] for r in rows)) == [
         "anchor",
@@ -299,7 +359,7 @@ def test_the_anchors_backbone_says_which_published_figures_stand_there():
     """OpenAI's ViT-B/32 scored on sets that are called ImageNet and -R: the table's zero-shot figures, and no mean."""
     names = dict(zip(ACCURACY, ("held-out", "imagenet", "imagenet-r", "other"), strict=False))
     renamed = [dataclasses.replace(s, benchmark=names[s.benchmark]) for s in results() if s.benchmark in names]
-    found = compare(renamed, draws=200)
+    found = compare(renamed)
     figures = published_figures(found, {"name": "ViT-B-32-quickgelu", "pretrained": "openai"})
     zero = {f["figure"]: f for f in figures if f["row"] == "zero-shot"}
     assert {name: f["published"] for name, f in zero.items()} == {"imagenet": 63.3, "imagenet-r": 69.3}
@@ -325,19 +385,22 @@ def test_the_picture_of_the_held_out_curve_is_there_where_a_seed_has_one(compari
 
 
 def test_without_shifts_no_file_mentions_them(comparison, tmp_path):
-    alone = compare(without_shifts(results()), draws=200)
+    alone = compare(without_shifts(results()))
     write_report(alone, tmp_path, facts={})
     for path in tmp_path.iterdir():
         if path.suffix != ".png":
-            text = re.sub(r"data:image/png;base64,[^\"]*", "", path.read_text()).replace('"shifts": []', "")
+            text = re.sub(r"data:image/png;base64,[^\"]*", "", path.read_text())
+            text = re.sub(r'"(held_out_)?shifts": \[\]', "", text)
             assert "shift" not in text, path.name
             assert "nan" not in re.findall(r"\w+", text.lower()), path.name
     text = (tmp_path / "comparison.md").read_text()
-    assert table(text, "# Comparison of merges")[0] == ["weights", "shapes"]
-    assert table(text, "## Differences, in points")[0] == ["weights", "over mean seed", "over uniform soup"]
-    assert (tmp_path / "comparison.html").read_text().count("<table>") == 7
+    assert table(text, "# Comparison of merges")[0] == ["weights", "shapes", "cost"]
+    for heading in ("### Over the mean single seed", "### Over the uniform soup of the same seeds"):
+        assert {cells[1] for cells in table(text, heading)[1:]} == {"in distribution"}
+    assert (tmp_path / "comparison.html").read_text().count("<table>") == 9
     assert json.loads((tmp_path / "metrics.json").read_text())["mean single seed"] == {"shapes": 70.0}
     assert not (tmp_path / "methods.png").exists()
+    assert not (tmp_path / "pareto.png").exists()
     shown = summary_lines(alone)
     assert all(line.name in shown for line in alone.lines)
     assert "shifts" not in shown
@@ -349,10 +412,9 @@ def own(tmp_path, monkeypatch):
     yaml = YAML(typ="safe")
     params = yaml.load((Path(__file__).parent.parent / "params.yaml").read_text())
     params["seeds"] = [0, 1]
-    params["periodic"]["sizes"] = []
+    params |= {"periodic": {}, "longer": []}
     params["merge"]["methods"] = ["uniform"]
     params["evaluate"]["benchmarks"] = ["held-out", "shapes"]
-    params["compare"]["draws"] = 100
     with open(tmp_path / "params.yaml", "w") as file:
         yaml.dump(params, file)
     made_by = {
@@ -429,7 +491,7 @@ def test_a_tracker_of_ones_own_gets_every_row_with_its_metrics_and_the_champion(
     aliases = {row.name: list(row.aliases) for row in comparison.rows if row.aliases}
     assert aliases == {"seed-1": ["seed"], "uniform/0-1": ["champion", "uniform"]}
     merged = comparison.rows[-1]
-    assert merged.params == {"method": "uniform", "seeds": "2", "members": "0-1", "options": "none"}
+    assert merged.params == {"method": "uniform", "seeds": "2", "members": "0-1", "options": "none", "cost": "2"}
     assert merged.description == (
         "uniform of seeds 0, 1: top-1 accuracy 80.0 % on the held-out split, 80.0 % in distribution."
     )
@@ -459,7 +521,7 @@ def test_the_report_lists_each_notice_once_with_all_that_it_is_about():
     rows = [row.name for row in parts[0].rows]
     shared = [f"{row}: a.pt: its entry model_ema is taken" for row in rows[:2]]
     parts = [dataclasses.replace(one, notices=(f"{one.benchmark}: 3 images | turned", *shared)) for one in parts]
-    comparison = compare(parts, draws=100)
+    comparison = compare(parts)
     section = as_markdown(comparison, {}, {}).split("## Notices\n", 1)[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("- ")]
     assert len(lines) == 2

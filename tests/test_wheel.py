@@ -18,7 +18,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import modelstock
-from modelstock.cli.app import TRAIN
+from modelstock.cli.app import STATISTICS, TRAIN
 from modelstock.cli.extras import LIBRARIES
 from modelstock.merging.engine import merge
 from modelstock.merging.files import merge_files
@@ -81,7 +81,7 @@ def test_the_wheel_holds_the_library_and_its_data_and_nothing_else(wheel):
 
 def test_the_core_is_small_and_brings_none_of_the_extras(environment):
     packages = {entry["name"] for entry in json.loads(uv("pip", "list", "--python", environment, "--format", "json"))}
-    extras = {name for extra in ("train", "pipeline", "datasets") for name in requirements(extra)}
+    extras = {name for extra in LIBRARIES for name in requirements(extra)}
     assert "torch" in extras
     assert packages & (extras | {"pandas"}) == set()
     installed = next(environment.glob("lib/python*/site-packages"))
@@ -149,18 +149,23 @@ NEEDS_TRAIN = {
     "prepare": "shards -o out --role shift --classes cat,dog",
     "statistics": "fisher 1.safetensors --data shards -o out.safetensors",
 }
+NEEDS_STATISTICS = {"significance": "a.jsonl b.jsonl"}
 MORE = {
     "merge": "--anchor 0.safetensors 1.safetensors torch.pt -o out.safetensors",
     "inspect": "torch.pt",
 }
 
 
-@pytest.mark.parametrize(("name", "words"), [*NEEDS_TRAIN.items(), *MORE.items()])
+@pytest.mark.parametrize(("name", "words"), [*NEEDS_TRAIN.items(), *NEEDS_STATISTICS.items(), *MORE.items()])
 def test_a_command_whose_extra_is_missing_says_which_to_install(environment, files, name, words):
+    extra = "statistics" if name in NEEDS_STATISTICS else "train"
+    for file in ("a.jsonl", "b.jsonl"):
+        (files / file).write_text('{"id": 1, "correct": 1}\n')
     done = command(environment, files, name, *words.split())
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(
-        rf"error: modelstock {name}: got no library \w+; expected the extra train; pip install 'modelstock\[train\]'\n",
+        rf"error: modelstock {name}: got no library \w+; "
+        rf"expected the extra {extra}; pip install 'modelstock\[{extra}\]'\n",
         done.stderr,
     )
     assert not list(files.glob("out*"))
@@ -170,6 +175,9 @@ def test_help_says_which_commands_need_an_extra(environment, files):
     assert sorted(function.__name__ for function in TRAIN) == sorted(NEEDS_TRAIN)
     for name in NEEDS_TRAIN:
         assert "pip install 'modelstock[train]'" in command(environment, files, name, "--help").stdout
+    assert [function.__name__ for function in STATISTICS] == list(NEEDS_STATISTICS)
+    for name in NEEDS_STATISTICS:
+        assert "pip install 'modelstock[statistics]'" in command(environment, files, name, "--help").stdout
     assert "[train]" not in command(environment, files, "merge", "--help").stdout
 
 

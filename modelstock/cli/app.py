@@ -13,6 +13,7 @@ from modelstock.cli.geometry import geometry
 from modelstock.cli.merging import merge, methods, statistics
 from modelstock.cli.models import anchor, export
 from modelstock.cli.scoring import evaluate
+from modelstock.cli.significance import significance
 from modelstock.errors import ModelstockError
 from modelstock.notices import printed
 
@@ -25,11 +26,15 @@ app = typer.Typer(
 )
 CORE: tuple[Callable[..., None], ...] = (merge, methods, inspect, diff, geometry)
 TRAIN: tuple[Callable[..., None], ...] = (prepare, anchor, statistics, evaluate, compare, export)
+STATISTICS: tuple[Callable[..., None], ...] = (significance,)
 NEEDS = r"Needs the extra train: pip install 'modelstock\[train]'"
 for command in CORE:
     app.command(rich_help_panel="Merging and inspecting")(command)
 for command in TRAIN:
     app.command(rich_help_panel="Data, models and scores, with the extra train", epilog=NEEDS)(command)
+for command in STATISTICS:
+    needs = NEEDS.replace("train", "statistics")
+    app.command(rich_help_panel="Statistics of anybody's results, with the extra statistics", epilog=needs)(command)
 
 
 def main() -> None:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modelstock.cli.options import PRECISIONS, BatchSize, Device, Precision, Workers, check_choice, check_once
-from modelstock.errors import MergeError
+from modelstock.errors import MergeError, ParamsError
 
 if TYPE_CHECKING:
     from modelstock.data.dataset import Dataset
-    from modelstock.params import MethodParams
+    from modelstock.params import ChampionParams, MethodParams
     from modelstock.weights.weight_set import WeightSet
 
 
@@ -35,11 +35,20 @@ def compare(
     precision: Precision = "float32",
     batch_size: BatchSize = 256,
     workers: Workers = 0,
-    draws: Annotated[int, typer.Option(min=100, help="Bootstrap draws.")] = 2000,
+    resample: Annotated[str, typer.Option(help="What intervals draw of a test set: images or classes.")] = "images",
+    margin: Annotated[float, typer.Option(min=0, max=50, help="Points by which a method may be lower.")] = 0.5,
+    champion: Annotated[
+        str, typer.Option(help="nearest to the anchor, of those within a margin of the best on held-out; or best.")
+    ] = "nearest",
+    champion_margin: Annotated[
+        str, typer.Option(help="standard-error, of the paired difference to the best; or points, such as 0.5.")
+    ] = "standard-error",
 ) -> None:
     """Merge, score and compare fine-tuned checkpoints that are there already; run again, it goes on where it was."""
     check_choice("--precision", precision, PRECISIONS)
+    check_choice("--resample", resample, ("images", "classes"))
     check_once("WEIGHTS", weights)
+    rule = _rule(champion, champion_margin)
     from modelstock.comparison.report import summary_lines
     from modelstock.data.dataset import open_benchmarks
     from modelstock.experiment.compare import compare_results
@@ -81,12 +90,42 @@ def compare(
     results = [score_benchmark(dataset, candidates, scoring) for dataset in benchmarks]
     for scores in results:
         save_scores(results_file(out / "results", scores.benchmark), scores)
-    comparison = compare_results(results, out / "report", anchor=origin, seeds=list(seeds.values()), draws=draws)
-    champion = next(row for row in results[0].rows if row.name == comparison.champion)
-    source = next(one.source for one in candidates.weights if one.identity == champion.identity)
+    comparison = compare_results(
+        results,
+        out / "report",
+        anchor=origin,
+        seeds=list(seeds.values()),
+        others=candidates.others,
+        resample="classes" if resample == "classes" else "images",
+        margin=margin / 100,
+        champion=rule,
+    )
+    chosen = next(row for row in results[0].rows if row.name == comparison.champion)
+    source = next(one.source for one in candidates.weights if one.identity == chosen.identity)
     print(summary_lines(comparison))
     print(f"report: {out / 'report/comparison.html'}")
-    print(f"champion by the held-out split: {champion.name}, {source}")
+    print(f"champion by the held-out split: {chosen.name}, {source}")
+
+
+def _rule(champion: str, margin: str) -> "ChampionParams":
+    """How the champion is chosen; the margin in points.
+
+    Raises:
+        ParamsError: another rule, or a margin out of range.
+    """
+    from modelstock.params import STANDARD_ERROR, ChampionParams
+
+    check_choice("--champion", champion, ("nearest", "best"))
+    try:
+        share = margin if margin == STANDARD_ERROR else float(margin) / 100
+        return ChampionParams.model_validate({"rule": champion, "margin": share})
+    except ValueError:  # pydantic's is one too
+        raise ParamsError(
+            "--champion-margin",
+            got=margin,
+            expected=f"{STANDARD_ERROR}, or points from 0 to 10",
+            cure="name one of these",
+        ) from None
 
 
 def _sections(params: Path | None, methods: Sequence[str]) -> dict[str, "MethodParams"]:

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from modelstock.data.manifest import Manifest
 
 TRAINING = ("train", "held-out")  # roles that are also the names of their sets
-TESTS = ("in-distribution", "shift")
+OTHERS = ("held-out-shift", "in-distribution", "shift")
 ONLY_DRAWN: dict[str, Any] = {"seed": 0, "reference_draws": 1, "reference_epochs": 1}  # not read for images on disk
 
 
 def prepare(
     source: Annotated[str, typer.Argument(help="A folder, archive, webdataset shards, or folder of `datasets`.")],
     out: OutFolder,
-    role: Annotated[str, typer.Option(help="train, held-out, in-distribution or shift.")],
+    role: Annotated[str, typer.Option(help="train, held-out, held-out-shift, in-distribution or shift.")],
     labels: Annotated[
         str, typer.Option(help="classes, or a published layout such as imagenet or objectnet.")
     ] = "classes",
@@ -101,11 +101,11 @@ def _benchmark_name(name: str | None, role: str, labels: str, source: str) -> st
     if not re.fullmatch(NAME, name):
         expected = "lower-case letters, digits, - and _, 100 at most"
         raise ParamsError("--name", got=repr(name), expected=expected, cure="name the set so with --name")
-    if role not in TRAINING + TESTS or (name in TRAINING and name != role):
+    if role not in TRAINING + OTHERS or (name in TRAINING and name != role):
         raise ParamsError(
             "--role",
             got=f"{role!r} for {name!r}",
-            expected="train, held-out, in-distribution or shift",
+            expected="train, held-out, held-out-shift, in-distribution or shift",
             cure="name one of these",
         )
     if role in TRAINING and name != role:

@@ -4,6 +4,7 @@ from modelstock.errors import ModelstockError
 
 # The libraries that this package imports beyond its core, by the extra of pyproject.toml that brings them.
 LIBRARIES = {
+    "statistics": ("safetensors", "scipy", "statsmodels"),
     "train": (
         "PIL",
         "huggingface_hub",
@@ -13,9 +14,6 @@ LIBRARIES = {
         "psutil",
         "pydantic",
         "ruamel",
-        "safetensors",
-        "scipy",
-        "statsmodels",
         "timm",
         "torch",
         "torchvision",
@@ -36,10 +34,11 @@ def missing_extra(command: str, error: ModuleNotFoundError) -> ModelstockError:
     library = (error.name or "").partition(".")[0]
     for extra, libraries in LIBRARIES.items():
         if library in libraries:
+            enough = "train" if extra == "statistics" and command != "modelstock significance" else extra
             return ModelstockError(
                 command,
                 got=f"no library {library}",
-                expected=f"the extra {extra}",
-                cure=f"pip install 'modelstock[{extra}]'",
+                expected=f"the extra {enough}",
+                cure=f"pip install 'modelstock[{enough}]'",
             )
     raise error

@@ -1,24 +1,36 @@
 """Which merge to ship, with honest error bars, from results per example alone.
 
-Accuracies carry 95 % Wilson intervals. Means over the shifts and all differences carry percentile bootstrap
-intervals: the examples of each benchmark are drawn again, the same ones for every weight set, so what is common to
-both sides of a difference cancels. Pairs of single weight sets get McNemar's exact test, with Holm's correction.
+The accuracy of one weight set has the 95 % Wilson interval of its images. Means over weight sets, and differences, have
+intervals over seeds and images, or over images alone where there are too few seeds; each says which: see `crossed`.
+Both sides of a difference are of the same images and, where they can be, of the same seeds, so that what they have in
+common cancels. Pairs of single weight sets get McNemar's exact test, with Holm's correction.
 
 Everything is judged by one or two summaries: "in-distribution", and "shifts", the mean over the sets of that role,
 where there are any. What is kept by summary has the keys of `Comparison.summaries`.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from modelstock.comparison.intervals import Accuracies, Estimate, Float, wilson
+from modelstock.comparison.choice import SPLITS, Choice, choose, distinct
+from modelstock.comparison.cost import costs
+from modelstock.comparison.crossed import Crossed
+from modelstock.comparison.differences import Difference, difference, holm
+from modelstock.comparison.intervals import Accuracies, Estimate, Float
 from modelstock.comparison.metrics import metrics
 from modelstock.comparison.paired_tests import Test, family
+from modelstock.comparison.pareto import front
 from modelstock.errors import DataError
+from modelstock.params import ChampionParams
 from modelstock.scoring.results import Row, Scores
+
+ROLES = (*SPLITS, "in-distribution", "shift")
+BEST = ChampionParams(rule="best")  # which needs no weights
+Resample = Literal["images", "classes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +51,8 @@ class Line:
     accuracy: Mapping[str, Estimate]
     summary: Mapping[str, Estimate]
     spread: Mapping[str, float]
-    over_seed: Mapping[str, Estimate]
-    over_uniform: Mapping[str, Estimate]
+    over_seed: Mapping[str, Difference]
+    over_uniform: Mapping[str, Difference]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +66,18 @@ class Classes:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Everything that the report shows."""
+    """Everything that the report shows.
+
+    `held_out_shifts`: benchmarks that were chosen on beside `held_out`; like it, they are in no summary. `cost`: row ->
+    its training in units of one seed. `front`: the weight sets that no other dominates in distribution and on the
+    shifts together, the best in distribution first; empty without shifts.
+    """
 
     benchmarks: tuple[str, ...]
     in_distribution: str
     shifts: tuple[str, ...]
     held_out: str
+    held_out_shifts: tuple[str, ...]
     summaries: tuple[str, ...]
     rows: tuple[Row, ...]
     examples: Mapping[str, int]
@@ -71,7 +89,11 @@ class Comparison:
     tests: Mapping[str, Mapping[str, Mapping[str, Test]]]  # "uniform" or "seed" -> row -> summary
     median_seed: str
     champion: str
-    draws: int
+    choice: Choice
+    cost: Mapping[str, int]
+    front: tuple[str, ...]
+    resample: str  # what intervals draw of a test set: "images", or "classes" with all their images
+    margin: float  # a difference above minus this, a share, is no worse
     precision: str  # of the towers
     notices: tuple[str, ...]  # "weight set or benchmark: what is unusual about it"
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -84,6 +106,9 @@ def check(results: Sequence[Scores]) -> None:
         raise DataError(place, got=got, expected=expected, cure="run the stage evaluate for every benchmark again")
 
     roles = [scores.role for scores in results]
+    for scores in results:
+        if scores.role not in ROLES:
+            refuse(scores.benchmark, f"the role {scores.role}", " or ".join(ROLES))
     for role in ("held-out", "in-distribution"):
         if roles.count(role) != 1:
             refuse("results", f"{roles.count(role)} benchmarks with the role {role}", "exactly one")
@@ -112,20 +137,6 @@ def check(results: Sequence[Scores]) -> None:
                 refuse(f"{scores.benchmark}, row {row}", f"{name} that is NaN or infinite", "finite numbers")
 
 
-def champion(results: Sequence[Scores]) -> Row:
-    """The best single weight set on the held-out split; ties go to the one of fewer seeds, then by name.
-
-    Logit ensembles are no candidates: they cannot be shipped as one model. No test set is looked at.
-    """
-    held = next(scores for scores in results if scores.role == "held-out")
-    ranked = [
-        (-accuracy, len(row.members), row.name, row)
-        for row, accuracy in zip(held.rows, held.correct.mean(axis=1), strict=True)
-        if row.kind != "ensemble"
-    ]
-    return min(ranked, key=lambda entry: entry[:3])[3]
-
-
 def per_class(scores: Scores) -> Float:
     """Accuracies (rows, labels) on each label's own examples; NaN for a label without any."""
     counts = np.bincount(scores.truth, minlength=len(scores.labels))
@@ -144,34 +155,47 @@ def _classes(scores: Scores) -> Classes:
     return Classes(labels=scores.labels, images=tuple(images), accuracy=accuracy)
 
 
-def compare(results: Sequence[Scores], *, draws: int = 2000, seed: int = 0) -> Comparison:
-    """Accuracies, differences and tests of every row; see the module's docstring.
+def compare(
+    results: Sequence[Scores],
+    *,
+    resample: Resample = "images",
+    margin: float = 0.005,
+    champion: ChampionParams = BEST,
+    distances: Mapping[str, float] | None = None,
+) -> Comparison:
+    """Accuracies, differences and tests of every row, and the champion; see the module's docstring.
+
+    `resample`: whether intervals draw a test set's images, or its classes with all their images. `margin`: a difference
+    above minus this share is no worse. `champion`: how it is chosen. `distances`: identity -> |w - w0|, which the rule
+    "nearest" needs.
 
     Raises:
-        DataError: missing roles, or rows that differ between benchmarks.
+        DataError: missing roles, rows that differ between benchmarks, or no distances where they are needed.
     """
     check(results)
-    return _Comparing(results, draws=draws, seed=seed).comparison()
+    comparing = _Comparing(results, resample=resample, margin=margin)
+    return comparing.comparison(choose(results, champion, distances))
 
 
 class _Comparing:
     """The results of all benchmarks, and the places of the rows that others are compared with."""
 
-    def __init__(self, results: Sequence[Scores], *, draws: int, seed: int) -> None:
-        self.results, self.draws, self.rows = results, draws, results[0].rows
-        by_role = {role: [s for s in results if s.role == role] for role in ("held-out", "in-distribution", "shift")}
+    def __init__(self, results: Sequence[Scores], *, resample: Resample, margin: float) -> None:
+        self.results, self.resample, self.margin, self.rows = results, resample, margin, results[0].rows
+        by_role = {role: [s for s in results if s.role == role] for role in ROLES}
         self.held_out, self.inside = by_role["held-out"][0], by_role["in-distribution"][0]
-        self.shifts = by_role["shift"]
+        self.shifts, self.held_out_shifts = by_role["shift"], by_role["held-out-shift"]
         self.summaries = {"in-distribution": [self.inside], **({"shifts": self.shifts} if self.shifts else {})}
-        self.accuracies = Accuracies(results, self.summaries, draws=draws, seed=seed)
-        self.held_out_accuracy = self.accuracies.measured[self.held_out.benchmark]
+        self.by_benchmark = {scores.benchmark: self._accuracies([scores]) for scores in results}
+        self.by_summary = {name: self._accuracies(sets) for name, sets in self.summaries.items()}
+        self.held_out_accuracy = self.by_benchmark[self.held_out.benchmark].measured
         self.seeds = [place for place, row in enumerate(self.rows) if row.kind == "seed"]
         self.uniform = {row.members: place for place, row in enumerate(self.rows) if row.kind == "uniform"}
         ranked = sorted(self.seeds, key=lambda place: (self.held_out_accuracy[place], self.rows[place].name))
         self.median_seed, self.best_seed = ranked[len(ranked) // 2], ranked[-1]
         self.summarised = best_options(self.rows, self.held_out_accuracy)
 
-    def comparison(self) -> Comparison:
+    def comparison(self, choice: Choice) -> Comparison:
         """Everything together."""
         accuracy = {row.name: self._per_benchmark(place) for place, row in enumerate(self.rows)}
         return Comparison(
@@ -179,21 +203,26 @@ class _Comparing:
             in_distribution=self.inside.benchmark,
             shifts=tuple(scores.benchmark for scores in self.shifts),
             held_out=self.held_out.benchmark,
+            held_out_shifts=tuple(scores.benchmark for scores in self.held_out_shifts),
             summaries=tuple(self.summaries),
             rows=self.rows,
             examples={scores.benchmark: scores.correct.shape[1] for scores in self.results},
             accuracy=accuracy,
-            summary={row.name: self._summary(accuracy[row.name], [place]) for place, row in enumerate(self.rows)},
+            summary={row.name: self._summary([place]) for place, row in enumerate(self.rows)},
             metrics={
                 row.name: {scores.benchmark: metrics(scores, place) for scores in self.results}
                 for place, row in enumerate(self.rows)
             },
             classes={scores.benchmark: _classes(scores) for scores in self.results},
-            lines=tuple(self.lines()),
+            lines=tuple(corrected(self.lines())),
             tests=self.tests(),
             median_seed=self.rows[self.median_seed].name,
-            champion=champion(self.results).name,
-            draws=self.draws,
+            champion=choice.chosen,
+            choice=choice,
+            cost=costs(self.rows),
+            front=self._front(),
+            resample=self.resample,
+            margin=self.margin,
             precision=self.held_out.precision,
             notices=tuple(dict.fromkeys(line for scores in self.results for line in scores.notices)),
         )
@@ -227,38 +256,67 @@ class _Comparing:
         }
         return {name: family(self.rows, chosen, self.summaries) for name, chosen in pairs.items()}
 
-    def _per_benchmark(self, place: int) -> dict[str, Estimate]:
-        return {scores.benchmark: wilson(scores.correct[place]) for scores in self.results}
+    def _front(self) -> tuple[str, ...]:
+        if not self.shifts:
+            return ()
+        places = distinct(self.rows)
+        inside, outside = (
+            np.mean([scores.correct.mean(axis=1) for scores in sets], axis=0) for sets in self.summaries.values()
+        )
+        on_it = front([(inside[place], outside[place]) for place in places])
+        return tuple(self.rows[places[i]].name for i in on_it)
 
-    def _summary(self, accuracy: Mapping[str, Estimate], places: Sequence[int]) -> dict[str, Estimate]:
-        means = {name: self.accuracies.mean(places, name) for name in self.summaries}
-        return means | {"in-distribution": accuracy[self.inside.benchmark]}  # Wilson's, where it is one row's
+    def _accuracies(self, sets: Sequence[Scores]) -> Accuracies:
+        number = {label: place for place, label in enumerate(sorted({label for s in sets for label in s.labels}))}
+        classes = [np.array([number[label] for label in scores.labels])[scores.truth] for scores in sets]
+        return Accuracies(self.rows, [s.correct for s in sets], classes if self.resample == "classes" else None)
+
+    def _per_benchmark(self, place: int) -> dict[str, Estimate]:
+        return {benchmark: accuracies.mean([place]) for benchmark, accuracies in self.by_benchmark.items()}
+
+    def _summary(self, places: Sequence[int]) -> dict[str, Estimate]:
+        return {name: accuracies.mean(places) for name, accuracies in self.by_summary.items()}
 
     def _line(self, key: str, name: str, places: Sequence[int]) -> Line:
         first = self.rows[places[0]]
-        if len(places) == 1:
-            accuracy = self._per_benchmark(places[0])
-        else:
-            scored = [scores.benchmark for scores in self.results if scores is not self.held_out]
-            accuracy = {benchmark: self.accuracies.mean(places, benchmark) for benchmark in scored}
+        # The mean over several rows says nothing on the sets that each of them was chosen by.
+        several = len(places) > 1
+        chosen_on = [scores.benchmark for scores in self.results if scores.role in SPLITS]
+        scored = [name for name in self.by_benchmark if not several or name not in chosen_on]
         twins = [self.uniform[members] for place in places if (members := self.rows[place].members) in self.uniform]
         paired = first.kind != "uniform" and len(twins) == len(places) and len(first.members) > 1
         trained = first.kind not in ("anchor", "seed")
+        summaries = self.by_summary.items()
         return Line(
             key=key,
             name=name,
             kind=first.kind,
             size=len(first.members),
             rows=tuple(self.rows[place].name for place in places),
-            accuracy=accuracy,
-            summary=self._summary(accuracy, places),
-            spread={s: self.accuracies.spread(places, s) for s in self.summaries} if len(places) > 1 else {},
-            over_seed=self._differences(places, self.seeds) if trained else {},
-            over_uniform=self._differences(places, twins) if paired else {},
+            accuracy={benchmark: self.by_benchmark[benchmark].mean(places) for benchmark in scored},
+            summary=self._summary(places),
+            spread={s: accuracies.spread(places) for s, accuracies in summaries} if several else {},
+            over_seed={s: self._difference(a.over_members(places, self.seeds)) for s, a in summaries if trained},
+            over_uniform={s: self._difference(a.paired(places, twins)) for s, a in summaries if paired},
         )
 
-    def _differences(self, places: Sequence[int], others: Sequence[int]) -> dict[str, Estimate]:
-        return {name: self.accuracies.difference(places, others, name) for name in self.summaries}
+    def _difference(self, moments: Crossed) -> Difference:
+        return difference(moments, margin=self.margin)
+
+
+def corrected(lines: Sequence[Line]) -> list[Line]:
+    """The lines with Holm's correction over all differences from the mean seed, and over all from uniform soups."""
+    over_seed = _corrected([line.over_seed for line in lines])
+    over_uniform = _corrected([line.over_uniform for line in lines])
+    return [
+        dataclasses.replace(line, over_seed=first, over_uniform=second)
+        for line, first, second in zip(lines, over_seed, over_uniform, strict=True)
+    ]
+
+
+def _corrected(family: Sequence[Mapping[str, Difference]]) -> list[dict[str, Difference]]:
+    tested = iter(holm([one for differences in family for one in differences.values()]))
+    return [{name: next(tested) for name in differences} for differences in family]
 
 
 def best_options(rows: Sequence[Row], held_out: Float) -> list[int]:

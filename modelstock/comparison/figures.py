@@ -18,18 +18,24 @@ STYLES = {
     "anchor": Style("*", "black", highlight=True),
     "seed": Style("o", "dimgray", highlight=True),
     "ensemble": Style("P", "tab:purple", highlight=True),
-    "periodic": Style("D", "tab:pink"),
+    "periodic": Style("D", "tab:pink"),  # of every arm
     "longer": Style("^", "tab:pink"),
     "ema": Style(".", "tab:green"),
     "lawa": Style(".", "tab:cyan"),
     "snapshot": Style(".", "silver"),
 }
-SINGLE = ("seed", "ema", "lawa", "snapshot")  # kinds with a row per seed, drawn small
+NAMED = 25  # points of the front that a legend has room for
+SINGLE = (  # kinds with a row per seed, drawn small
+    *("seed", "ema", "lawa", "snapshot"),
+    *(name for name, method in METHODS.items() if method.most == 1),
+)
 
 
 def style_of(kind: str) -> Style:
     """How rows of a kind are drawn."""
-    return METHODS[kind].style if kind in METHODS else STYLES.get(kind, Style("v", "tab:brown"))
+    if kind in METHODS:
+        return METHODS[kind].style
+    return STYLES.get("periodic" if kind.startswith("periodic-") else kind, Style("v", "tab:brown"))
 
 
 def title_of(kind: str) -> str:
@@ -120,7 +126,7 @@ def _against_shifts(comparison: Comparison, drawing: Figure) -> None:
     labelled: set[str] = set()
     for row in comparison.rows:
         style, small = style_of(row.kind), row.kind in SINGLE
-        if row.kind in METHODS or row.kind == "ensemble":
+        if (row.kind in METHODS and not small) or row.kind == "ensemble":
             if (choice := METHODS[row.kind].chooses if row.kind in METHODS else None) is not None and choice.curve:
                 continue
             small = len(row.members) < most and len(_sizes(comparison, row.kind)) > 1
@@ -142,6 +148,27 @@ def _against_shifts(comparison: Comparison, drawing: Figure) -> None:
             zorder=2,
         )
         labelled.add(label)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+
+
+def _pareto(comparison: Comparison, drawing: Figure) -> None:
+    """Every row, the front joined and numbered, and the champion in a ring."""
+    drawing.set_size_inches(11, 6)
+    axes = _axes(comparison, drawing)
+    for row in comparison.rows:
+        axes.scatter(*_place(comparison, row), marker=style_of(row.kind).marker, color="0.7", s=30, zorder=1)
+    rows = {row.name: row for row in comparison.rows}
+    places = [_place(comparison, rows[name]) for name in comparison.front]
+    axes.plot([x for x, _ in places], [y for _, y in places], "-", color="tab:red", alpha=0.4, zorder=2)
+    for number, (name, place) in enumerate(zip(comparison.front, places, strict=True), 1):
+        style = style_of(rows[name].kind)
+        label = f"{number}: {name}" if number <= NAMED else None
+        axes.scatter(*place, marker=style.marker, color=style.colour, s=60, label=label, zorder=3)
+        if label:
+            axes.annotate(str(number), place, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    champion = _place(comparison, rows[comparison.champion])
+    label = f"the champion, {comparison.champion}"
+    axes.scatter(*champion, marker="o", facecolors="none", edgecolors="black", s=220, label=label, zorder=4)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
 
 
@@ -181,6 +208,7 @@ Drawer = Callable[[Comparison, Figure], None]
 WITH_SHIFTS: dict[str, tuple[str, Drawer]] = {  # file -> what it shows, and what draws it
     "figure.png": ("in-distribution accuracy against the mean of the shifts", _highlights),
     "methods.png": ("in-distribution accuracy against the mean of the shifts, every method", _against_shifts),
+    "pareto.png": ("the Pareto front in distribution and on the shifts, for reporting only", _pareto),
 }
 WITHOUT_SHIFTS: dict[str, tuple[str, Drawer]] = {"figure.png": ("in-distribution accuracy by method", _by_method)}
 

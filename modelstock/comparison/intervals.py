@@ -1,24 +1,32 @@
-"""95 % intervals: Wilson's for a share, the paired bootstrap for means and differences."""
+"""95 % intervals: Wilson's for the share of one weight set, and its like for means over seeds and images."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from modelstock.scoring.results import Scores
+from modelstock.comparison.crossed import Crossed, Sample, Subsets, crossed, satterthwaite
+from modelstock.scoring.results import Row
 
 Float = NDArray[np.float64]
+Clusters = Sequence[NDArray[np.integer]] | None
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A share (or a difference of shares) and the ends of its 95 % interval."""
+    """A share (or a difference of shares) and the ends of its 95 % interval.
+
+    `over`: what would be drawn anew: "images", "seeds and images", or the same with classes.
+    """
 
     value: float
     low: float
     high: float
+    over: str = "images"
 
 
 def wilson(correct: NDArray[np.bool_]) -> Estimate:
@@ -27,62 +35,77 @@ def wilson(correct: NDArray[np.bool_]) -> Estimate:
     return Estimate(float(correct.mean()), float(low), float(high))
 
 
-def percentile(value: float, samples: Float) -> Estimate:
-    """A value with the 2.5 and 97.5 percentiles of its bootstrap samples."""
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return Estimate(float(value), float(low), float(high))
+def share(moments: Crossed, images: int) -> Estimate:
+    """A mean p of shares with Wilson's interval for p (1 - p) / variance independent images, which have its variance.
 
+    The quantile is Student's, by the degrees of freedom of the variance. `images`: for a share of exactly 0 or 1.
 
-def resampled(correct: NDArray[np.bool_], draws: int, generator: np.random.Generator) -> Float:
-    """Accuracies (draws, rows) of bootstrap samples of the examples, the same samples for every row.
-
-    `correct`: (rows, n). A sample is a vector of multinomial counts, so its accuracies are one product.
+    Source: Dean and Pagano, Journal of Survey Statistics and Methodology 3 (2015), on clustered surveys.
     """
-    rows, count = correct.shape
-    table, accuracies = correct.T.astype(np.float64), np.empty((draws, rows))
-    for start in range(0, draws, 200):
-        size = min(200, draws - start)
-        counts = generator.multinomial(count, np.full(count, 1 / count), size=size)
-        accuracies[start : start + size] = counts @ table / count
-    return accuracies
+    p = moments.value
+    across = p * (1 - p)
+    inverse = moments.variance / across if across > 1e-12 else 1 / images  # of the number of images
+    quantile = float(stats.t.ppf(0.975, moments.freedom))
+    added = quantile**2 * inverse
+    centre = (p + added / 2) / (1 + added)
+    half = quantile / (1 + added) * np.sqrt(max(0.0, across) * inverse + added * inverse / 4)
+    return Estimate(p, min(p, float(centre - half)), max(p, float(centre + half)), moments.over)
 
 
 class Accuracies:
-    """Every row's accuracy on each benchmark and by each summary, as measured and on resampled examples.
+    """Every row's results on some test sets, whose means are averaged. `correct`: by set (rows, images).
 
-    `summaries`: summary -> the benchmarks that it is the mean over. Rows are given by their places.
+    `clusters`: by set the class of each image, where images are drawn by class.
     """
 
-    def __init__(
-        self, results: Sequence[Scores], summaries: Mapping[str, Sequence[Scores]], *, draws: int, seed: int
-    ) -> None:
-        generator = np.random.default_rng(seed)
-        self.measured = {scores.benchmark: scores.correct.mean(axis=1) for scores in results}
-        self.drawn = {
-            scores.benchmark: resampled(scores.correct, draws, generator)
-            for members in summaries.values()
-            for scores in members
-        }
-        for name, members in summaries.items():
-            self.measured[name] = np.mean([self.measured[scores.benchmark] for scores in members], axis=0)
-            self.drawn[name] = np.mean([self.drawn[scores.benchmark] for scores in members], axis=0)
+    def __init__(self, rows: Sequence[Row], correct: Sequence[NDArray[np.bool_]], clusters: Clusters = None) -> None:
+        self.rows, self.correct, self.clusters = rows, correct, clusters
+        self.measured: Float = np.mean([right.mean(axis=1) for right in correct], axis=0)  # by row
 
-    def mean(self, rows: Sequence[int], name: str) -> Estimate:
-        """The mean over rows, by a benchmark or a summary."""
-        return percentile(self._exact(rows, name), self._samples(rows, name))
+    def mean(self, places: Sequence[int]) -> Estimate:
+        """The mean over the rows at these places."""
+        if len(places) == 1 and len(self.correct) == 1 and self.clusters is None:
+            return wilson(self.correct[0][places[0]])
+        sample = Sample(self._subsets(places), tuple(right[list(places)].astype(float) for right in self.correct))
+        return share(crossed([sample], self.clusters), sum(right.shape[1] for right in self.correct))
 
-    def difference(self, rows: Sequence[int], others: Sequence[int], name: str) -> Estimate:
-        """The mean over `rows` minus that over `others`, on the same resampled examples."""
-        exact = self._exact(rows, name) - self._exact(others, name)
-        return percentile(exact, self._samples(rows, name) - self._samples(others, name))
-
-    def spread(self, rows: Sequence[int], name: str) -> float:
+    def spread(self, places: Sequence[int]) -> float:
         """The standard deviation over rows."""
-        return float(self.measured[name][list(rows)].std(ddof=1))
+        return float(self.measured[list(places)].std(ddof=1))
 
-    def _exact(self, rows: Sequence[int], name: str) -> float:
-        return float(self.measured[name][list(rows)].mean())
+    def paired(self, places: Sequence[int], others: Sequence[int]) -> Crossed:
+        """The mean of row minus other row, of the same seeds."""
+        values = (right[list(places)].astype(float) - right[list(others)] for right in self.correct)
+        return crossed([Sample(self._subsets(places), tuple(values))], self.clusters)
 
-    def _samples(self, rows: Sequence[int], name: str) -> Float:
-        samples: Float = self.drawn[name][:, list(rows)].mean(axis=1)
-        return samples
+    def over_members(self, places: Sequence[int], seeds: Sequence[int]) -> Crossed:
+        """The mean of rows minus the mean over `seeds`, the rows of all seeds.
+
+        Where each seed is in equally many rows, that is the mean of every row minus its own seeds, paired over seeds
+        and images, and `spread` is the variance of a row minus any one of its seeds. Elsewhere it is over images alone.
+        """
+        by_seed = {self.rows[seed].members[0]: seed for seed in seeds}
+        members = [self.rows[place].members for place in places]
+        times = [sum(seed in one for one in members) for seed in by_seed]
+        balanced = len(set(times)) == 1 and all(seed in by_seed for one in members for seed in one)
+        if not balanced:
+            everyone = tuple(sorted(by_seed))
+            values = (right[list(places)].mean(axis=0) - right[list(seeds)].mean(axis=0) for right in self.correct)
+            return crossed([Sample(Subsets((everyone,)), tuple(value[None] for value in values))], self.clusters)
+        own = [[by_seed[seed] for seed in one] for one in members]
+        values = (
+            np.stack([right[place] - right[mine].mean(axis=0) for place, mine in zip(places, own, strict=True)])
+            for right in self.correct
+        )
+        moments = crossed([Sample(Subsets(tuple(members)), tuple(values))], self.clusters)
+        return moments if moments.shortage else _of_one_seed(moments, self.measured[list(seeds)], len(members[0]))
+
+    def _subsets(self, places: Sequence[int]) -> Subsets:
+        return Subsets(tuple(self.rows[place].members for place in places))
+
+
+def _of_one_seed(moments: Crossed, seeds: Float, size: int) -> Crossed:
+    """The spread of a row minus one of its seeds, from that of a row minus the mean of its `size` seeds."""
+    more = float(seeds.var(ddof=1)) * (size - 1) / size  # of a seed around the mean of its subset
+    freedom = satterthwaite([(moments.spread, moments.spread_freedom), (more, len(seeds) - 1)])
+    return dataclasses.replace(moments, spread=moments.spread + more, spread_freedom=freedom)

@@ -6,22 +6,34 @@ import dataclasses
 import html
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import markdown
 import numpy as np
 
+from modelstock.comparison.advice import (
+    advice,
+    candidates_table,
+    chosen_merges,
+    front_table,
+    line_cost,
+    rule_in_words,
+)
 from modelstock.comparison.compare import Comparison, Line
+from modelstock.comparison.differences import Difference
 from modelstock.comparison.figures import figures, training_figure
 from modelstock.comparison.intervals import Estimate
 from modelstock.comparison.metrics import METRICS, Metric
-from modelstock.comparison.paired_tests import Test
 from modelstock.comparison.published import Ours, matching, side_by_side
+from modelstock.comparison.text import percent as _percent
+from modelstock.comparison.text import signed as _signed
+from modelstock.comparison.text import table as _table
+from modelstock.comparison.text import with_half as _with_half
 from modelstock.errors import few
 from modelstock.files import atomic_path, sealed, write_json
-from modelstock.merging.methods.table import METHODS
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}
@@ -37,54 +49,57 @@ CLASS_LINES = 50_000  # of per_class.csv; beyond them it has one weight set for 
 CHANGED = 5  # classes shown that gain most, and that lose most
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+def _in_percent(estimate: Estimate) -> str:
+    """A probability with its interval, in whole percent; none is certain."""
+    value, low, high = (min(99, max(1, round(100 * part))) for part in (estimate.value, estimate.low, estimate.high))
+    ends = f"[{low if estimate.low >= 0.01 else 0}, {high if estimate.high <= 0.99 else 100}]"
+    return f"{value} % {ends}"
 
 
-def _with_half(estimate: Estimate) -> str:
-    return f"{_percent(estimate.value)} ± {_percent((estimate.high - estimate.low) / 2)}"
-
-
-def _signed(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
-
-
-def _p(test: Test | None) -> str:
-    if test is None:
-        return ""
-    return "< 0.001" if test.holm < 0.001 else f"{test.holm:.3f}"
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rows = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return "\n".join(rows + ["| " + " | ".join(cells) + " |" for cells in body])
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def main_table(comparison: Comparison) -> str:
     """Accuracies in percent, one line per method and number of seeds."""
     means = comparison.summaries[1:]
-    head = ["weights", comparison.in_distribution, *comparison.shifts, *(MEANS[s] for s in means)]
+    head = ["weights", comparison.in_distribution, *comparison.shifts, *(MEANS[s] for s in means), "cost"]
     body = [
         [
             line.name,
             _with_half(line.accuracy[comparison.in_distribution]),
             *(_percent(line.accuracy[shift].value) for shift in comparison.shifts),
             *(_with_half(line.summary[s]) for s in means),
+            line_cost(comparison, line),
         ]
         for line in comparison.lines
     ]
     return _table(head, body)
 
 
-def _differences(comparison: Comparison) -> str:
-    others = ("over mean seed", "over uniform soup")
-    head = ["weights", *(BEFORE[s] + other for other in others for s in comparison.summaries)]
+def _differences(comparison: Comparison, differences: Callable[[Line], Mapping[str, Difference]]) -> str:
+    """A row per line and summary that has a difference of this kind."""
+    head = ["weights", "on", "difference", "over", "beats it", "detectable", _no_worse(comparison), "p (Holm)"]
+    where = {"in-distribution": "in distribution"}
+    body = [
+        [
+            line.name,
+            where.get(summary, summary),
+            _signed(one),
+            one.over,
+            one.beats if isinstance(one.beats, str) else _in_percent(one.beats),
+            _percent(one.detectable),
+            one.no_worse,
+            _p(one.holm),
+        ]
+        for line in comparison.lines
+        for summary, one in differences(line).items()
+    ]
+    return _table(head, body)
 
-    def cells(line: Line) -> list[str]:
-        pairs = (line.over_seed, line.over_uniform)
-        return [_signed(d[s]) if s in d else "" for d in pairs for s in comparison.summaries]
 
-    return _table(head, [[line.name, *cells(line)] for line in comparison.lines if line.over_seed])
+def _no_worse(comparison: Comparison) -> str:
+    return f"no worse than {100 * comparison.margin:g} points"
 
 
 def _spreads(comparison: Comparison) -> str:
@@ -106,7 +121,7 @@ def _mcnemar(comparison: Comparison, family: str) -> str:
     body = []
     for name, tests in comparison.tests[family].items():
         in_order = [tests[summary] for summary in comparison.summaries]
-        counts = [cell for test in in_order for cell in (str(test.wins), str(test.losses), _p(test))]
+        counts = [cell for test in in_order for cell in (str(test.wins), str(test.losses), _p(test.holm))]
         body.append([name, in_order[0].against, *counts])
     return _table(head, body)
 
@@ -205,19 +220,10 @@ def published_figures(comparison: Comparison, backbone: Mapping[str, str] | None
     return [dataclasses.asdict(figure) for figure in side_by_side(rows, lines)]
 
 
-def _chosen_merges(comparison: Comparison) -> list[Line]:
-    """Of each highlighted method the line of fewest seeds: a rule that looks at no figure."""
-    chosen = []
-    for name, method in METHODS.items():
-        lines = [line for line in comparison.lines if line.key == name and method.style.highlight]
-        chosen += sorted(lines, key=lambda line: line.size)[:1]
-    return chosen
-
-
 def headline(comparison: Comparison) -> str:
     """The six lines that say most: anchor, mean and best seed, the highlighted merges of fewest seeds, the champion."""
     wanted = [line for line in comparison.lines if line.key in ("anchor", "mean-seed", "best-seed")]
-    wanted += _chosen_merges(comparison)
+    wanted += chosen_merges(comparison)
     rows = [(line.name, line.summary) for line in comparison.lines if line in wanted]
     champion = comparison.summary[comparison.champion]
     rows.append((f"**{comparison.champion}**, champion by the held-out split", champion))
@@ -245,21 +251,33 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any], pictures: Mapp
     listed = "every weight set" if complete else "the first weight set of each line of the main table"
     parts = [
         "# Comparison of merges",
-        f"Best on the held-out split: **{comparison.champion}** (registered as `champion`). Top-1 accuracy in percent; "
-        "± is half a 95 % interval: Wilson's for a single weight set, paired bootstrap "
-        f"({comparison.draws:,} draws over examples) for means. "
-        "A mean over weight sets is over the sets evaluated; its interval is that of the examples "
-        f"alone. Images: {sizes}. Towers computed in {comparison.precision}.",
+        advice(comparison),
+        f"The champion is **{comparison.champion}** (registered as `champion`). Top-1 accuracy in percent; "
+        f"± is half a 95 % interval over seeds and {comparison.resample}: what an experiment with other seeds "
+        f"and {comparison.resample} of the same kind would give. † marks those over {comparison.resample} alone, of "
+        "one weight set or of too few seeds. Cost: training in units of one seed; an ensemble also takes several "
+        f"passes per answer. Images: {sizes}. Towers computed in {comparison.precision}.",
         main_table(comparison),
         *(f"![{title}]({name})" for name, title in pictures.items()),
+        "## Which one to ship",
+        rule_in_words(comparison.choice),
+        candidates_table(comparison),
         "## Differences, in points",
-        "Paired over examples, 95 % bootstrap interval. Of a method with several scales or alphas: the best on the "
-        "held-out split.",
-        _differences(comparison),
+        f"Both sides are of the same {comparison.resample}, and of the same seeds where the interval is over them. "
+        "Of a method with several scales or alphas: the best on the held-out split. *Beats it*: the probability that a "
+        "new weight set of the method is better than one of the other made of the same new seeds, on these images, "
+        "with its 95 % interval. *Detectable*: the difference that an experiment of this size finds with 80 % power "
+        f"at 5 %. *{_no_worse(comparison).capitalize()}*: by where the interval ends. p: Student's t of no "
+        "difference, with Holm's correction over the table.",
+        "### Over the mean single seed",
+        _differences(comparison, lambda line: line.over_seed),
+        "### Over the uniform soup of the same seeds",
+        _differences(comparison, lambda line: line.over_uniform),
         "## Spread over seeds and subsets of seeds",
         _spreads(comparison),
         "## McNemar's exact test against the uniform soup of the same seeds",
-        f"Examples that only one of the two gets right{pooled}. "
+        f"Examples that only one of the two gets right{pooled}: whether these two weight sets differ, not whether the "
+        "methods do for other seeds. "
         f"{families['uniform']} tests, Holm's correction over them.",
         _mcnemar(comparison, "uniform"),
         f"## McNemar's exact test against {comparison.median_seed}",
@@ -279,6 +297,15 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any], pictures: Mapp
         f"chance makes them larger. `per_class.csv` has every class for {listed}.",
         _class_changes(comparison),
     ]
+    if comparison.front:
+        place = "on" if comparison.champion in comparison.front else "not on"
+        parts += [
+            "## Pareto front",
+            "Weight sets that no other equals or beats both in distribution and on the shifts. For reporting only: "
+            "they are picked on the test sets, so they look better here than on other images. The champion is "
+            f"{place} the front.",
+            front_table(comparison),
+        ]
     parts += [
         "## Notices",
         "Everything unusual that this comparison rests on, with the weight sets and benchmarks that it is about."
@@ -289,8 +316,7 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any], pictures: Mapp
     if facts.get("published"):
         parts += [
             "## Published figures",
-            "Top-1 accuracy in percent, with the 95 % interval of the images here; the gap in points is "
-            "here minus published.",
+            "Top-1 accuracy in percent, with the 95 % interval here; the gap in points is here minus published.",
             _published(facts["published"]),
         ]
     if "cosines" in facts:
@@ -328,7 +354,7 @@ def as_summary(comparison: Comparison) -> dict[str, dict[str, float]]:
     """
     champion = next(row for row in comparison.rows if row.name == comparison.champion)
     rows = {"champion": (len(champion.members), [champion.name], comparison.summary[champion.name])}
-    for line in [*(line for line in comparison.lines if line.key == "mean-seed"), *_chosen_merges(comparison)]:
+    for line in [*(line for line in comparison.lines if line.key == "mean-seed"), *chosen_merges(comparison)]:
         rows[line.key] = (line.size, list(line.rows), line.summary)
 
     def percent(names: Sequence[str], summary: Mapping[str, Estimate]) -> dict[str, float]:
@@ -373,16 +399,22 @@ def _csv(head: Sequence[str], body: Iterable[Sequence[object]]) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """One line per weight set: kind, members and accuracies in percent."""
+    """One line per weight set: kind, members, training in units of one seed, and accuracies in percent."""
     means = comparison.summaries[1:]
     body = []
     for row in comparison.rows:
         estimates = [comparison.accuracy[row.name][b] for b in comparison.benchmarks]
         estimates += [comparison.summary[row.name][s] for s in means]
         body.append(
-            [row.name, row.kind, "-".join(map(str, row.members)), *(round(100 * e.value, 4) for e in estimates)]
+            [
+                row.name,
+                row.kind,
+                "-".join(map(str, row.members)),
+                comparison.cost[row.name],
+                *(round(100 * e.value, 4) for e in estimates),
+            ]
         )
-    return _csv(["name", "kind", "members", *comparison.benchmarks, *(FIELDS[s] for s in means)], body)
+    return _csv(["name", "kind", "members", "cost", *comparison.benchmarks, *(FIELDS[s] for s in means)], body)
 
 
 def as_class_csv(comparison: Comparison) -> str:
@@ -448,11 +480,11 @@ def write_report(
     write_json(folder / "quality.json", as_quality(comparison))
     written = dataclasses.asdict(dataclasses.replace(comparison, metrics={}, classes={}))
     del written["metrics"], written["classes"]  # they have files of their own
-    write_json(folder / "comparison.json", sealed({**written, "facts": dict(facts)}))
+    write_json(folder / "comparison.json", sealed({**written, "advice": advice(comparison), "facts": dict(facts)}))
 
 
 def summary_lines(comparison: Comparison) -> str:
-    """The table for a terminal."""
+    """The table for a terminal, and what it says in words."""
     from rich.console import Console
     from rich.table import Table
 
@@ -470,4 +502,5 @@ def summary_lines(comparison: Comparison) -> str:
     console.print(table)
     shown = console.file
     assert isinstance(shown, io.StringIO)
-    return shown.getvalue()
+    words = [textwrap.fill(part.replace("**", ""), 130) for part in advice(comparison).split("\n\n")]
+    return shown.getvalue() + "\n" + "\n".join(words)

@@ -79,17 +79,15 @@ def judge(
     params: GeometryParams,
     *,
     files: Mapping[str, Path],
-    draws: int,
-    seed: int,
 ) -> Findings:
     """Every claim about accuracy that there are rows to judge by.
 
     `compared`: the comparison's results; `scored_points`: those of the points, none where none were asked for, and
     then the comparison's rows are judged. `files`: identity -> file of the comparison's weight sets.
     """
-    rows = Scored(compared, draws=draws, seed=seed)
+    rows = Scored(compared, draws=params.draws, seed=params.seed)
     if scored_points:
-        scored = Scored(scored_points, draws=draws, seed=seed)
+        scored = Scored(scored_points, draws=params.draws, seed=params.seed)
         distances = point_distances(scored_points[0], space, params)
     else:
         scored, distances = rows, row_distances(compared[0], space, files)

@@ -30,9 +30,11 @@ def remove_left_over(folder: Path, named: Iterable[object]) -> None:
 
 
 def remove_left_over_models(models: Path, params: Params) -> None:
-    """Remove what other settings have left of seeds, merges and periodic runs."""
+    """Remove what other settings have left of anchors, seeds, variants, merges, periodic and longer runs."""
+    remove_left_over(models / "anchors", params.anchors)
+    remove_left_over(models / "variants", params.variants)
     remove_left_over(models / "finetuned", params.seeds)
     remove_left_over(models / "centre", params.geometry.centre)
     remove_left_over(models / "merged", params.merge.methods)
-    for name in ("periodic", "longer"):
-        remove_left_over(models / name, params.periodic.sizes)
+    remove_left_over(models / "periodic", params.periodic)
+    remove_left_over(models / "longer", params.longer)

@@ -16,13 +16,13 @@ GEOMETRY_SECTION = "section.md"  # of the report, in the folder of the geometry
 SCORES = Path("scratch/scores")  # outcomes, whole or so far; see modelstock.scoring.score_cache
 
 
-def anchor_file(models: Path, name: str | None = None) -> Path:
-    """The anchor; with a name, another one that a pool of variants starts from."""
-    return models / "anchors" / f"{name}.safetensors" if name else models / "anchor.safetensors"
+def anchor_file(models: Path) -> Path:
+    """The anchor."""
+    return models / "anchor.safetensors"
 
 
 def variant_file(models: Path, name: str) -> Path:
-    """The weights of a variant: a seed with a recipe of its own."""
+    """The final weights of a variant."""
     return models / "variants" / name / "weights.safetensors"
 
 
@@ -48,14 +48,28 @@ def history_file(weights: Path) -> Path:
 
 def average_files(finetuned: Path, recipe: FinetuneParams, seeds: Sequence[int]) -> list[Path]:
     """The averages and snapshots that a recipe keeps of each seed."""
+    return [seed_file(finetuned, seed).with_name(name) for seed in seeds for name in _averages(recipe)]
+
+
+def _averages(recipe: FinetuneParams) -> list[str]:
     names = [f"ema-{decay}" for decay in recipe.ema] + ["lawa"] * (recipe.lawa > 0)
     names += [f"epoch-{n}" for n in range(1, recipe.head_first_epochs + recipe.epochs) if recipe.snapshots]
-    return [seed_file(finetuned, seed).with_name(f"{name}.safetensors") for seed in seeds for name in names]
+    return [f"{name}.safetensors" for name in names]
 
 
-def periodic_files(models: Path, sizes: Sequence[int]) -> list[Path]:
-    """The periodic runs, and the seeds that train as long."""
-    return [models / stage / str(size) / "weights.safetensors" for stage in ("periodic", "longer") for size in sizes]
+def variant_files(models: Path, recipes: Mapping[str, FinetuneParams]) -> list[Path]:
+    """The final weights of every variant, with the averages and snapshots that its recipe keeps."""
+    return [
+        variant_file(models, variant).with_name(name)
+        for variant, recipe in recipes.items()
+        for name in ("weights.safetensors", *_averages(recipe))
+    ]
+
+
+def periodic_files(models: Path, arms: Iterable[str], factors: Iterable[int]) -> list[Path]:
+    """The periodic runs by arm, and the seeds that train `factors` times as long."""
+    runs = [("periodic", arm) for arm in arms] + [("longer", str(factor)) for factor in factors]
+    return [models / stage / name / "weights.safetensors" for stage, name in runs]
 
 
 def merged_file(folder: Path, name: str) -> Path:
@@ -92,14 +106,17 @@ def other_files(
     methods: Iterable[str],
     recipe: FinetuneParams | None,
     seeds: Sequence[int],
-    sizes: Sequence[int],
+    variants: Mapping[str, FinetuneParams],
+    arms: Iterable[str],
+    factors: Iterable[int],
 ) -> list[Path]:
-    """Every weight set besides the anchor and the seeds: merges, averages and snapshots, periodic runs.
+    """Every weight set besides anchor and seeds: merges, averages, snapshots, variants, periodic and longer runs.
 
-    `recipe`: None for somebody's own checkpoints, of which there are no averages.
+    `recipe`: None for somebody's own checkpoints, of which there are no averages. `variants`: recipes by name.
     """
     averages = average_files(finetuned_folder(models), recipe, seeds) if recipe else []
-    return merged_files(models, methods) + averages + periodic_files(models, sizes)
+    others = variant_files(models, variants) + periodic_files(models, arms, factors)
+    return merged_files(models, methods) + averages + others
 
 
 def results_file(results: Path, benchmark: str) -> Path:

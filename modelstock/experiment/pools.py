@@ -4,28 +4,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Protocol
 
 from modelstock.data.dataset import Dataset
-from modelstock.errors import ParamsError
-from modelstock.experiment.paths import anchor_file, variant_file
+from modelstock.experiment.paths import variant_file
 from modelstock.geometry.points import Point
 from modelstock.geometry.space import Space, checkpoint_of, merge_plan
 from modelstock.merging.engine import merge
+from modelstock.params import VariantParams
 from modelstock.scoring.one_pass import ScoringOptions, accuracies
 from modelstock.weights.weight_set import WeightSet, load_weights
-
-
-class Variant(Protocol):
-    """What a setting of a variant says of it. `anchor`: the name of another anchor than the experiment's, or None."""
-
-    @property
-    def pool(self) -> str:
-        """The pool that it is in."""
-
-    @property
-    def anchor(self) -> str | None:
-        """The name of the anchor that it started from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,26 +24,21 @@ class Pool:
     members: Mapping[str, WeightSet]
 
 
-def load_pools(variants: Mapping[str, Variant], models: Path) -> list[Pool]:
+def load_pools(variants: Mapping[str, VariantParams], models: Path) -> list[Pool]:
     """The pools of two variants and more.
 
     Raises:
-        ParamsError: a pool whose variants start from different anchors.
         WeightsError: a weight set that is missing or damaged.
     """
-    by_pool: dict[str, dict[str, Variant]] = {}
+    by_pool: dict[str, list[str]] = {}
     for name, variant in variants.items():
-        by_pool.setdefault(variant.pool, {})[name] = variant
+        by_pool.setdefault(variant.pool, []).append(name)
     pools = []
-    for pool, members in by_pool.items():
-        anchors = list(dict.fromkeys(variant.anchor for variant in members.values()))
-        if len(anchors) > 1:
-            got = f"the anchors {' and '.join(str(anchor) for anchor in anchors)} in one pool"
-            raise ParamsError(f"variants, pool {pool}", got=got, expected="one", cure="give each anchor its own pool")
-        if len(members) > 1:
-            files = {name: load_weights(variant_file(models, name), lazy=True) for name in members}
-            origin = load_weights(anchor_file(models, anchors[0]), lazy=True)
-            pools.append(Pool(name=pool, anchor=origin, members=files))
+    for pool, names in by_pool.items():
+        if len(names) > 1:
+            members = {name: load_weights(variant_file(models, name), lazy=True) for name in names}
+            anchor = load_weights(models.parent / variants[names[0]].anchor, lazy=True)  # one for the whole pool
+            pools.append(Pool(name=pool, anchor=anchor, members=members))
     return pools
 
 

@@ -31,8 +31,8 @@ def row_of(weights: WeightSet) -> Row:
 
 
 def _row(weights: WeightSet, made_by: Mapping[str, Any]) -> Row:
-    describe = {"anchor": _anchor, "finetune": _seed, "longer": _longer}.get(made_by["stage"], _merge)
-    name, kind, members, options = describe(made_by)
+    by_stage = {"anchor": _anchor, "finetune": _seed, "variant": _variant, "longer": _longer, "periodic": _periodic}
+    name, kind, members, options = by_stage.get(made_by["stage"], _merge)(made_by)
     return Row(name=name, identity=weights.identity, kind=kind, members=members, options=options)
 
 
@@ -62,9 +62,23 @@ def _seed(made_by: Mapping[str, Any]) -> Description:
     return f"{average}@{value}/{seed}", average, (seed,), {option: value}
 
 
+def _variant(made_by: Mapping[str, Any]) -> Description:
+    seed, pool, average = int(made_by["seed"]), made_by["pool"], made_by.get("average")
+    if average is None:
+        return f"{pool}/{made_by['variant']}", pool, (seed,), {}
+    option = AVERAGES[average]
+    value = made_by["options"][option]
+    return f"{pool}-{average}@{value}/{made_by['variant']}", f"{pool}-{average}", (seed,), {option: value}
+
+
 def _longer(made_by: Mapping[str, Any]) -> Description:
     seed, factor = int(made_by["seed"]), made_by["factor"]
     return f"longer@{factor}/{seed}", "longer", (seed,), {"factor": factor}
+
+
+def _periodic(made_by: Mapping[str, Any]) -> Description:
+    kind, members = f"periodic-{made_by['arm']}", tuple(map(int, made_by["members"]))
+    return f"{kind}/{_joined(members)}", kind, members, made_by["options"]
 
 
 def _merge(made_by: Mapping[str, Any]) -> Description:

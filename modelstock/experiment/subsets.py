@@ -4,16 +4,19 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Literal
 
-Sets = Literal["ring", "pairs", "brief", "all"]
+Sets = Literal["ring", "pairs", "brief", "all", "single"]
 
 
 def subsets(seeds: Sequence[int], sets: Sets) -> list[tuple[int, ...]]:
     """Which seeds merge together: some pairs, fours, and all of them; none twice.
 
     "ring": every seed with the next, so each takes part in two pairs, and disjoint fours; "pairs": every pair, and
-    disjoint fours; "brief": disjoint pairs; "all": no pairs or fours. All seeds together come last everywhere.
+    disjoint fours; "brief": disjoint pairs; "all": no pairs or fours. All seeds together come last everywhere, except
+    with "single": every seed alone.
     """
     chosen: list[tuple[int, ...]] = []
+    if sets == "single":
+        return [(seed,) for seed in seeds]
     if sets == "ring":
         chosen = [(seeds[i], seeds[(i + 1) % len(seeds)]) for i in range(len(seeds))]
     elif sets == "pairs":

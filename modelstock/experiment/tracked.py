@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelstock.comparison.advice import advice
 from modelstock.comparison.compare import Comparison
 from modelstock.comparison.report import headline
 from modelstock.errors import redacted
@@ -52,7 +53,7 @@ def tracked(
                 identity=row.identity,
                 metrics=comparison.metrics[row.name],
                 summary=_summary(comparison, row),
-                params=_params(row, trained=key is not None),
+                params=_params(comparison, row, trained=key is not None),
                 description=_description(comparison, row, trained=key is not None),
                 weights=weights,
                 dvc_md5=None if weights is None else _hash(weights, dvc_hashes),
@@ -68,9 +69,10 @@ def tracked(
         held_out=comparison.held_out,
         params={**flat(params), **{f"dvc.{path}": md5 for path, md5 in dvc_hashes.items()}},
         files=sorted(file for file in report.iterdir() if file.is_file()),
-        note=headline(comparison),
+        note=f"{advice(comparison)}\n\n{headline(comparison)}",
         model_name=model_name,
         precision=comparison.precision,
+        held_out_shifts=comparison.held_out_shifts,
     )
 
 
@@ -88,7 +90,7 @@ def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _aliases(comparison: Comparison) -> dict[str, list[str]]:
-    """Row -> aliases: `champion`, and the name of its method for the best of each on the held-out split.
+    """Row -> aliases: `champion`, by the rule, and the name of its method for the best of each on the held-out split.
 
     Ties go to the row of fewer seeds, then to the first by name, as for the champion. Ensembles cannot be shipped.
     """
@@ -115,7 +117,7 @@ def _summary(comparison: Comparison, row: Row) -> dict[str, float]:
     }
 
 
-def _params(row: Row, *, trained: bool) -> dict[str, str]:
+def _params(comparison: Comparison, row: Row, *, trained: bool) -> dict[str, str]:
     """What tells rows apart, the same few for each, so that MLflow's plots of params have no gaps."""
     members = "-".join(map(str, row.members))
     return {
@@ -123,6 +125,7 @@ def _params(row: Row, *, trained: bool) -> dict[str, str]:
         "seeds": str(len(row.members)),
         "members": members,
         "options": _options(row, trained) or "none",
+        "cost": str(comparison.cost[row.name]),
     }
 
 

@@ -8,10 +8,11 @@ together, and a row of no seed, such as the anchor, counts once.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from modelstock.comparison.compare import check
-from modelstock.comparison.intervals import Accuracies, Float, percentile
+from modelstock.comparison.intervals import Float
 from modelstock.geometry.claims import Quantity
 from modelstock.scoring.results import Row, Scores
 
@@ -36,7 +37,12 @@ class Scored:
         self.rows: tuple[Row, ...] = results[0].rows
         self.held_out = held_out[0]
         self.seeds = [row.members[0] for row in self.rows if row.kind == "seed"]
-        self._accuracies = Accuracies(results, {"held-out": held_out, **means}, draws=draws, seed=seed)
+        self._measured: dict[str, Float] = {}
+        self._drawn: dict[str, Float] = {}
+        images = np.random.default_rng(seed)
+        for name, sets in {"held-out": held_out, **means}.items():
+            self._measured[name] = np.mean([scores.correct.mean(axis=1) for scores in sets], axis=0)
+            self._drawn[name] = np.mean([resampled(scores.correct, draws, images) for scores in sets], axis=0)
         generator = np.random.default_rng([seed, 1])
         self._counts = generator.multinomial(len(self.seeds), np.full(len(self.seeds), 1 / len(self.seeds)), size=draws)
 
@@ -55,12 +61,11 @@ class Scored:
 
     def measured(self, summary: str) -> Float:
         """Accuracies (rows,)."""
-        accuracies: Float = self._accuracies.measured[summary]
-        return accuracies
+        return self._measured[summary]
 
     def drawn(self, summary: str) -> Float:
         """Accuracies (draws, rows) on resampled images."""
-        return self._accuracies.drawn[summary]
+        return self._drawn[summary]
 
     def resamples(self, places: Sequence[int]) -> bool:
         """Whether there are seeds enough to draw them again for these rows: twice as many as in the largest row."""
@@ -116,11 +121,24 @@ class Scored:
         return ", ".join(part for part in (name, TITLES[summary]) if part)
 
 
+def resampled(correct: NDArray[np.bool_], draws: int, generator: np.random.Generator) -> Float:
+    """Accuracies (draws, rows) of bootstrap samples of the examples, the same samples for every row.
+
+    `correct`: (rows, n). A sample is a vector of multinomial counts, so its accuracies are one product.
+    """
+    rows, count = correct.shape
+    table, accuracies = correct.T.astype(np.float64), np.empty((draws, rows))
+    for start in range(0, draws, 200):
+        size = min(200, draws - start)
+        counts = generator.multinomial(count, np.full(count, 1 / count), size=size)
+        accuracies[start : start + size] = counts @ table / count
+    return accuracies
+
+
 def quantity(name: str, value: float, samples: Float, *, over: str, unit: str = "") -> Quantity:
     """A number with the 95 % interval of its resamples; those that are NaN do not count."""
     finite = samples[np.isfinite(samples)]
-    estimate = percentile(value, finite) if len(finite) else None
-    low, high = (estimate.low, estimate.high) if estimate else (None, None)
+    low, high = map(float, np.quantile(finite, [0.025, 0.975])) if len(finite) else (None, None)
     return Quantity(name=name, value=float(value), low=low, high=high, over=over, unit=unit)
 
 

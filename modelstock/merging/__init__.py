@@ -1,6 +1,7 @@
 """The merge engine: every method, on files of any size and in memory.
 
 methods/      the merge methods, one row each
+rules.py      what happens at a periodic merge, one row per rule
 kernels.py    the two sums every merge is made of, chunk by chunk
 checks.py     everything that a merge refuses
 plan.py       a merge that was checked and can be carried out

@@ -42,7 +42,10 @@ def check_options(
         )
     if row.most is not None and count > row.most:
         raise MergeError(
-            method, got=f"{count} fine-tuned weights", expected=f"{row.most} at most", cure="use karcher for more"
+            method,
+            got=f"{count} fine-tuned weights",
+            expected=f"{row.most} at most",
+            cure="use karcher for more" if row.most > 1 else "merge them one by one",
         )
     find_method(method, options, count)
     wanted = count if row.reads_statistics else 0

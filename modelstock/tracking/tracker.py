@@ -62,8 +62,9 @@ class TrackedTraining:
 class TrackedComparison:
     """A comparison and everything that it is of.
 
-    `datasets`: benchmark -> sha256 of its data; `held_out`: the benchmark whose data are for validation, all others
-    being for tests. `files`: the report's. `note`: Markdown. `precision`: of the towers when they were scored.
+    `datasets`: benchmark -> sha256 of its data; `held_out` and `held_out_shifts`: the benchmarks whose data are for
+    validation, all others being for tests. `files`: the report's. `note`: Markdown. `precision`: of the towers when
+    they were scored.
     """
 
     rows: Sequence[TrackedRow]
@@ -75,6 +76,7 @@ class TrackedComparison:
     note: str
     model_name: str
     precision: str = "float32"
+    held_out_shifts: Sequence[str] = ()
 
 
 class Tracker(Protocol):

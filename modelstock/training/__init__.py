@@ -11,7 +11,7 @@ recipe.py          parameter groups, loss and schedule of fine-tuning
 validation.py      accuracy on the held-out split while a seed trains
 finetune.py        one seed, with its averages and snapshots
 periodic.py        seeds merged on the way
-parallel_merge.py  Model Stock of models in training, in one process or across several
+parallel_merge.py  merges of models in training, in one process or across several
 pretrain.py        the embedded benchmark's tiny CLIP
 distributed.py     which of several processes this one is
 """

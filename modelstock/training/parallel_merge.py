@@ -1,4 +1,4 @@
-"""Model Stock of models in training, in place, in one process or across several.
+"""Merges of models in training, in place, in one process or across several.
 
 With one process per model, each gets a part of every update, so that of the weights only these parts, the inner
 products and the merged parts travel: as much as one all-reduce. Inner products are summed span by span as
@@ -6,9 +6,9 @@ products and the merged parts travel: as much as one all-reduce. Inner products 
 on CPUs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modelstock.merging.kernels import blended, chunks, inner_products, runs
-from modelstock.merging.methods.blend import Blend, summary
-from modelstock.merging.methods.model_stock import model_stock
+from modelstock.merging.methods.blend import Blend, pair_cosines, summary
+from modelstock.merging.rules import RULES, Rule
 from modelstock.training.distributed import ALONE, World
 from modelstock.weights.layout import is_running_statistic
 from modelstock.weights.tensors import StoredTensor, in_memory
@@ -58,32 +58,49 @@ def shares_of(spans: Sequence[Span], processes: int) -> list[list[Span]]:
     return shares
 
 
+def floating(model: torch.nn.Module) -> Iterator[tuple[Tensor, slice]]:
+    """The floating tensors of a model by name, themselves, and where each lies in `flat`."""
+    state, start = model.state_dict(), 0
+    for name in sorted(state):
+        if state[name].is_floating_point():
+            yield state[name].detach(), slice(start, start + state[name].numel())
+            start += state[name].numel()
+
+
 def flat(model: torch.nn.Module) -> Tensor:
     """The floating tensors of a model, by name, in one float32 vector on its device."""
-    state = model.state_dict()
-    return torch.cat([state[n].detach().reshape(-1) for n in sorted(state) if state[n].is_floating_point()])
+    return torch.cat([tensor.reshape(-1) for tensor, _ in floating(model)])
+
+
+def give_back(model: torch.nn.Module, own: Tensor, share: float) -> None:
+    """w <- share * own + (1 - share) * w, in place; `own`: what `flat` gave of the model before a merge."""
+    for tensor, place in floating(model):
+        # In float64, rounded once: a share of 1 gives `own` back to the last bit, and 0 leaves the merge.
+        before = own[place].reshape(tensor.shape).double()
+        tensor.copy_(share * before + (1 - share) * tensor.double())
 
 
 def merge_models(
-    anchor: WeightSet,
+    origin: WeightSet,
     models: Sequence[torch.nn.Module],
     *,
-    pairwise: Literal["cosine", "angle"] = "cosine",
-    clip: Literal["unit", "none"] = "unit",
+    rule: Rule = RULES["model_stock"],
+    options: Mapping[str, Any] | None = None,
     world: World = ALONE,
 ) -> Report:
-    """Merge this process's models with those of all others by Model Stock, in place; returns tensor -> facts.
+    """Merge this process's models with those of all others by a rule, in place; returns tensor -> facts.
 
+    `origin`: the weights w0 that updates are measured from. `options`: of the rule. Every model gets the merge itself;
+    what it keeps of its own is given back by `give_back`.
     BatchNorm's running statistics are averaged; its counters stay each model's own.
-    Facts: norms of the updates, cosine (mean over pairs), ratio, flag; the same in every process.
-    Source: Jang, Yun, Han, arXiv 2403.19522, eq. 3 and its periodic merging.
+    Facts: norms of the updates, cosine (mean over pairs), and the rule's; the same in every process.
     """
-    names = sorted(name for name, tensor in anchor.tensors.items() if tensor.dtype.kind == "f")
-    shares = shares_of(spans_of([anchor.tensors[name].size for name in names]), world.size)
+    names = sorted(name for name, tensor in origin.tensors.items() if tensor.dtype.kind == "f")
+    shares = shares_of(spans_of([origin.tensors[name].size for name in names]), world.size)
     counts = [sum(span.stop - span.start for span in spans) for spans in shares]
     share = _Share(
         spans=shares[world.rank],
-        anchor=np.concatenate([anchor.tensors[name].reshape(-1) for name in names]),
+        origin=np.concatenate([origin.tensors[name].reshape(-1) for name in names]),
         models=[part.cpu().numpy() for model in models for part in world.exchange(flat(model), counts)],
     )
     grams = _all_inner_products(share, shares, len(names), world)
@@ -94,28 +111,30 @@ def merge_models(
     grams = grams[:, order][:, :, order]
     mean = Blend(np.full(len(order), 1 / len(order)), {"running statistic": "averaged"})
     blends = [
-        mean if is_running_statistic(name) else model_stock(gram, pairwise=pairwise, clip=clip)
+        mean if is_running_statistic(name) else rule.blend(gram, options or {})
         for name, gram in zip(names, grams, strict=True)
     ]
     merged = share.blended([blend.coefficients for blend in blends], order)
     whole = _joined(merged, counts, world)
     for model in models:
-        state, offset = model.state_dict(), 0
-        for name in names:
-            state[name].copy_(whole[offset : offset + state[name].numel()].reshape(state[name].shape))
-            offset += state[name].numel()
-    return {
-        name: {"norms": np.sqrt(np.diag(gram)).tolist(), **summary(blend.facts)}
-        for name, gram, blend in zip(names, grams, blends, strict=True)
-    }
+        for tensor, place in floating(model):
+            tensor.copy_(whole[place].reshape(tensor.shape))
+    return {name: _facts(gram, blend) for name, gram, blend in zip(names, grams, blends, strict=True)}
+
+
+def _facts(gram: Float64, blend: Blend) -> dict[str, Any]:
+    """Norms of a tensor's updates, their mean cosine where none is zero, and what the rule says of it."""
+    norms = np.sqrt(np.diag(gram))
+    cosine = {"cosine": pair_cosines(gram).mean()} if norms.all() and "running statistic" not in blend.facts else {}
+    return {"norms": norms.tolist(), **summary({**cosine, **blend.facts})}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    """A process's part of all vectors: its spans, the whole vector of the anchor, and its part of each model's."""
+    """A process's part of all vectors: its spans, the whole vector of w0, and its part of each model's."""
 
     spans: Sequence[Span]
-    anchor: NDArray[Any]
+    origin: NDArray[Any]
     models: Sequence[Float32]
 
     @property
@@ -124,9 +143,9 @@ class _Share:
         return self.spans[0].start if self.spans else 0
 
     def tensors(self, span: Span) -> tuple[StoredTensor, list[StoredTensor]]:
-        """The anchor's values of a span, and each model's."""
+        """The values of w0 in a span, and each model's."""
         part = slice(span.start - self.start, span.stop - self.start)
-        arrays = {"": self.anchor[span.start : span.stop]} | {str(i): v[part] for i, v in enumerate(self.models)}
+        arrays = {"": self.origin[span.start : span.stop]} | {str(i): v[part] for i, v in enumerate(self.models)}
         origin, *tuned = in_memory(arrays, {}, "models in training").tensors.values()
         return origin, tuned
 

@@ -1,10 +1,11 @@
-"""Periodic merging: seeds train side by side, are merged by Model Stock on the way, and all go on from the merge.
+"""Periodic merging: seeds train side by side, are merged on the way by a rule, and go on from what it gives them.
 
 In one process the seeds take turns and share the decoded data; several processes train one seed each.
 """
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from modelstock.errors import TrainingError
 from modelstock.files import is_intact, sealed, write_json
+from modelstock.merging.rules import RULES
 from modelstock.models.towers import Classifier, build_classifier, tensors_of
 from modelstock.notices import remark
 from modelstock.params import FinetuneParams, PeriodicParams
@@ -24,7 +27,7 @@ from modelstock.training.distributed import ALONE, World
 from modelstock.training.inputs import Inputs
 from modelstock.training.job import Job, Setting
 from modelstock.training.loop import DamagedPoint, HistoryRow, Run
-from modelstock.training.parallel_merge import Report, merge_models
+from modelstock.training.parallel_merge import Report, flat, give_back, merge_models
 from modelstock.training.recipe import examples_of, new_run, steps_per_epoch
 from modelstock.training.resume import Clock, read_state, write_state
 from modelstock.training.validation import accuracy
@@ -47,21 +50,30 @@ def read_pointer(path: Path, *, of: str) -> dict[str, Any]:
     return point
 
 
+def merge_step(number: int, every: float, epoch: int) -> int:
+    """The step of merge `number`, from 1: `every` epochs of `epoch` steps after one another, each to the nearest step.
+
+    So merges stay with the epochs where `every` is no whole number of steps; a half is rounded up.
+    """
+    return int(number * every * epoch + 0.5)
+
+
 @dataclass(kw_only=True)
 class Periodic:
     """Seeds on their way: this process's runs, the step of the last merge, and the facts of all merges.
 
-    `every`: steps between two merges; `epoch`: steps of an epoch; `measure`: held-out accuracy of the merged model.
+    `epoch`: steps of an epoch; `measure`: held-out accuracy of the first run's model, when it is the merge.
+    `origin`: what the updates of the next merge are measured from; None: the anchor.
     """
 
     anchor: WeightSet
     runs: Sequence[Run]
     merging: PeriodicParams
     folder: Path
-    every: int
     epoch: int
     measure: Callable[[], float]
     world: World = ALONE
+    origin: WeightSet | None = None
     merged: int = 0
     saves: int = 0  # how often all seeds were saved: the number of the last resume point
     history: list[HistoryRow] = field(default_factory=list)
@@ -80,6 +92,8 @@ class Periodic:
                 self.history, self.reports = point["history"], point["reports"]
                 for run, state in zip(self.runs, states, strict=True):
                     run.load_state(state)
+                    if "origin" in state:
+                        self._start_from({name: tensor.numpy() for name, tensor in state["origin"].items()})
                 break
             unusable.append((saves.pop(), wrong))
         # No process goes on, and so none can finish and remove the point, before all have read it.
@@ -110,7 +124,10 @@ class Periodic:
         """
         self.saves += 1
         for run in self.runs:
-            write_state(self._state(run, self.saves), run.state(), of=self._name(run, self.saves))
+            state = run.state()
+            if self.origin is not None:
+                state["origin"] = {name: torch.from_numpy(tensor) for name, tensor in self.origin.tensors.items()}
+            write_state(self._state(run, self.saves), state, of=self._name(run, self.saves))
             run.saved_step = run.step
         self.world.barrier()
         if self.world.rank == 0:
@@ -152,7 +169,7 @@ class Periodic:
         """Train to the next merge, merge, and so on to the end."""
         steps = self.runs[0].steps
         while self.merged < steps:
-            target = min(self.merged + self.every, steps)
+            target = min(merge_step(len(self.reports) + 1, self.merging.every, self.epoch), steps)
             for run in self.runs:
                 for _ in run.stepping(until=target):
                     # Seeds that take turns in one process are saved wherever they are.
@@ -165,26 +182,36 @@ class Periodic:
                 self.clock.time(self.save)
 
     def _merge(self, target: int) -> None:
-        """Merge all seeds, which are at step `target`."""
+        """Merge all seeds, which are at step `target`; after the last merge no seed keeps anything of its own."""
+        rule, options = RULES[self.merging.rule], self.merging.options
         models = [run.model for run in self.runs]
-        report = merge_models(
-            self.anchor, models, pairwise=self.merging.pairwise, clip=self.merging.clip, world=self.world
-        )
+        kept = options[rule.kept] if rule.kept and target < self.runs[0].steps else 0.0
+        own = [flat(model) for model in models] if kept else []
+        report = merge_models(self.origin or self.anchor, models, rule=rule, options=options, world=self.world)
+        self.history.append(self._row(target, report))
+        if rule.toward and options[rule.toward] == "last":
+            self._start_from(tensors_of(models[0]))
+        if kept:
+            for model, before in zip(models, own, strict=True):
+                give_back(model, before, kept)
         if self.merging.reset_moments:
             for run in self.runs:
                 run.optimizer.state.clear()
-        self.history.append(self._row(target, report))
         self.reports[str(target)] = report
         self.merged = target
+
+    def _start_from(self, merge: Mapping[str, NDArray[Any]]) -> None:
+        """Measure the updates of the next merge from this one."""
+        self.origin = WeightSet(merge, self.anchor.meta, "the merge before")
 
     def _row(self, target: int, report: Report) -> HistoryRow:
         """The history's row of a merge: each seed's last loss, medians over tensors, and accuracy once per epoch."""
         losses = torch.tensor([run.last["loss"] for run in self.runs], dtype=torch.float64, device=self.world.device)
         row: HistoryRow = {"step": target}
         row |= {f"loss/{i}": loss.item() for i, loss in enumerate(torch.cat(self.world.gather(losses)))}
-        row |= {"merge/ratio": float(np.median([facts["ratio"] for facts in report.values() if "ratio" in facts]))}
-        cosines = [facts["cosine"] for facts in report.values() if facts.get("cosine") is not None]
-        row |= {"merge/cosine": float(np.median(cosines))} if cosines else {}
+        for name in ("ratio", "cosine"):
+            values = [facts[name] for facts in report.values() if facts.get(name) is not None]
+            row |= {f"merge/{name}": float(np.median(values))} if values else {}
         row["lr"] = self.runs[0].last["lr"]
         ended = target // self.epoch > self.merged // self.epoch or target == self.runs[0].steps
         if ended and self.world.rank == 0:
@@ -204,11 +231,12 @@ def train_periodic(
 ) -> tuple[Classifier, list[HistoryRow], dict[str, Report]]:
     """Train `seeds` from the anchor with periodic merges; returns the last merge, the history and all reports.
 
-    One process trains all seeds in turns; several train one each. Each seed has its own data order; one schedule runs
-    across all merges.
+    `merging`: an arm; each merge comes at the step that `merge_step` gives, and one at the end. One process trains all
+    seeds in turns; several train one each. Each seed has its own data order; one schedule runs across all merges.
 
     Raises:
-        TrainingError: as `finetune`; or another number of processes than one or one per seed.
+        TrainingError: as `finetune`; another number of processes than one or one per seed; merges less than a step
+            apart.
     """
     if world.size not in (1, len(seeds)):
         raise TrainingError(
@@ -219,6 +247,13 @@ def train_periodic(
         )
     anchor, preprocess = inputs.anchor, inputs.anchor.meta["preprocess"]
     epoch = steps_per_epoch(len(examples_of(inputs.train, recipe, seeds[0]).labels), recipe.batch_size)
+    if merging.every * epoch < 1:
+        raise TrainingError(
+            "periodic.every",
+            got=f"{merging.every:g} epochs of {epoch} steps",
+            expected=f"a step or more from one merge to the next, {math.ceil(10_000 / epoch) / 10_000:g} epochs",
+            cure="raise it",
+        )
     runs = [
         new_run(
             build_classifier(anchor).to(world.device),
@@ -238,7 +273,6 @@ def train_periodic(
         runs=runs,
         merging=merging,
         folder=folder,
-        every=merging.every_steps or epoch,
         epoch=epoch,
         measure=partial(accuracy, model, inputs.held_out, preprocess, world.device),
         world=world,
@@ -253,23 +287,25 @@ def merge_periodically(
     recipe: FinetuneParams,
     merging: PeriodicParams,
     *,
+    arm: str,
     seeds: Sequence[int],
     setting: Setting,
     out: Path,
 ) -> float | None:
     """Train `seeds` with periodic merges, and write the last merge, reports and history to the folder `out`.
 
-    Returns the held-out accuracy; None in every process but the first, which writes.
+    `arm`: what these settings are called. Returns the held-out accuracy; None in every process but the first, which
+    writes.
 
     Raises:
         TrainingError: see `train_periodic`.
     """
     # A seed's averages, and how many processes share the work, are not part of what is trained.
     options = recipe.model_dump(mode="json", exclude={"ema", "lawa", "snapshots", "devices"})
-    options |= merging.model_dump(mode="json", exclude={"sizes", "devices"})
+    options |= merging.model_dump(mode="json", exclude={"size", "devices"})
     job = Job(
-        name=f"periodic/{'-'.join(map(str, seeds))}",
-        made_by={"stage": "periodic", "method": "periodic", "members": list(seeds), "options": options},
+        name=f"periodic-{arm}/{'-'.join(map(str, seeds))}",
+        made_by={"stage": "periodic", "arm": arm, "members": list(seeds), "options": options},
         code="modelstock.training.periodic",
         facts=inputs.identities,
         setting=setting,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from modelstock.data.examples import Examples, InMemory
 from modelstock.data.shapes.names import TINY_PREPROCESS
 from modelstock.models.towers import build_classifier, tensors_of
-from modelstock.params import PeriodicParams, load_params
+from modelstock.params import ARMS, PeriodicParams, load_params
 from modelstock.training.distributed import ALONE, World
 from modelstock.training.finetune import finetune
 from modelstock.training.inputs import Inputs
@@ -36,7 +36,14 @@ RECIPE = load_params(ROOT / "params.yaml").finetune.model_copy(
         "ema": [0.5, 0.9],
     }
 )
-EVERY_EPOCH = PeriodicParams(sizes=[2])
+
+
+def arm(rule: str = "model_stock", *, size: int = 2, **settings: Any) -> PeriodicParams:
+    """An arm of periodic merging, with the rule's defaults."""
+    return ARMS[rule](rule=rule, size=size, **settings)
+
+
+EVERY_EPOCH = arm()
 
 Tensors = Mapping[str, NDArray[Any]]
 

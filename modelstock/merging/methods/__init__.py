@@ -10,8 +10,8 @@ gives w0 + scale * u; what differs is u. Exact zeros are handled as cases, never
 - search: u = sum_i c_i v_i, the c_i found by scoring: `(count, score, *, options) -> Blend`, or by the gradient of the
   held-out loss: `(start, loss, *, options) -> scales per tensor`.
 
-Modules: `model_stock`; `span`, `sparse`, `weighted`, `search`, a kind or family each; `rows`, what a row declares;
-`table`, the rows; `blend`, coefficients and cosines.
+Modules: `model_stock`, `normal_equations`; `span`, `sparse`, `spectral`, `weighted`, `search`, a kind or family each;
+`rows`, what a row declares; `table`, the rows; `blend`, coefficients and cosines.
 """
 
 from modelstock.merging.methods.rows import Choice, Method, Option, Style

@@ -6,6 +6,12 @@ import numpy as np
 
 from modelstock.errors import MergeError
 from modelstock.merging.methods.blend import Blend, Float, pair_cosines
+from modelstock.merging.methods.rows import Option
+
+OPTIONS = (
+    Option(name="pairwise", default="cosine", about="what is averaged over pairs", choices=("cosine", "angle")),
+    Option(name="clip", default="unit", about="keep t in [0, 1], or not", choices=("unit", "none")),
+)
 
 
 def stock_ratio(cosine: Float | float, count: int) -> Float:

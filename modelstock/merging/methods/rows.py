@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 Needs = Literal["", "depth", "fisher", "inner", "score", "gradient"]
 Of = Literal["updates", "weights"]
+Sets = Literal["ring", "pairs", "brief", "all", "single"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +91,10 @@ class Method:
     update, unless another is asked for. `needs`: what it reads besides the weights. `of`: with "weights", w0 counts as
     zero. `granular`: one set of coefficients per filter or for the whole model makes sense. `batched`: a function in
     the span that takes the inner products of many rows at once too, (rows, N, N). `ignores_angles`: one that does not
-    look at those of two different updates, which then need not be exact. `standard`: it is compared where no methods
-    are named; `sets`: which seeds then merge together. `elsewhere`: library -> its name there, and the difference if
-    there is one.
+    look at those of two different updates, which then need not be exact. `selects`: it may leave checkpoints out, and
+    its rows are named for those that it takes. `standard`: it is compared where no methods are named; `sets`: which
+    seeds then merge together, see modelstock.experiment.subsets. `elsewhere`: library -> its name there, and the
+    difference if there is one.
     """
 
     name: str
@@ -110,9 +112,10 @@ class Method:
     granular: bool = False
     batched: bool = False
     ignores_angles: bool = False
+    selects: bool = False
     chooses: Choice | None = None
     standard: bool = False
-    sets: Literal["ring", "pairs", "brief", "all"] = "brief"
+    sets: Sets = "brief"
     style: Style = Style("v", "tab:brown")
     title: str = ""  # in figures and headings; the name, where it is empty
     elsewhere: Mapping[str, str] = field(default_factory=dict)

@@ -5,13 +5,16 @@ from types import MappingProxyType
 from typing import Any
 
 from modelstock.errors import MergeError, nearest
-from modelstock.merging.methods import search, span, sparse, weighted
-from modelstock.merging.methods.model_stock import model_stock
+from modelstock.merging.methods import search, span, sparse, spectral, weighted
+from modelstock.merging.methods.model_stock import OPTIONS, model_stock
+from modelstock.merging.methods.normal_equations import normal_equations
 from modelstock.merging.methods.rows import Choice, Method, Of, Option, Style
 
 SCALE = Choice(option="scale", name="scales", low=0, high=10, values=(0.4, 0.6, 0.8, 1.0, 1.2))
 TENTHS = tuple(step / 10 for step in range(1, 10))
 ALPHA = Choice(option="alpha", name="alphas", low=0, high=1, open_end=True, values=TENTHS, curve=True)
+
+AROUND_ONE = Choice(option="scale", name="scales", low=0, high=10, values=(0.6, 0.8, 1.0, 1.2, 1.4, 1.6))
 
 SPACES: tuple[tuple[str, Of], ...] = (("", "updates"), ("_weights", "weights"))
 
@@ -72,10 +75,7 @@ ROWS = (
         kind="span",
         formula="w0 + t * mean(v_i), t = N cos / (1 + (N - 1) cos)",
         source="Jang, Yun, Han, arXiv 2403.19522, eq. 3",
-        own_options=(
-            Option(name="pairwise", default="cosine", about="what is averaged over pairs", choices=("cosine", "angle")),
-            Option(name="clip", default="unit", about="keep t in [0, 1], or not", choices=("unit", "none")),
-        ),
+        own_options=OPTIONS,
         least=2,
         granular=True,
         batched=True,
@@ -84,6 +84,37 @@ ROWS = (
         style=Style("D", "tab:red", highlight=True),
         title="Model Stock",
         elsewhere={"mergekit": "model_stock", "fusion_bench": "model_stock; adds 1e-8 to the norms' product"},
+    ),
+    Method(
+        name="tuned_stock",
+        function=model_stock,
+        kind="span",
+        formula="w0 + scale * t * mean(v_i), t as model_stock; scale is what an experiment chooses",
+        source="Jang, Yun, Han, arXiv 2403.19522, eq. 3, with one factor for all tensors",
+        own_options=OPTIONS,
+        least=2,
+        granular=True,
+        batched=True,
+        chooses=AROUND_ONE,
+        sets="ring",
+        style=Style("d", "tab:red"),
+        title="Model Stock, tuned",
+    ),
+    Method(
+        name="normal_equations",
+        function=normal_equations,
+        kind="span",
+        formula="w0 + sum_i l_i v_i, G l = b, G_ij = <v_i, v_j>, b_j the mean of G_ij over the others i",
+        source="least squares; equal norms and angles give Model Stock",
+        own_options=(
+            Option(name="clip", default="unit", about="l_i >= 0 and their sum <= 1, or not", choices=("unit", "none")),
+        ),
+        least=2,
+        granular=True,
+        batched=True,
+        sets="ring",
+        style=Style("D", "tab:purple"),
+        title="normal equations",
     ),
     Method(
         name="uniform",
@@ -241,12 +272,29 @@ ROWS = (
         elsewhere={"fusion_bench": "regmean"},
     ),
     Method(
+        name="monosoup",
+        function=spectral.monosoup,
+        kind="values",
+        formula="w0 + (1 - low) * v_high + low * v_low, v_high the leading singular directions of a matrix's update",
+        source="Abdollahpoorrostam et al., MonoSoup, arXiv 2602.09689, by its authors' code",
+        own_options=(
+            Option(name="rank", default="effective", about="of v_high", choices=("effective", "energy")),
+            Option(name="energy", default=0.8, about="v_high's share of the squares, with rank energy", low=0, high=1),
+        ),
+        most=1,
+        sets="single",
+        style=Style("*", "tab:blue"),
+        title="MonoSoup",
+        elsewhere={"the authors' MonoSoup.py": "freevariance and variance; float32"},
+    ),
+    Method(
         name="greedy",
         function=search.greedy,
         kind="search",
         formula="w0 + scale * mean of the v_i in the soup: best first, each kept if the mean gets strictly better",
         source=f"{SOUPS}, recipe 1",
         needs="score",
+        selects=True,
         standard=True,
         sets="all",
         style=Style("^", "tab:green"),

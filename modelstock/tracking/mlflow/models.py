@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 REQUIREMENTS = ("mlflow", "numpy", "open_clip_torch", "pandas", "pillow", "safetensors", "timm", "torch", "torchvision")
 ABOUT = """\
 Weight sets of one experiment: the best per method on the held-out split, each under an alias with the method's name,
-and the best of all, `champion`. Load one with `mlflow.pyfunc.load_model("models:/{name}@champion")`; its `predict`
+and the one to ship, `champion`. Load one with `mlflow.pyfunc.load_model("models:/{name}@champion")`; its `predict`
 takes a list of images (paths, data URLs, bytes, Pillow's) or a table with a column of them or of arrays, and returns
 labels with probabilities.
 """

@@ -241,10 +241,11 @@ class MlflowTracker(Connection):
 
         inputs = run.inputs.dataset_inputs if run.inputs else []
         present = {(entry.dataset.name, entry.dataset.digest) for entry in inputs}
+        validation = {comparison.held_out, *comparison.held_out_shifts}
         missing = [
             DatasetInput(
                 Dataset(name, digest[:36], "local", f"data/{name}"),
-                [InputTag("mlflow.data.context", "validation" if name == comparison.held_out else "test")],
+                [InputTag("mlflow.data.context", "validation" if name in validation else "test")],
             )
             for name, digest in comparison.datasets.items()
             if (name, digest[:36]) not in present
