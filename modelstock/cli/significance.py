@@ -11,7 +11,7 @@ from modelstock.cli.options import AsJson, check_once
 from modelstock.errors import ParamsError
 
 if TYPE_CHECKING:
-    from modelstock.comparison.significance import Significance
+    from modelstock.significance import Significance
 
 
 def significance(
@@ -48,12 +48,12 @@ def significance(
     if same and not (row_a and row_b):
         got = f"{same.pop()}, which SCORES_A has too"
         raise ParamsError("SCORES_B", got=got, expected="other results", cure="choose rows with --row-a and --row-b")
-    from modelstock.comparison.outcomes import Columns, read_outcomes
-    from modelstock.comparison.significance import significance
+    from modelstock.significance import Columns, read_outcomes
+    from modelstock.significance import significance as of_two_sides
 
     columns = Columns(id=paired_by, correct=correct, by_class=by_class, where=_where(where or []))
     sides = [read_outcomes(files, columns, rows or []) for files, rows in ((files_a, row_a), (files_b, row_b))]
-    found = significance(*sides, margin=margin / 100)
+    found = of_two_sides(*sides, margin=margin / 100)
     if as_json:
         print(json.dumps({"source_a": sides[0].source, "source_b": sides[1].source, **found.as_dict()}, indent=1))
         return

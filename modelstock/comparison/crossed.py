@@ -13,7 +13,7 @@ taken to be the share of the members that they have in common, which is exact wh
 what its seeds bring, and an upper bound where a subset brings something of its own. `share` is the mean of those
 correlations over all pairs of rows, and `trace` what is left of them after the mean is taken off: for single seeds
 they are 1 / rows and rows - 1. The degrees of freedom are Satterthwaite's, of `seeds` and of what `images` has more
-than the interaction, and no fewer than those of `seeds`; they are those of the images where seeds add nothing.
+than the interaction, no fewer than those of `seeds` and no more than those of the images.
 
 Images are drawn one by one, or by cluster, where all images of a class are drawn together.
 
@@ -122,12 +122,11 @@ def crossed(samples: Sequence[Sample], clusters: Sequence[NDArray[np.integer]] |
             spreads.append((one, sample.subsets.freedom))
             seeds.append((one * sample.subsets.share, sample.subsets.freedom))
     of_seeds = sum(part for part, _ in seeds)
-    variance, freedom = images, images_freedom
-    if of_seeds > interaction:
-        variance += of_seeds - interaction
+    variance, freedom = images + max(0.0, of_seeds - interaction), images_freedom
+    if of_seeds:
         beyond = (max(0.0, images - interaction), images_freedom)
         few = min(images_freedom, satterthwaite(seeds))
-        freedom = max(few, satterthwaite([*seeds, beyond], variance))
+        freedom = max(few, min(images_freedom, satterthwaite([*seeds, beyond], variance)))
     drawn = "images" if clusters is None else "classes"
     return Crossed(
         value=float(sum(rows.mean() for rows in means)),

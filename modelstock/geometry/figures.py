@@ -76,16 +76,16 @@ def _norms(geometry: Geometry, drawing: Figure) -> None:
 
 
 def _ratios(geometry: Geometry, drawing: Figure) -> None:
-    """t(theta) for several numbers of seeds, and each tensor at its mean angle and its t."""
+    """t(theta) for several numbers of seeds, these seeds' among them, and each tensor at its mean angle and its t."""
     drawing.set_size_inches(7.4, 4.8)
     axes = drawing.subplots()
     theta = np.linspace(0, 90, 361)
-    for count in CURVES:
+    stack = geometry.stack()
+    for count in sorted({*CURVES, stack.count}):
         ratio = np.maximum(0, stock_ratio(np.cos(np.radians(theta)), count))
         axes.plot(theta, ratio, color="0.7", linewidth=1, zorder=1)
         at = int(np.abs(ratio - 0.5).argmin())
         axes.annotate(f"N = {count}", (theta[at], ratio[at]), fontsize=7, color="0.4")
-    stack = geometry.stack()
     angle, ratio = shell.angles(stack).mean(axis=1), shell.applied(stack)
     for kind, colour in COLOURS.items():
         at_kind = [place for place, name in enumerate(geometry.counted) if geometry.groups[name].kind == kind]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstock import __version__
-from modelstock.errors import MergeError
+from modelstock.errors import MergeError, few
 from modelstock.files import dump_json, room_for, sealed
 from modelstock.geometry.claims import Claim, claims_table
 from modelstock.geometry.measure import Geometry
@@ -20,6 +20,9 @@ from modelstock.notices import notice
 from modelstock.provenance import provenance
 
 Pictures = Mapping[str, tuple[str, bytes]]  # file -> what it shows, and the PNG
+# What a measurement writes, and what replacing it removes.
+PICTURES = ("cosine.png", "norms.png", "ratio.png", "triangle.png", "oracle.png", "steps.png")
+FILES = ("geometry.json", "geometry.md", "tensors.csv", *PICTURES)
 COLUMNS = {  # of the page's table of types -> the statistic, mean over tensors
     "norm": "norm_mean",
     "CV": "norm_cv",
@@ -77,7 +80,7 @@ def page(written: Mapping[str, Any], claims: Sequence[Claim], pictures: Pictures
         + (f"{len(centre)} checkpoints ({', '.join(centre)})." if centre else "for each subset, the seeds outside it."),
         "",
         "Brackets are 95 % intervals over seeds, by the jackknife: each seed is left out once. A verdict needs the "
-        "whole interval on one side of the threshold.",
+        "whole interval on one side of the threshold." + (" The centre is taken as given." if centre else ""),
         "",
         "## Claims",
         claims_table(claims),
@@ -168,26 +171,26 @@ def draw(geometry: Geometry, steps: Mapping[int, Geometry] | None = None) -> Pic
 
 
 def check_folder(out: Path, overwrite: bool) -> None:
-    """Refuse a folder that cannot be written.
+    """Refuse a folder that cannot be written, or holds more than an earlier measurement.
 
     Raises:
-        MergeError: it exists and is not to be replaced, is not one of ours, or has nowhere to go.
+        MergeError: it is a file, is not empty and not to be replaced, holds other files, or has nowhere to go.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise MergeError(out, got="a file", expected="a folder", cure="name another output")
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise MergeError(
-                out, got="a folder that is not empty", expected="a new one", cure="use --overwrite or another name"
-            )
-        if not (out / "geometry.json").is_file():
-            raise MergeError(
-                out,
-                got="a folder without geometry.json",
-                expected="one of an earlier `modelstock geometry` to replace",
-                cure="name another output",
-            )
+    names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if names and not overwrite:
+        raise MergeError(
+            out, got="a folder that is not empty", expected="a new one", cure="use --overwrite or another name"
+        )
+    if others := [name for name in names if name not in FILES]:
+        raise MergeError(
+            out,
+            got=f"a folder that holds {few(others)}",
+            expected="nothing but an earlier measurement to replace",
+            cure="name another output",
+        )
     place = standing(out)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise MergeError(out, got=f"{place}, which is no folder to write to", expected="one", cure="name another")

@@ -9,8 +9,8 @@ import numpy as np
 from modelstock.comparison.crossed import Crossed, Sample, Subsets, crossed
 from modelstock.comparison.differences import Difference, difference
 from modelstock.comparison.intervals import Accuracies, Estimate
-from modelstock.comparison.outcomes import Outcomes, check_same_ids, check_same_values
 from modelstock.comparison.paired_tests import mcnemar
+from modelstock.significance.outcomes import Outcomes, check_same_ids, check_same_values
 
 Of = TypeVar("Of", bound=Estimate)
 
