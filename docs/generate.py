@@ -4,6 +4,7 @@
     python docs/generate.py --results results       # also the results page, the headline and the figure, from a run,
                                                     # with the distances to the anchor of reports/comparison.json
     python docs/generate.py --results results --preset methods    # a run of a preset: its page results-methods.md
+    python docs/generate.py --geometry geometry     # a run of preset=geometry: geometry.md and its pictures
     python docs/generate.py --check                 # write nothing; fail where a page is not current
 
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
@@ -231,7 +232,15 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--preset", default=DEFAULT)
+    parser.add_argument("--geometry", type=Path)
     options = parser.parse_args()
+    if options.geometry:
+        from geometry_page import geometry_page
+
+        text, images = geometry_page(options.geometry)
+        FILES["docs/geometry.md"] = lambda: text
+        for name, picture in images.items():
+            (ROOT / "docs" / name).write_bytes(picture)
     if options.results:
         headline, page, pictures = from_results(options.results, options.preset)
         if options.preset == DEFAULT:

@@ -1,6 +1,8 @@
 """The stages points, geometry and compare on a very small experiment, and settings of the geometry that are refused."""
 
+import importlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +156,23 @@ def test_points_geometry_and_report(project, monkeypatch):
     assert "section.md" not in beside
 
 
+def test_the_page_of_the_docs_has_every_claim_with_its_meaning_and_its_picture(project, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "docs")
+    geometry_page = importlib.import_module("geometry_page")
+    folder = project / "geometry"
+    text, pictures = geometry_page.geometry_page(folder)
+    written = json.loads((folder / "geometry.json").read_text())
+    for claim in written["claims"]:
+        assert f"{claim['title']}: {claim['verdict']}\n" in text
+    known = {claim["key"] for claim in written["claims"] if claim["artefact"]}
+    assert known <= set(geometry_page.MEANINGS)
+    assert {"geometry-plane.png", "geometry-distance.png", "geometry-cosine.png"} <= set(pictures)
+    assert set(re.findall(r"\]\((geometry-[\w.]+)\)", text)) == set(pictures)
+    monkeypatch.setattr(geometry_page, "MOST", 1000)
+    with pytest.raises(ValueError, match="more than 1,000"):
+        geometry_page.geometry_page(folder)
+
+
 def test_without_points_the_comparisons_rows_are_judged(project, monkeypatch, tmp_path):
     monkeypatch.chdir(project)
     settings(project, **NOTHING)
@@ -161,7 +180,7 @@ def test_without_points_the_comparisons_rows_are_judged(project, monkeypatch, tm
         geometry_stage(RESULTS, MODELS, tmp_path)
     assert [str(line.message).partition(": ")[0] for line in given] == [
         *(f"models/centre/{seed}" for seed in (10, 8, 9)),
-        *(f"results/points/{name}.safetensors" for name in SPLITS),
+        *(f"results/points/{name}.safetensors" for name in ("held-out", "shapes-sketch", "shapes")),
     ]
     found = claims(str(tmp_path))
     assert {"closer", "seeds", "cost", "regret", "angles"} <= set(found)

@@ -12,8 +12,15 @@ weight_claims.py    the claims that weights decide
 tables.py           rows per tensor, type, block and model
 figures.py          pictures, with matplotlib
 page.py             the files of a measurement
+space.py            blends of the seeds, and distances from their centre
+points.py           weight sets that are scored for the geometry alone
+accuracy.py         accuracies of rows, with intervals over images and seeds
+accuracy_claims.py  the claims that accuracies decide
+questions.py        what the paper leaves open: costs, choices, ratios, where merging fails
+accuracy_figures.py pictures of where accurate weights lie
 
-What is measured from weights alone needs neither torch nor a model, and any checkpoint will do.
+What is measured from weights alone needs neither torch nor a model, and any checkpoint will do; what accuracies decide
+needs rows that were scored.
 """
 
 from modelstock.geometry.claims import Claim, Quantity, claims_table

@@ -18,7 +18,7 @@ from modelstock.merging.methods.rows import Style
 
 Picture = tuple[str, bytes]  # what it shows, and the PNG
 STYLES = {
-    "centre": Style("X", "tab:red"),
+    "centre": Style("X", "magenta"),
     "path": Style(".", "tab:olive"),
     "granularity": Style("s", "tab:cyan"),
     "oracle": Style("h", "tab:pink"),
@@ -99,10 +99,17 @@ def plane_figure(
     x, y = to(*grid)
     marks = {"anchor": (0.0, 0.0, "*", "black"), "seeds": (1.0, 0.0, "o", "dimgray")}
     marks |= {
-        "uniform soup": (0.5, 0.5, "s", "tab:orange"),
-        "Model Stock, one ratio": (stock / 2,) * 2 + ("D", "tab:blue"),
+        "uniform soup": (0.5, 0.5, style_of("uniform").marker, style_of("uniform").colour),
+        "Model Stock, one ratio": (
+            stock / 2,
+            stock / 2,
+            style_of("model_stock").marker,
+            style_of("model_stock").colour,
+        ),
     }
-    marks |= {"centre's projection": (*projection, "X", "tab:red")} if projection else {}
+    marks |= (
+        {"centre's projection": (*projection, STYLES["centre"].marker, STYLES["centre"].colour)} if projection else {}
+    )
     drawing, panels = _panels(scored, height=4.6)
     for summary, axes in panels.items():
         values = 100 * np.array([[scored.measured(summary)[place_of[a, b]] for b in steps] for a in steps])
@@ -125,8 +132,8 @@ def ray_figure(
     if not rays:
         return {}
     marks = {
-        "Model Stock": (float(np.mean([stock[pair] for pair in rays])), "tab:blue"),
-        "uniform soup": (1.0, "tab:orange"),
+        "Model Stock": (float(np.mean([stock[pair] for pair in rays])), style_of("model_stock").colour),
+        "uniform soup": (1.0, style_of("uniform").colour),
         "SLERP": (float(np.mean([slerp[pair] for pair in rays])), "tab:green"),
     }
     drawing, panels = _panels(scored)
