@@ -484,6 +484,41 @@ class CompareParams(Section):
     champion: ChampionParams = ChampionParams()
 
 
+class GeometryParams(Section):
+    """Where the seeds' weights lie, and what that means for accuracy: points that are scored beside the comparison.
+
+    `benchmarks`: of evaluate.benchmarks; none: nothing is scored for it alone. `centre`: seeds that are trained beside
+    `seeds` and are in no comparison: their mean is the centre. `sizes`, `subsets`: merges of so many seeds, of so many
+    subsets of each size at most. `pairs`: so many pairs of seeds are scaled by `scales` and merged at each granularity.
+    `paths`: so many seeds are interpolated with the anchor by `alphas`. `plane`: coordinates, along each of the first
+    two seeds' updates, of a grid. `noise`: draws of each kind around the centre. `draws`: of bootstraps. `seed`: of
+    subsets, noise and bootstraps.
+    """
+
+    benchmarks: Annotated[list[str], Once] = []
+    centre: Annotated[list[Seed], Once] = []
+    sizes: Annotated[list[Annotated[int, Field(ge=2)]], Once] = []
+    subsets: int = Field(default=0, ge=0)
+    pairs: int = Field(default=0, ge=0)
+    scales: Annotated[list[Annotated[float, Field(gt=0, le=4)]], Once] = []
+    paths: int = Field(default=0, ge=0)
+    alphas: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Once] = []
+    plane: Annotated[list[Annotated[float, Field(ge=-2, le=3)]], Once] = []
+    noise: int = Field(default=0, ge=0)
+    draws: int = Field(default=1000, ge=100)
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _together(self) -> "GeometryParams":
+        if len(self.centre) == 1:
+            raise ValueError("centre is the mean of two seeds or more")
+        if self.noise and not self.centre:
+            raise ValueError("noise is drawn around the centre: name its seeds in centre")
+        if self.plane and not {0.0, 1.0} <= set(self.plane):
+            raise ValueError("plane needs the coordinates 0.0 and 1.0, of the anchor and the seeds themselves")
+        return self
+
+
 class TrackingParams(Section):
     """Where runs are shown, and names there. Where MLflow is comes from MLFLOW_TRACKING_URI.
 
@@ -528,6 +563,7 @@ class Params(Section):
     merge: MergeParams
     evaluate: EvaluateParams
     compare: CompareParams
+    geometry: GeometryParams
     tracking: TrackingParams
 
     @field_validator("checkpoints")
@@ -563,6 +599,7 @@ class Params(Section):
             problems.append("variants: {} where checkpoints are given, for nothing is trained")
         if self.checkpoints and len(self.checkpoints) != seeds:
             problems.append(f"{len(self.checkpoints)} checkpoints for {seeds} seeds: name one per seed")
+        problems += self._geometry_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -604,6 +641,26 @@ class Params(Section):
             first = settings.setdefault(arm.model_dump_json(exclude={"devices"}), name)
             if first != name:
                 problems.append(f"periodic.{name} has the settings of periodic.{first}: leave one out")
+        return problems
+
+    def _geometry_problems(self) -> list[str]:
+        """Points that no data, or no seeds, are there for."""
+        section, benchmarks = self.geometry, self.evaluate.benchmarks
+        problems = [
+            f"geometry.benchmarks names {_hint(n, benchmarks)}" for n in section.benchmarks if n not in benchmarks
+        ]
+        if section.benchmarks and not problems:
+            roles = {self.prepare.role(name) for name in section.benchmarks if name in self.prepare.splits}
+            if not {"held-out", "in-distribution"} <= roles:
+                problems.append("geometry.benchmarks needs held-out and the in-distribution set, or is empty")
+        both = [str(seed) for seed in section.centre if seed in self.seeds]
+        if both:
+            problems.append(f"geometry.centre and seeds both name {', '.join(both)}: a centre is of other seeds")
+        if section.centre and self.checkpoints:
+            problems.append("geometry.centre: [] where checkpoints are given, for nothing is trained")
+        most = {"sizes": max(section.sizes, default=0), "pairs": section.pairs, "paths": section.paths}
+        seeds = len(self.seeds)
+        problems += [f"geometry.{name} wants {n} of {seeds} seeds" for name, n in most.items() if n > seeds]
         return problems
 
     def _shared_images(self) -> list[str]:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from modelstock.comparison.report import summary_lines, write_summary
 from modelstock.errors import TrackingError
-from modelstock.experiment.compare import checked, compare_results, files_by_identity
+from modelstock.experiment.compare import checked, compare_results
 from modelstock.experiment.left_over import remove_left_over, remove_left_over_models
 from modelstock.experiment.paths import (
+    POINTS,
     anchor_file,
+    files_by_identity,
     finetuned_folder,
     history_file,
     load_seeds,
@@ -27,14 +29,14 @@ from modelstock.weights.weight_set import load_weights
 from stages import run
 
 
-def main(results: Path, models: Path, out: Path, metrics: Path) -> None:
+def main(results: Path, models: Path, geometry: Path, out: Path, metrics: Path) -> None:
     """RESULTS: results per example; MODELS: anchor.safetensors and folders of weight sets; OUT: the report's folder.
 
-    METRICS: the folder of what `dvc metrics show` prints.
+    GEOMETRY: the folder of that stage, whose section the report shows. METRICS: that of what `dvc metrics show` prints.
     """
     params = load_params()
     remove_left_over_models(models, params)
-    remove_left_over(results, [results_file(results, name).name for name in params.evaluate.benchmarks])
+    remove_left_over(results, [POINTS, *(results_file(results, name).name for name in params.evaluate.benchmarks)])
     scores = [load_scores(results_file(results, name)) for name in params.evaluate.benchmarks]
     tuned, seeds = finetuned_folder(models), params.seeds
     others = other_files(
@@ -57,6 +59,7 @@ def main(results: Path, models: Path, out: Path, metrics: Path) -> None:
         histories=[file for file in map(history_file, seed_files) if file.exists()],
         resample=params.compare.resample,
         margin=params.compare.margin,
+        geometry=geometry,
         champion=params.compare.champion,
     )
     remove_left_over(metrics, write_summary(comparison, metrics))

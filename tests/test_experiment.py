@@ -13,12 +13,13 @@ from modelstock.cli.app import app
 from modelstock.damage import CACHE
 from modelstock.data.dataset import open_dataset
 from modelstock.errors import MergeError, WeightsError
-from modelstock.experiment.compare import compare_results, files_by_identity
+from modelstock.experiment.compare import compare_results
 from modelstock.experiment.evaluate import Candidates, score_benchmark
 from modelstock.experiment.left_over import remove_left_over
 from modelstock.experiment.merge import SubsetMerges, merge_method
 from modelstock.experiment.paths import (
     anchor_file,
+    files_by_identity,
     finetuned_folder,
     load_seeds,
     merged_files,
@@ -37,6 +38,7 @@ from modelstock.scoring.score_cache import ensemble_identity
 from modelstock.weights.weight_set import WeightSet, load_weights
 from stages.compare import main as compare_stage
 from stages.evaluate import main as evaluate_stage
+from stages.geometry import main as geometry_stage
 from stages.merge import main as merge_stage
 from tests.support.settings import full_params
 from tests.support.splits import make_split
@@ -62,7 +64,7 @@ def project(tmp_path, data, anchor, variants, monkeypatch):
     params = yaml.load(full_params())
     params |= {"threads": 1, "device": "cpu", "seeds": [0, 1, 2]}
     params["finetune"] |= {"ema": [], "lawa": 0, "snapshots": False}
-    params |= {"periodic": {}, "longer": []}
+    params |= {"variants": {}, "periodic": {}, "longer": []}
     params["merge"]["methods"] = list(METHOD_NAMES)
     params["evaluate"] |= {"benchmarks": list(SPLITS), "batch_size": 32}
     with open(tmp_path / "params.yaml", "w") as file:
@@ -82,7 +84,8 @@ def run_stages(project: Path, data: Path) -> None:
         merge_stage(method, anchor_file(models), finetuned_folder(models), data / "train", data / "held-out", out)
     for split in SPLITS:
         evaluate_stage(data / split, models, results_file(Path("results"), split))
-    compare_stage(Path("results"), models, Path("reports"), Path("metrics"))
+    geometry_stage(Path("results"), models, Path("geometry"))
+    compare_stage(Path("results"), models, Path("geometry"), Path("reports"), Path("metrics"))
 
 
 def run_command(project: Path, data: Path) -> str:

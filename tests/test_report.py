@@ -434,18 +434,23 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "models/merged/uniform/report.json").write_text('{"0-1": {}}')
     for name in ("held-out", "shapes"):
         save_scores(tmp_path / f"results/{name}.safetensors", made(name, [0.5, 0.6, 0.7, 0.8], 400, tuple(rows)))
+    (tmp_path / "geometry").mkdir()
+    (tmp_path / "geometry/section.md").write_text("## Geometry\n\nNothing was measured.\n")
+    (tmp_path / "geometry/accuracy.json").write_text("{}\n")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_the_stage_compares_somebodys_own_checkpoints_on_one_test_set(own, capsys):
-    compare_stage(Path("results"), Path("models"), Path("reports"), Path("metrics"))
+    compare_stage(Path("results"), Path("models"), Path("geometry"), Path("reports"), Path("metrics"))
     assert "champion by the held-out split: uniform/0-1" in capsys.readouterr().out
     assert (own / "reports/held_out.csv").read_text() == "step,high,low,mean\n"
     # Without Model Stock among the methods it has no line.
     assert {path.name for path in (own / "metrics").iterdir()} == {"champion.json", "mean-seed.json", "uniform.json"}
     assert "<table>" in (own / "reports/comparison.html").read_text()
+    assert (own / "reports/comparison.md").read_text().endswith("\n\n## Geometry\n\nNothing was measured.\n")
+    assert (own / "reports/accuracy.json").read_text() == "{}\n"
     facts = json.loads((own / "reports/comparison.json").read_text())["facts"]
     # The first updates, from ones to 0..3 and to their squares: (-1, 0, 1, 2) and (-1, 0, 3, 8).
     assert facts["cosines"]["median"] == pytest.approx(20 / np.sqrt(6 * 74))
@@ -478,7 +483,7 @@ def test_a_tracker_of_ones_own_gets_every_row_with_its_metrics_and_the_champion(
     params = (own / "params.yaml").read_text()
     assert "tracker: mlflow" in params
     (own / "params.yaml").write_text(params.replace("tracker: mlflow", "tracker: recorder"))
-    compare_stage(Path("results"), Path("models"), Path("reports"), Path("metrics"))
+    compare_stage(Path("results"), Path("models"), Path("geometry"), Path("reports"), Path("metrics"))
     (comparison,) = Recorder.comparisons
     assert {row.name: row.metrics["shapes"]["top1"] for row in comparison.rows} == pytest.approx(
         {"anchor": 0.5, "seed-0": 0.6, "seed-1": 0.7, "uniform/0-1": 0.8}
@@ -507,7 +512,7 @@ def test_a_tracker_is_sent_settings_without_passwords():
 def test_scored_weights_without_a_file_are_refused_before_anything_is_written(own):
     (own / "models/merged/uniform/0-1.safetensors").unlink()
     with pytest.raises(WeightsError, match="models: got no file with the weights of uniform/0-1; expected"):
-        compare_stage(Path("results"), Path("models"), Path("reports"), Path("metrics"))
+        compare_stage(Path("results"), Path("models"), Path("geometry"), Path("reports"), Path("metrics"))
     assert not (own / "reports").exists()
 
 

@@ -449,17 +449,24 @@ def write_report(
     *,
     facts: Mapping[str, Any],
     histories: Iterable[Sequence[Mapping[str, float]]] = (),
+    section: str = "",
+    more: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write comparison.md, .html, .json, the pictures and the tables for DVC and for programs to `folder`.
 
     `facts`: where known, `cosines`, a mapping of quantiles, and `published`, a list of mappings with row, backbone,
     figure, published, ours, low, high (percent), gap (points), within, source. `histories`: the seeds' training.
+    `section`: Markdown after all else, such as that of the geometry; `more`: files beside the report, by name, whose
+    pictures the section may show.
     """
     curves = [validation_curve(history) for history in histories]
     drawn = figures(comparison) | training_figure(curves)
     pictures = {name: picture for name, (_, picture) in drawn.items()}
     text = as_markdown(comparison, facts, {name: title for name, (title, _) in drawn.items()})
+    text += f"\n{section}" * bool(section)
+    pictures |= {name: content for name, content in (more or {}).items() if name.endswith(".png")}
     for name, content in {
+        **(more or {}),
         "comparison.md": text.encode(),
         "comparison.html": as_html(text, pictures).encode(),
         **pictures,

@@ -6,35 +6,16 @@ from typing import Any
 
 from modelstock.comparison.compare import Comparison, Resample, compare
 from modelstock.comparison.report import published_figures, write_report
-from modelstock.errors import WeightsError, few
+from modelstock.experiment.paths import GEOMETRY_SECTION
 from modelstock.experiment.updates import distance, update_cosines
 from modelstock.notices import repeat
 from modelstock.params import ChampionParams
 from modelstock.scoring.results import Scores
 from modelstock.tracking.history import read_history
 from modelstock.weights.checkpoints import open_safetensors
-from modelstock.weights.weight_set import LazyArrays, WeightSet, load_weights
+from modelstock.weights.weight_set import LazyArrays, WeightSet
 
 NEAREST = ChampionParams()
-
-
-def files_by_identity(results: Sequence[Scores], files: Sequence[Path]) -> dict[str, Path]:
-    """Identity -> file, for every scored row that is a weight set; `files` that are not there count as none.
-
-    Raises:
-        WeightsError: no file has a row's weights.
-    """
-    # Where two files have the same tensors, as a greedy soup of one seed and the seed, the first counts.
-    by_identity = {load_weights(file, lazy=True).identity: file for file in reversed(files) if file.exists()}
-    missing = [row.name for row in results[0].rows if row.kind != "ensemble" and row.identity not in by_identity]
-    if missing:
-        raise WeightsError(
-            "models",
-            got=f"no file with the weights of {few(missing)}",
-            expected="those that were scored",
-            cure="run the stage evaluate for every benchmark again",
-        )
-    return by_identity
 
 
 def checked(files: Mapping[str, Path]) -> list[WeightSet]:
@@ -54,12 +35,14 @@ def compare_results(
     resample: Resample = "images",
     margin: float = 0.005,
     champion: ChampionParams = NEAREST,
+    geometry: Path | None = None,
 ) -> Comparison:
     """Compare the rows on all benchmarks and write the report to `out`.
 
     `anchor`, `seeds`: for what is reported of the seeds' updates; with `others`, every scored weight set, for its
     distance to the anchor. `histories`: files of the seeds' training, if any. `resample`, `margin`, `champion`: see
-    modelstock.comparison.compare.
+    modelstock.comparison.compare. `geometry`: the folder of that stage, whose section and files the
+    report takes.
 
     Raises:
         DataError: results without a held-out and an in-distribution benchmark, or of different rows.
@@ -78,5 +61,8 @@ def compare_results(
         "published": published_figures(comparison, anchor.meta.get("backbone")),
     }
     facts = {name: fact for name, fact in facts.items() if fact}
-    write_report(comparison, out, facts=facts, histories=[read_history(file) for file in histories])
+    more = {file.name: file.read_bytes() for file in sorted(geometry.iterdir())} if geometry else {}
+    section = more.pop(GEOMETRY_SECTION, b"").decode()
+    lines = [read_history(file) for file in histories]
+    write_report(comparison, out, facts=facts, histories=lines, section=section, more=more)
     return comparison

@@ -34,6 +34,7 @@ def remove_left_over_models(models: Path, params: Params) -> None:
     remove_left_over(models / "anchors", params.anchors)
     remove_left_over(models / "variants", params.variants)
     remove_left_over(models / "finetuned", params.seeds)
+    remove_left_over(models / "centre", params.geometry.centre)
     remove_left_over(models / "merged", params.merge.methods)
     remove_left_over(models / "periodic", params.periodic)
     remove_left_over(models / "longer", params.longer)

@@ -5,11 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from modelstock.damage import cure_of
-from modelstock.errors import MergeError
+from modelstock.errors import MergeError, WeightsError, few
 from modelstock.notices import notice
 from modelstock.params import FinetuneParams
+from modelstock.scoring.results import Scores
 from modelstock.weights.weight_set import WeightSet, load_weights
 
+POINTS = "points"  # in the folder of results
+GEOMETRY_SECTION = "section.md"  # of the report, in the folder of the geometry
 SCORES = Path("scratch/scores")  # outcomes, whole or so far; see modelstock.scoring.score_cache
 
 
@@ -18,9 +21,19 @@ def anchor_file(models: Path) -> Path:
     return models / "anchor.safetensors"
 
 
+def variant_file(models: Path, name: str) -> Path:
+    """The final weights of a variant."""
+    return models / "variants" / name / "weights.safetensors"
+
+
 def finetuned_folder(models: Path) -> Path:
     """The seeds' folders."""
     return models / "finetuned"
+
+
+def centre_folder(models: Path) -> Path:
+    """The folders of the seeds that are set aside for the centre."""
+    return models / "centre"
 
 
 def seed_file(finetuned: Path, seed: int) -> Path:
@@ -47,7 +60,7 @@ def _averages(recipe: FinetuneParams) -> list[str]:
 def variant_files(models: Path, recipes: Mapping[str, FinetuneParams]) -> list[Path]:
     """The final weights of every variant, with the averages and snapshots that its recipe keeps."""
     return [
-        models / "variants" / variant / name
+        variant_file(models, variant).with_name(name)
         for variant, recipe in recipes.items()
         for name in ("weights.safetensors", *_averages(recipe))
     ]
@@ -111,6 +124,30 @@ def results_file(results: Path, benchmark: str) -> Path:
     return results / f"{benchmark}.safetensors"
 
 
+def points_file(results: Path, benchmark: str) -> Path:
+    """The results per example of the points that test the geometry, on one benchmark."""
+    return results / POINTS / f"{benchmark}.safetensors"
+
+
 def load_seeds(finetuned: Path, seeds: Sequence[int], *, lazy: bool = False) -> Mapping[int, WeightSet]:
     """The seeds' weight sets by seed; folders of seeds that are not named are left alone."""
     return {seed: load_weights(seed_file(finetuned, seed), lazy=lazy) for seed in seeds}
+
+
+def files_by_identity(results: Sequence[Scores], files: Sequence[Path]) -> dict[str, Path]:
+    """Identity -> file, for every scored row that is a weight set; `files` that are not there count as none.
+
+    Raises:
+        WeightsError: no file has a row's weights.
+    """
+    # Where two files have the same tensors, as a greedy soup of one seed and the seed, the first counts.
+    by_identity = {load_weights(file, lazy=True).identity: file for file in reversed(files) if file.exists()}
+    missing = [row.name for row in results[0].rows if row.kind != "ensemble" and row.identity not in by_identity]
+    if missing:
+        raise WeightsError(
+            "models",
+            got=f"no file with the weights of {few(missing)}",
+            expected="those that were scored",
+            cure="run the stage evaluate for every benchmark again",
+        )
+    return by_identity

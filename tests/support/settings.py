@@ -17,6 +17,10 @@ def full_params() -> str:
 """
     assert "anchors: {}" in text
     text = re.sub("anchors: {}.*\n", f"anchors:{weak}", text)
+    constant = "  constant-0: "
+    assert constant in text
+    from_weak = "  weak-0: {pool: weak, seed: 0, anchor: models/anchors/weak/anchor.safetensors, recipe: {}}\n"
+    text = text.replace(constant, from_weak + constant)
     for auto, fixed in (("batch_size: auto", "batch_size: 500"), ("precision: auto", "precision: float32")):
         assert auto in text
         text = text.replace(auto, fixed)

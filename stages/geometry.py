@@ -1,0 +1,61 @@
+"""Tests claims about where the seeds' weights lie and how accurate they are there, with figures, for the report."""
+
+from pathlib import Path
+
+from modelstock.experiment.geometry import judge, write_findings
+from modelstock.experiment.left_over import remove_left_over, remove_left_over_models
+from modelstock.experiment.paths import (
+    POINTS,
+    anchor_file,
+    files_by_identity,
+    finetuned_folder,
+    other_files,
+    points_file,
+    results_file,
+    seed_file,
+)
+from modelstock.experiment.space import load_space
+from modelstock.geometry.measure import measure
+from modelstock.params import load_params
+from modelstock.scoring.results import load_scores
+from stages import run
+
+
+def main(results: Path, models: Path, out: Path) -> None:
+    """RESULTS: results per example; MODELS: all weight sets; OUT: the folder of claims and figures."""
+    params = load_params()
+    remove_left_over_models(models, params)
+    benchmarks, section = params.evaluate.benchmarks, params.geometry
+    remove_left_over(results / POINTS, [points_file(results, name).name for name in section.benchmarks])
+    compared = [load_scores(results_file(results, name)) for name in benchmarks]
+    others = other_files(
+        models,
+        methods=params.merge.methods,
+        recipe=None if params.checkpoints else params.finetune,
+        seeds=params.seeds,
+        variants={name: params.recipe_of(name) for name in params.variants},
+        arms=params.periodic,
+        factors=params.longer,
+    )
+    seeds = [seed_file(finetuned_folder(models), seed) for seed in params.seeds]
+    space = load_space(models, params)
+    findings = judge(
+        compared,
+        [load_scores(points_file(results, name)) for name in section.benchmarks],
+        space,
+        section,
+        files=files_by_identity(compared, [anchor_file(models), *seeds, *others]),
+    )
+    measured = measure(
+        space.anchor,
+        list(space.seeds.values()),
+        centre=list(space.set_aside.values()),
+        labels=[f"seed-{seed}" for seed in (*space.seeds, *space.set_aside)],
+    )
+    write_findings(findings, measured, out)
+    for claim in findings.claims:
+        print(f"{claim.title}: {claim.verdict}")
+
+
+if __name__ == "__main__":
+    run(main)

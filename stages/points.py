@@ -1,0 +1,42 @@
+"""Scores the points that test the geometry of the seeds' weights on one benchmark, in one pass over its images."""
+
+from pathlib import Path
+
+from modelstock.data.dataset import open_dataset
+from modelstock.devices import deterministic
+from modelstock.experiment.left_over import remove_left_over_models
+from modelstock.experiment.paths import SCORES, anchor_file
+from modelstock.experiment.points import score_points
+from modelstock.experiment.pools import load_pools
+from modelstock.experiment.space import load_space
+from modelstock.params import load_params
+from modelstock.scoring.precision import scoring_options
+from modelstock.scoring.results import save_scores
+from modelstock.weights.weight_set import load_weights
+from stages import run
+
+
+def main(data: Path, held_out: Path, models: Path, out: Path) -> None:
+    """DATA: shards; HELD_OUT: those that a greedy soup is chosen on; MODELS: all weight sets; OUT: the results."""
+    params = load_params()
+    deterministic(params.threads)
+    remove_left_over_models(models, params)
+    anchor = load_weights(anchor_file(models), lazy=True)
+    options = scoring_options(
+        params.evaluate.model_dump(exclude={"benchmarks"}), anchor, device=params.device, cache=SCORES
+    )
+    results = score_points(
+        open_dataset(data),
+        anchor,
+        load_space(models, params),
+        params.geometry,
+        options,
+        held_out=open_dataset(held_out),
+        pools=load_pools(params.variants, models),
+    )
+    save_scores(out, results)
+    print(f"{data}: {len(results.rows)} points scored in one pass, towers in {results.precision}")
+
+
+if __name__ == "__main__":
+    run(main)
