@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from modelstock.comparison.compare import compare
-from modelstock.comparison.figures import WITH_SHIFTS, WITHOUT_SHIFTS, draw, title_of, training_figure
+from modelstock.comparison.figures import WITH_SHIFTS, WITHOUT_SHIFTS, draw, style_of, title_of, training_figure
 from modelstock.comparison.report import (
     as_class_csv,
     as_markdown,
@@ -164,6 +164,11 @@ def test_the_second_figure_shows_every_kind_of_row_and_the_curve(comparison):
     assert f"WiSE-FT of {most}, by alpha" in legend
     (curve,) = [line for line in axes.lines if line.get_label().startswith("WiSE-FT")]
     assert len(curve.get_xdata()) == sum(row.kind == "wise_ft" and len(row.members) == most for row in comparison.rows)
+
+
+def test_every_arm_of_periodic_merging_is_drawn_alike_under_its_own_name():
+    assert style_of("periodic-every-2") == style_of("periodic-papa") != style_of("a new kind")
+    assert title_of("periodic-every-2") == "periodic-every-2"
 
 
 def test_without_shifts_the_figure_has_a_height_for_every_line(comparison):
