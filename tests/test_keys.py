@@ -112,7 +112,7 @@ TRAINING: dict[str, Callable[[Any], str]] = {
             "rand_augment_operations": 1, "rand_augment_magnitude": 3, "mixup": 0.5, "label_smoothing": 0.3,
             "layer_decay": 0.5, "decay": "matrices", "train_head": False, "head_first_epochs": 1, "head_lr": 0.5,
             "micro_batch": 2, "gradient_checkpointing": True, "compile": True, "devices": 2, "ema": [0.7], "lawa": 3,
-            "snapshots": True, "validate_every": 3,
+            "snapshots": True, "validate_every": 3, "schedule": "constant", "order_seed": 7, "share": 0.5,
         }.items()
     },
 }  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from modelstock.comparison.compare import compare
-from modelstock.comparison.figures import WITH_SHIFTS, WITHOUT_SHIFTS, draw, title_of, training_figure
+from modelstock.comparison.figures import WITH_SHIFTS, WITHOUT_SHIFTS, draw, style_of, title_of, training_figure
 from modelstock.comparison.report import (
     as_class_csv,
     as_markdown,
@@ -197,6 +197,11 @@ def test_the_front_has_a_table_that_says_it_is_for_reporting_only(comparison, fo
     ]
     assert [cells[-1] for cells in rows[1:]] == ["2", "2", "3", "0"]
     assert "For reporting only" in text.split("## Pareto front")[1].split("##")[0]
+
+
+def test_every_arm_of_periodic_merging_is_drawn_alike_under_its_own_name():
+    assert style_of("periodic-every-2") == style_of("periodic-papa") != style_of("a new kind")
+    assert title_of("periodic-every-2") == "periodic-every-2"
 
 
 def test_without_shifts_the_figure_has_a_height_for_every_line(comparison):
