@@ -5,9 +5,8 @@
 - all: the champion of each rule, with what the test sets give it, which no rule looks at.
 - rounds: in each, the held-out images are drawn anew with replacement, and so many of the seeds are kept, with the
   weight sets that are made of these alone. Of what the rules choose: accuracy in distribution and on the shifts, less
-  that of the best candidate there (regret), and "nearest" less "best", each as its mean and the 2.5 and 97.5
-  percentiles over the rounds. Rounds share test images and seeds, so percentiles are of the choice, not of another
-  experiment.
+  that of the best candidate there (regret), and less that of what "best" chooses, each as its mean and the 2.5 and 97.5
+  percentiles over the rounds. Rounds share test images and seeds: percentiles are of the choice alone.
 """
 
 import argparse
@@ -101,16 +100,14 @@ def main() -> None:
             spread([accuracy[row] - most[n] for row, most in zip(picked, best, strict=True)])
             for n, accuracy in enumerate((inside, outside))
         ]
-        over = [
-            [accuracy[row] - accuracy[other] for row, other in zip(picked, base, strict=True)]
-            for accuracy in (inside, outside)
-        ]
+        pairs = list(zip(picked, base, strict=True))
+        over = [[accuracy[row] - accuracy[other] for row, other in pairs] for accuracy in (inside, outside)]
         good = np.mean([b > 0 and a > -0.005 for a, b in zip(*over, strict=True)])
         bad = np.mean([a <= -0.005 for a in over[0]])
         print(
             f"{name}: regret in distribution {regret[0]}, on the shifts {regret[1]}; over best in distribution "
-            f"{spread(over[0])}, on the shifts {spread(over[1])}; better there and within 0.5 points in "
-            f"distribution in {100 * good:.0f} % of rounds, worse by more in {100 * bad:.0f} %"
+            f"{spread(over[0])}, on the shifts {spread(over[1])}; better there and at most 0.5 points worse "
+            f"in distribution in {100 * good:.0f} % of rounds, worse by more in {100 * bad:.0f} %"
         )
 
 

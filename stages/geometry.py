@@ -13,9 +13,11 @@ from modelstock.experiment.paths import (
     points_file,
     results_file,
     seed_file,
+    snapshot_files,
 )
 from modelstock.experiment.space import load_space
 from modelstock.geometry.measure import measure
+from modelstock.geometry.steps import measure_steps
 from modelstock.params import load_params
 from modelstock.scoring.results import load_scores
 from stages import run
@@ -52,7 +54,9 @@ def main(results: Path, models: Path, out: Path) -> None:
         centre=list(space.set_aside.values()),
         labels=[f"seed-{seed}" for seed in (*space.seeds, *space.set_aside)],
     )
-    write_findings(findings, measured, out)
+    snapshots = snapshot_files(models, params)
+    steps = measure_steps(anchor_file(models), snapshots) if snapshots else None
+    write_findings(findings, measured, out, steps=steps)
     for claim in findings.claims:
         print(f"{claim.title}: {claim.verdict}")
 

@@ -64,7 +64,7 @@ def project(tmp_path, data, anchor, variants, monkeypatch):
     params = yaml.load(full_params())
     params |= {"threads": 1, "device": "cpu", "seeds": [0, 1, 2]}
     params["finetune"] |= {"ema": [], "lawa": 0, "snapshots": False}
-    params |= {"periodic": {}, "longer": []}
+    params |= {"variants": {}, "periodic": {}, "longer": []}
     params["merge"]["methods"] = list(METHOD_NAMES)
     params["evaluate"] |= {"benchmarks": list(SPLITS), "batch_size": 32}
     with open(tmp_path / "params.yaml", "w") as file:

@@ -7,7 +7,7 @@ from pathlib import Path
 from modelstock.damage import cure_of
 from modelstock.errors import MergeError, WeightsError, few
 from modelstock.notices import notice
-from modelstock.params import FinetuneParams
+from modelstock.params import FinetuneParams, Params
 from modelstock.scoring.results import Scores
 from modelstock.weights.weight_set import WeightSet, load_weights
 
@@ -64,6 +64,16 @@ def variant_files(models: Path, recipes: Mapping[str, FinetuneParams]) -> list[P
         for variant, recipe in recipes.items()
         for name in ("weights.safetensors", *_averages(recipe))
     ]
+
+
+def snapshot_files(models: Path, params: Params) -> list[Path]:
+    """The snapshots of the seeds; where they keep none, those of the first pool of the seeds' anchor that does."""
+    runs = {"": average_files(finetuned_folder(models), params.finetune, params.seeds)}
+    for name, variant in params.variants.items():
+        if models.parent / variant.anchor == anchor_file(models):
+            runs.setdefault(variant.pool, []).extend(variant_files(models, {name: params.recipe_of(name)}))
+    snapshots = ([file for file in files if file.stem.startswith("epoch-")] for files in runs.values())
+    return next((files for files in snapshots if files), [])
 
 
 def periodic_files(models: Path, arms: Iterable[str], factors: Iterable[int]) -> list[Path]:
