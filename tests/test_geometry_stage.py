@@ -14,10 +14,10 @@ from modelstock.errors import ParamsError, WeightsError
 from modelstock.experiment.paths import anchor_file, points_file, results_file, seed_file, variant_file
 from modelstock.experiment.pools import load_pools, pool_points
 from modelstock.notices import Notice
-from modelstock.params import GeometryParams, load_params
+from modelstock.params import GeometryParams, VariantParams, load_params
 from modelstock.scoring.one_pass import ScoringOptions
 from modelstock.scoring.results import load_scores
-from modelstock.weights.weight_set import WeightSet, load_weights
+from modelstock.weights.weight_set import WeightSet
 from stages.compare import main as compare_stage
 from stages.evaluate import main as evaluate_stage
 from stages.geometry import main as geometry_stage
@@ -40,6 +40,7 @@ SECTION = {
     "alphas": [0.5],
     "plane": [0.0, 0.5, 1.0],
     "noise": 1,
+    "draws": 100,
     "seed": 0,
 }
 NOTHING = {
@@ -74,10 +75,9 @@ def settings(folder: Path, **section) -> None:
     params = yaml.load(full_params())
     params |= {"threads": 1, "device": "cpu", "seeds": [0, 1, 2, 3]}
     params["finetune"] |= {"ema": [], "lawa": 0, "snapshots": False}
-    params["periodic"]["sizes"] = []
+    params |= {"periodic": {}, "longer": [], "variants": {}, "anchors": {}}
     params["merge"]["methods"] = list(METHODS)
     params["evaluate"] |= {"benchmarks": list(SPLITS), "batch_size": 32}
-    params["compare"]["draws"] = 100
     params["geometry"] |= section
     params["tracking"]["tracker"] = "none"
     with open(folder / "params.yaml", "w") as file:
@@ -202,38 +202,29 @@ def test_points_of_other_weights_are_refused(project, monkeypatch, tmp_path, anc
     file.write_bytes(before)
 
 
-class Variant:
-    """What params say of a variant."""
-
-    def __init__(self, pool: str, anchor: str | None = None) -> None:
-        self.pool, self.anchor = pool, anchor
-
-
 def test_a_pool_is_merged_in_pairs_and_as_a_whole(tmp_path, data, anchor):
-    anchor.save(anchor_file(tmp_path))
-    anchor.save(anchor_file(tmp_path, "weak"))
-    for number, name in enumerate("abc"):
-        tuned(anchor, number).save(variant_file(tmp_path, name))
-    variants = {name: Variant("rates") for name in "abc"}
-    (pool,) = load_pools({**variants, "alone": Variant("other")}, tmp_path)
-    held_out = open_dataset(data / "held-out")
-    chosen = list(pool_points(pool, held_out, ScoringOptions(batch_size=32)))
+    models = tmp_path / "models"
+    anchor.save(models / "anchors/weak.safetensors")
+    for number, name in enumerate("abcd"):
+        tuned(anchor, number).save(variant_file(models, name))
+    variants = {
+        name: VariantParams(pool=pool, seed=0, anchor="models/anchors/weak.safetensors", recipe={})
+        for name, pool in (("a", "rates"), ("b", "rates"), ("c", "rates"), ("d", "alone"))
+    }
+    (pool,) = load_pools(variants, models)
+    assert (pool.name, list(pool.members), pool.anchor.identity) == ("rates", ["a", "b", "c"], anchor.identity)
+    chosen = list(pool_points(pool, open_dataset(data / "held-out"), ScoringOptions(batch_size=32)))
     names = [point.name.removeprefix("pool/rates/") for point in chosen]
     pairs = [f"{method}/{both}" for both in ("a+b", "a+c", "b+c") for method in ("uniform", "model_stock")]
     members = [f"member/{name}" for name in "abc"]
     assert names == ["anchor", *members, *pairs, "uniform/all", "greedy/all"]
     (pair,) = (point for point in chosen if point.name == "pool/rates/uniform/a+b")
-    first, second = (load_weights(variant_file(tmp_path, name)) for name in "ab")
-    updates = [
-        np.concatenate([(w.tensors[n] - anchor.tensors[n]).ravel() for n in anchor.tensors]) for w in (first, second)
-    ]
-    cosine = updates[0] @ updates[1] / np.linalg.norm(updates[0]) / np.linalg.norm(updates[1])
+    first, second = (
+        np.concatenate([(pool.members[n].tensors[t] - anchor.tensors[t]).ravel() for t in anchor.tensors]) for n in "ab"
+    )
+    cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
     assert pair.facts["cosine"] == pytest.approx(cosine, rel=1e-3)
     assert set(chosen[-1].facts["taken"]) <= {"a", "b", "c"}
-    mixed = {"a": Variant("rates"), "b": Variant("rates", "weak")}
-    with pytest.raises(ParamsError, match="variants, pool rates: got the anchors None and weak in one pool"):
-        load_pools(mixed, tmp_path)
-    assert load_pools({name: Variant("rates", "weak") for name in "ab"}, tmp_path)[0].anchor.identity == anchor.identity
 
 
 @pytest.mark.parametrize(
