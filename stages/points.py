@@ -25,14 +25,16 @@ def main(data: Path, held_out: Path, models: Path, out: Path) -> None:
     options = scoring_options(
         params.evaluate.model_dump(exclude={"benchmarks"}), anchor, device=params.device, cache=SCORES
     )
+    space = load_space(models, params)
+    seeds = {checkpoint.identity for checkpoint in space.seeds.values()}
     results = score_points(
         open_dataset(data),
         anchor,
-        load_space(models, params),
+        space,
         params.geometry,
         options,
         held_out=open_dataset(held_out),
-        pools=load_pools(params.variants, models),
+        pools=load_pools(params.variants, models, seeds=seeds),
     )
     save_scores(out, results)
     print(f"{data}: {len(results.rows)} points scored in one pass, towers in {results.precision}")

@@ -212,6 +212,9 @@ def test_a_pool_is_merged_in_pairs_and_as_a_whole(tmp_path, data, anchor):
         for name, pool in (("a", "rates"), ("b", "rates"), ("c", "rates"), ("d", "alone"))
     }
     (pool,) = load_pools(variants, models)
+    identities = [weights.identity for weights in pool.members.values()]
+    assert load_pools(variants, models, seeds=identities) == []  # the seeds again
+    assert len(load_pools(variants, models, seeds=identities[1:])) == 1
     assert (pool.name, list(pool.members), pool.anchor.identity) == ("rates", ["a", "b", "c"], anchor.identity)
     chosen = list(pool_points(pool, open_dataset(data / "held-out"), ScoringOptions(batch_size=32)))
     names = [point.name.removeprefix("pool/rates/") for point in chosen]

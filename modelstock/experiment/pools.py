@@ -1,6 +1,6 @@
 """Pools: weight sets that differ in more than their seed, merged in pairs and as a whole."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -24,8 +24,10 @@ class Pool:
     members: Mapping[str, WeightSet]
 
 
-def load_pools(variants: Mapping[str, VariantParams], models: Path) -> list[Pool]:
+def load_pools(variants: Mapping[str, VariantParams], models: Path, *, seeds: Collection[str] = ()) -> list[Pool]:
     """The pools of two variants and more.
+
+    `seeds`: identities of the seeds. Variants that end as these, trained for their snapshots, are no pool of their own.
 
     Raises:
         WeightsError: a weight set that is missing or damaged.
@@ -38,7 +40,8 @@ def load_pools(variants: Mapping[str, VariantParams], models: Path) -> list[Pool
         if len(names) > 1:
             members = {name: load_weights(variant_file(models, name), lazy=True) for name in names}
             anchor = load_weights(models.parent / variants[names[0]].anchor, lazy=True)  # one for the whole pool
-            pools.append(Pool(name=pool, anchor=anchor, members=members))
+            if not {weights.identity for weights in members.values()} <= set(seeds):
+                pools.append(Pool(name=pool, anchor=anchor, members=members))
     return pools
 
 

@@ -122,12 +122,14 @@ def _point(
 
 
 def _merges(space: Space, subsets: Sequence[tuple[int, ...]] | Mapping[tuple[int, ...], Any]) -> Iterator[Point]:
-    """The uniform soup and Model Stock of subsets of two seeds and more."""
+    """The uniform soup and Model Stock of subsets of two seeds and more; of pairs with their cosine."""
     for members in subsets:
         if len(members) > 1:
             tuned = [space.seeds[member] for member in members]
+            facts = {"cosine": space.cosine(members)} if len(members) == 2 else {}
             for method in ("uniform", "model_stock"):
-                yield _point(method, members, {}, merge_plan(method, space.anchor, tuned).as_checkpoint())
+                merged = merge_plan(method, space.anchor, tuned).as_checkpoint()
+                yield _point(method, members, facts, merged, name=f"{method}/{_joined(members)}")
 
 
 def _wise_ft(space: Space, seeds: Sequence[int], alphas: Sequence[float]) -> Iterator[Point]:

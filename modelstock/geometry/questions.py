@@ -4,6 +4,7 @@ As in accuracy_claims.py, each function takes scored rows and gives what was mea
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -162,8 +163,14 @@ def formula_costs_little(scored: Scored) -> Claim | None:
 
 
 def pool_pairs(scored: Scored) -> dict[str, list[tuple[float, int, int]]]:
-    """Pool -> (cosine, place of Model Stock, place of the uniform soup) of its pairs."""
-    twins: dict[tuple[str, ...], dict[str, int]] = {}
+    """Pool -> (cosine, place of Model Stock, place of the uniform soup) of its pairs; the seeds are a pool too."""
+    if not scored.places("pool"):
+        return {}
+    twins: dict[tuple[Any, ...], dict[str, int]] = {}
+    for method in ("uniform", "model_stock"):
+        for place in scored.of_size(method, 2):
+            if "cosine" in scored.rows[place].options:
+                twins.setdefault(("seeds", *scored.rows[place].members), {})[method] = place
     for place in scored.places("pool"):
         options = scored.rows[place].options
         if "cosine" in options:
