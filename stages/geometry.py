@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from modelstock.comparison.choice import choose
 from modelstock.experiment.geometry import judge, write_findings
 from modelstock.experiment.left_over import remove_left_over, remove_left_over_models
 from modelstock.experiment.paths import (
@@ -16,10 +17,12 @@ from modelstock.experiment.paths import (
     snapshot_files,
 )
 from modelstock.experiment.space import load_space
+from modelstock.experiment.updates import distance
 from modelstock.geometry.measure import measure
 from modelstock.geometry.steps import measure_steps
-from modelstock.params import load_params
+from modelstock.params import ChampionParams, load_params
 from modelstock.scoring.results import load_scores
+from modelstock.weights.weight_set import load_weights
 from stages import run
 
 
@@ -41,12 +44,17 @@ def main(results: Path, models: Path, out: Path) -> None:
     )
     seeds = [seed_file(finetuned_folder(models), seed) for seed in params.seeds]
     space = load_space(models, params)
+    files = files_by_identity(compared, [anchor_file(models), *seeds, *others])
+    anchor, margin = load_weights(anchor_file(models), lazy=True), params.compare.champion.margin
+    distances = {identity: distance(anchor, load_weights(file, lazy=True)) for identity, file in files.items()}
+    rules = [ChampionParams(rule="nearest", margin=margin), ChampionParams(rule="best", margin=margin)]
     findings = judge(
         compared,
         [load_scores(points_file(results, name)) for name in section.benchmarks],
         space,
         section,
-        files=files_by_identity(compared, [anchor_file(models), *seeds, *others]),
+        files=files,
+        champions={rule.rule: choose(compared, rule, distances).chosen for rule in rules},
     )
     measured = measure(
         space.anchor,

@@ -274,9 +274,12 @@ def test_costs_count_all_seeds_that_a_choice_needs():
 
 def test_regret_of_choosing_on_the_held_out_split():
     rows = {ANCHOR: 0.5, **SINGLE, **merges("model_stock", 0.7)}
-    claim = questions.selection_regret(made(rows))
+    (best, *_), worse = merges("model_stock", 0.7), next(iter(SINGLE))
+    claim = questions.selection_regret(made(rows), {"best": best[0], "nearest": worse[0]})
     assert claim.verdict == "measured"
-    assert claim.quantities[0].value == pytest.approx(0)  # the same row is best everywhere
+    values = {name.partition(", the champion by the rule ")[2]: value for name, value in numbers(claim).items()}
+    assert values["best, in distribution"] == pytest.approx(0)  # the same rows are best everywhere
+    assert values["nearest, in distribution"] == pytest.approx(100 * (0.7 - SINGLE[worse]))
 
 
 def rays(best: float) -> dict[Key, float]:

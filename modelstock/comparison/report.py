@@ -28,10 +28,7 @@ from modelstock.comparison.figures import figures, training_figure
 from modelstock.comparison.intervals import Estimate
 from modelstock.comparison.metrics import METRICS, Metric
 from modelstock.comparison.published import Ours, matching, side_by_side
-from modelstock.comparison.text import percent as _percent
-from modelstock.comparison.text import signed as _signed
-from modelstock.comparison.text import table as _table
-from modelstock.comparison.text import with_half as _with_half
+from modelstock.comparison.text import percent, signed, table, with_half
 from modelstock.errors import few
 from modelstock.files import atomic_path, sealed, write_json
 
@@ -67,14 +64,14 @@ def main_table(comparison: Comparison) -> str:
     body = [
         [
             line.name,
-            _with_half(line.accuracy[comparison.in_distribution]),
-            *(_percent(line.accuracy[shift].value) for shift in comparison.shifts),
-            *(_with_half(line.summary[s]) for s in means),
+            with_half(line.accuracy[comparison.in_distribution]),
+            *(percent(line.accuracy[shift].value) for shift in comparison.shifts),
+            *(with_half(line.summary[s]) for s in means),
             line_cost(comparison, line),
         ]
         for line in comparison.lines
     ]
-    return _table(head, body)
+    return table(head, body)
 
 
 def _differences(comparison: Comparison, differences: Callable[[Line], Mapping[str, Difference]]) -> str:
@@ -85,17 +82,17 @@ def _differences(comparison: Comparison, differences: Callable[[Line], Mapping[s
         [
             line.name,
             where.get(summary, summary),
-            _signed(one),
+            signed(one),
             one.over,
             one.beats if isinstance(one.beats, str) else _in_percent(one.beats),
-            _percent(one.detectable),
+            percent(one.detectable),
             one.no_worse,
             _p(one.holm),
         ]
         for line in comparison.lines
         for summary, one in differences(line).items()
     ]
-    return _table(head, body)
+    return table(head, body)
 
 
 def _no_worse(comparison: Comparison) -> str:
@@ -106,11 +103,11 @@ def _spreads(comparison: Comparison) -> str:
     heads = {"in-distribution": "standard deviation", "shifts": "on the shifts"}
     head = ["weights", "sets", *(heads[s] for s in comparison.summaries)]
     body = [
-        [line.name, str(len(line.rows)), *(_percent(line.spread[s]) for s in comparison.summaries)]
+        [line.name, str(len(line.rows)), *(percent(line.spread[s]) for s in comparison.summaries)]
         for line in comparison.lines
         if line.spread
     ]
-    return _table(head, body)
+    return table(head, body)
 
 
 def _mcnemar(comparison: Comparison, family: str) -> str:
@@ -123,7 +120,7 @@ def _mcnemar(comparison: Comparison, family: str) -> str:
         in_order = [tests[summary] for summary in comparison.summaries]
         counts = [cell for test in in_order for cell in (str(test.wins), str(test.losses), _p(test.holm))]
         body.append([name, in_order[0].against, *counts])
-    return _table(head, body)
+    return table(head, body)
 
 
 def _mean_metric(comparison: Comparison, line: Line, metric: str, benchmarks: Sequence[str]) -> float:
@@ -144,7 +141,7 @@ def _quality(comparison: Comparison) -> str:
         [line.name, *(m.text(_mean_metric(comparison, line, m.name, sets[summary])) for m, summary in columns)]
         for line in comparison.lines
     ]
-    return _table(["weights", *(f"{BEFORE[summary]}{metric.title}" for metric, summary in columns)], body)
+    return table(["weights", *(f"{BEFORE[summary]}{metric.title}" for metric, summary in columns)], body)
 
 
 def _literal(name: str) -> str:
@@ -168,10 +165,10 @@ def _class_changes(comparison: Comparison) -> str:
     shown = [change for change in changes[:CHANGED] if change[0] > 0]
     shown += [change for change in changes[-CHANGED:] if change[0] < 0]
     body = [
-        [_literal(label), f"{images:,}", _percent(mean), _percent(best), f"{100 * change:+.1f}"]
+        [_literal(label), f"{images:,}", percent(mean), percent(best), f"{100 * change:+.1f}"]
         for change, label, images, mean, best in shown
     ]
-    return _table(["class", "images", "mean single seed", "champion", "change"], body)
+    return table(["class", "images", "mean single seed", "champion", "change"], body)
 
 
 def _class_rows(comparison: Comparison) -> list[str]:
@@ -197,7 +194,7 @@ def _published(figures: Sequence[Mapping[str, Any]]) -> str:
         ]
         for f in figures
     ]
-    return _table(head, body)
+    return table(head, body)
 
 
 def published_figures(comparison: Comparison, backbone: Mapping[str, str] | None) -> list[dict[str, Any]]:
@@ -227,9 +224,9 @@ def headline(comparison: Comparison) -> str:
     rows = [(line.name, line.summary) for line in comparison.lines if line in wanted]
     champion = comparison.summary[comparison.champion]
     rows.append((f"**{comparison.champion}**, champion by the held-out split", champion))
-    body = [[name, *(_with_half(summary[s]) for s in comparison.summaries)] for name, summary in rows]
+    body = [[name, *(with_half(summary[s]) for s in comparison.summaries)] for name, summary in rows]
     means = (MEANS[summary] for summary in comparison.summaries[1:])
-    return _table(["top-1 accuracy, %", comparison.in_distribution, *means], body)
+    return table(["top-1 accuracy, %", comparison.in_distribution, *means], body)
 
 
 def _notices(comparison: Comparison) -> str:
@@ -495,8 +492,8 @@ def summary_lines(comparison: Comparison) -> str:
     for head in (comparison.in_distribution, *(MEANS[s] for s in means), *differences):
         table.add_column(head, justify="right", no_wrap=True)
     for line in comparison.lines:
-        summaries = [_with_half(line.summary[s]) for s in comparison.summaries]
-        over = [_signed(line.over_seed[s]) if line.over_seed else "" for s in comparison.summaries]
+        summaries = [with_half(line.summary[s]) for s in comparison.summaries]
+        over = [signed(line.over_seed[s]) if line.over_seed else "" for s in comparison.summaries]
         table.add_row(line.name, *summaries, *over)
     console = Console(width=130, file=io.StringIO(), force_terminal=False)
     console.print(table)

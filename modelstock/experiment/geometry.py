@@ -79,11 +79,13 @@ def judge(
     params: GeometryParams,
     *,
     files: Mapping[str, Path],
+    champions: Mapping[str, str],
 ) -> Findings:
     """Every claim about accuracy that there are rows to judge by.
 
     `compared`: the comparison's results; `scored_points`: those of the points, none where none were asked for, and
     then the comparison's rows are judged. `files`: identity -> file of the comparison's weight sets.
+    `champions`: rule -> the row that it chooses.
     """
     rows = Scored(compared, draws=params.draws, seed=params.seed)
     if scored_points:
@@ -105,7 +107,7 @@ def judge(
         questions.cost(rows),
         questions.formula_costs_little(scored),
         questions.s_curve(scored, marks.stock, marks.slerp),
-        questions.selection_regret(rows),
+        questions.selection_regret(rows, champions),
         questions.failure_map(scored),
         questions.pools_against_two(scored),
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from modelstock.comparison.cost import trainings
 from modelstock.geometry.accuracy import TITLES, Scored, at, best_of, quantity, spearman
 from modelstock.geometry.accuracy_claims import LITTLE, below, joint
 from modelstock.geometry.claims import Claim, Quantity
@@ -15,20 +16,17 @@ from modelstock.merging.methods.table import METHODS
 
 
 def costs(scored: Scored) -> dict[str, tuple[float, list[int]]]:
-    """What is compared -> training in units of one seed, and its rows; a soup chosen from all seeds costs all."""
+    """What is compared -> training in units of one seed, and its rows."""
     lines: dict[str, tuple[float, list[int]]] = {"single seed": (1, scored.places("seed"))}
     for place, row in enumerate(scored.rows):
         size = len(row.members)
-        if row.kind in METHODS and size:
-            searched = METHODS[row.kind].needs == "score" and row.kind == "greedy"
-            key, cost = f"{row.kind} of {size}", len(scored.seeds) if searched else size
+        if (row.kind in METHODS and size) or row.kind.startswith("periodic"):
+            key = f"{row.kind} of {size}"
         elif row.kind == "longer":
-            key, cost = f"longer, {row.options['factor']} times", row.options["factor"]
-        elif row.kind.startswith("periodic"):
-            key, cost = f"{row.kind} of {size}", size
+            key = f"longer, {row.options['factor']} times"
         else:
             continue
-        lines.setdefault(key, (cost, []))[1].append(place)
+        lines.setdefault(key, (trainings(row, len(scored.seeds)), []))[1].append(place)
     return dict(sorted(lines.items(), key=lambda line: (line[1][0], line[0])))
 
 
@@ -55,17 +53,21 @@ def cost(scored: Scored) -> Claim:
     )
 
 
-def selection_regret(scored: Scored) -> Claim:
-    """What choosing on the held-out split costs against the best there is on the test set."""
+def selection_regret(scored: Scored, champions: Mapping[str, str]) -> Claim:
+    """What choosing on the held-out split costs against the best there is on the test set.
+
+    `champions`: rule of modelstock.comparison.choice -> the row that it chooses.
+    """
     places = [p for p, row in enumerate(scored.rows) if row.kind not in ("ensemble", "plane", "noise", "pool")]
     held_out = scored.measured("held-out")[places]
-    chosen = places[int(np.argmax(held_out))]
+    by_name = {row.name: place for place, row in enumerate(scored.rows)}
     numbers = []
-    for summary in scored.summaries:
-        value = scored.measured(summary)[places].max() - scored.measured(summary)[chosen]
-        samples = scored.drawn(summary)[:, places].max(axis=1) - scored.drawn(summary)[:, chosen]
-        name = f"best there minus {scored.rows[chosen].name}, {TITLES[summary]}"
-        numbers.append(quantity(name, 100 * value, 100 * samples, over="images", unit="points"))
+    for rule, champion in champions.items():
+        for summary in scored.summaries:
+            value = scored.measured(summary)[places].max() - scored.measured(summary)[by_name[champion]]
+            samples = scored.drawn(summary)[:, places].max(axis=1) - scored.drawn(summary)[:, by_name[champion]]
+            name = f"best there minus {champion}, the champion by the rule {rule}, {TITLES[summary]}"
+            numbers.append(quantity(name, 100 * value, 100 * samples, over="images", unit="points"))
     correlations = [
         quantity(
             f"rank correlation with the held-out split, {TITLES[summary]}",

@@ -191,6 +191,7 @@ def _figures(report: Mapping[str, Any], weights: WeightSet) -> Sequence[Figure]:
                 cure="name the comparison that scored them, or leave --report out",
             )
         accuracy, roles = report["accuracy"][names[0]], {report["held_out"]: "held out, chosen on"}
+        roles |= {name: "held-out shift, chosen on" for name in report.get("held_out_shifts", [])}
         roles |= {report["in_distribution"]: "in distribution"} | {name: "shift" for name in report["shifts"]}
         rows = [(name, roles.get(name, ""), accuracy[name]) for name in report["benchmarks"]]
         mean = report.get("summary", {}).get(names[0], {}).get("shifts") or report.get("shift_mean", {}).get(names[0])
