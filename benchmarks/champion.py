@@ -40,7 +40,7 @@ def calibration_error(results: list[Scores], row: int) -> float:
     """The mean over the benchmarks of the expected calibration error, in percent."""
     from modelstock.comparison.metrics import METRICS
 
-    return float(np.mean([METRICS["ece"].measure(scores, row) for scores in results]))
+    return 100 * float(np.mean([METRICS["ece"].measure(scores, row) for scores in results]))
 
 
 def spread(values: list[float]) -> str:
