@@ -29,6 +29,11 @@ MEANINGS: dict[str, tuple[str, str]] = {
         "norms.png",
     ),
     "steps": ("Angles and norms agree between seeds at every step of training, not only at its end.", "steps.png"),
+    "settings": (
+        "The same with other recipes, other parts of the training set, and from weaker anchors. The paper shows it for "
+        "several backbones and data sets.",
+        "",
+    ),
     "closer": (
         "The nearer a weight set lies to the mean of many seeds, the more accurate it is. It is why Model Stock aims "
         "at that mean.",

@@ -16,9 +16,11 @@ from modelstock.experiment.paths import (
     seed_file,
     snapshot_files,
 )
+from modelstock.experiment.pools import load_pools, one_recipe
 from modelstock.experiment.space import load_space
 from modelstock.experiment.updates import distance
 from modelstock.geometry.measure import measure
+from modelstock.geometry.space import checkpoint_of
 from modelstock.geometry.steps import measure_steps
 from modelstock.params import ChampionParams, load_params
 from modelstock.scoring.results import load_scores
@@ -44,6 +46,7 @@ def main(results: Path, models: Path, out: Path) -> None:
     )
     seeds = [seed_file(finetuned_folder(models), seed) for seed in params.seeds]
     space = load_space(models, params)
+    identities = [checkpoint.identity for checkpoint in space.seeds.values()]
     files = files_by_identity(compared, [anchor_file(models), *seeds, *others])
     anchor, margin = load_weights(anchor_file(models), lazy=True), params.compare.champion.margin
     distances = {identity: distance(anchor, load_weights(file, lazy=True)) for identity, file in files.items()}
@@ -64,7 +67,11 @@ def main(results: Path, models: Path, out: Path) -> None:
     )
     snapshots = snapshot_files(models, params)
     steps = measure_steps(anchor_file(models), snapshots) if snapshots else None
-    write_findings(findings, measured, out, steps=steps)
+    settings = {
+        pool.name: measure(checkpoint_of(pool.anchor), [checkpoint_of(weights) for weights in pool.members.values()])
+        for pool in load_pools(one_recipe(params.variants), models, seeds=identities)
+    }
+    write_findings(findings, measured, out, steps=steps, settings=settings)
     for claim in findings.claims:
         print(f"{claim.title}: {claim.verdict}")
 

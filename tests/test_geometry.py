@@ -246,6 +246,24 @@ def test_a_pair_that_shares_noise_is_named_without_a_centre():
     assert claim(geometry, "residuals-pairs").quantities[0].value > 0.1
 
 
+def test_settings_are_judged_one_by_one_and_all_must_hold(thin):
+    uneven = shell_of(8, scales=(0.5, 1.5) * 4, size=10_000)
+    found = {one.key: one for one in weight_claims(thin, settings={"other seeds": thin, "rates": uneven})}["settings"]
+    assert found.verdict == "does not hold"
+    assert [quantity.name for quantity in found.quantities] == [
+        "seeds, variation of norms (holds)",
+        "seeds, spread of angles (holds)",
+        "other seeds, variation of norms (holds)",
+        "other seeds, spread of angles (holds)",
+        "rates, variation of norms (does not hold)",
+        f"rates, spread of angles ({claim(uneven, 'angles').verdict})",
+    ]
+    assert found.quantities[4].value == claim(uneven, "norms").quantities[0].value
+    alike = {one.key: one for one in weight_claims(thin, settings={"other seeds": thin})}["settings"]
+    assert (alike.artefact, alike.verdict) == (5, "holds")
+    assert "settings" not in {one.key for one in weight_claims(thin)}
+
+
 def test_norms_that_vary_are_found():
     geometry = shell_of(8, scales=(0.5, 1.5) * 4, size=10_000)
     assert claim(geometry, "norms").verdict == "does not hold"

@@ -12,7 +12,8 @@ from ruamel.yaml import YAML
 from modelstock.data.dataset import open_dataset
 from modelstock.errors import ParamsError, WeightsError
 from modelstock.experiment.paths import anchor_file, points_file, results_file, seed_file, variant_file
-from modelstock.experiment.pools import load_pools, pool_points
+from modelstock.experiment.points import pool_points
+from modelstock.experiment.pools import load_pools, one_recipe
 from modelstock.notices import Notice
 from modelstock.params import GeometryParams, VariantParams, load_params
 from modelstock.scoring.one_pass import ScoringOptions
@@ -252,3 +253,18 @@ def test_settings_that_cannot_be_are_refused(tmp_path, change, message):
 
 def test_the_standard_settings_ask_for_no_point():
     assert GeometryParams(**NOTHING).benchmarks == []
+
+
+def test_a_setting_is_a_pool_whose_members_differ_in_seed_or_order_alone():
+    def variant(pool, seed, **recipe):
+        return VariantParams(pool=pool, seed=seed, anchor="models/anchor.safetensors", recipe=recipe)
+
+    variants = {
+        "a": variant("order", 0, order_seed=1),
+        "b": variant("order", 0, order_seed=2),
+        "c": variant("half", 0, share=0.5),
+        "d": variant("half", 1, share=0.5),
+        "e": variant("rate", 0, lr=0.1),
+        "f": variant("rate", 1, lr=0.2),
+    }
+    assert list(one_recipe(variants)) == ["a", "b", "c", "d"]

@@ -163,14 +163,21 @@ def accuracy_part(findings: Findings) -> str:
 
 
 def write_findings(
-    findings: Findings, measured: Geometry, folder: Path, *, steps: Mapping[int, Geometry] | None = None
+    findings: Findings,
+    measured: Geometry,
+    folder: Path,
+    *,
+    steps: Mapping[int, Geometry] | None = None,
+    settings: Mapping[str, Geometry] | None = None,
 ) -> None:
     """Write what weights alone and what accuracies say to `folder`, and the report's section.
 
     geometry.json and tensors.csv as `modelstock geometry` writes them, with the claims about accuracy too;
     accuracy.json: distances and what the pictures show; geometry.md, the pictures.
     """
-    claims = sorted([*weight_claims(measured, steps), *findings.claims], key=lambda claim: claim.artefact or 99)
+    claims = sorted(
+        [*weight_claims(measured, steps, settings), *findings.claims], key=lambda claim: claim.artefact or 99
+    )
     of_weights = {f"{PREFIX}{name}": picture for name, picture in draw(measured, steps).items()}
     pictures = of_weights | {f"{PREFIX}{name}": picture for name, picture in findings.pictures.items()}
     written = geometry_json(measured, claims, steps)

@@ -71,8 +71,8 @@ def claims_table(claims: Sequence[Claim]) -> str:
     head = ["| # | claim | verdict | measured |", "|---|---|---|---|"]
     body = []
     for claim in claims:
-        numbers = "; ".join(f"{quantity.name} {quantity.shown()}" for quantity in claim.quantities)
+        numbers = "<br>".join(f"{quantity.name}: {quantity.shown()}" for quantity in claim.quantities)
         verdict = f"**{claim.verdict}**" if claim.verdict in ("holds", "does not hold") else claim.verdict
-        remark = f" {claim.remark}" if claim.remark else ""
+        remark = f"<br>*{claim.remark}*" if claim.remark else ""
         body.append(f"| {claim.artefact or ''} | {claim.title}: {claim.rule} | {verdict} | {numbers}{remark} |")
     return "\n".join(head + body)

@@ -1,6 +1,7 @@
 """The paper's claims about where fine-tuned weights lie, and open questions, decided from weights alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -28,13 +29,21 @@ def sizes(count: int) -> list[int]:
     return sorted({*range(2, min(count, LARGEST) + 1), count})
 
 
-def weight_claims(geometry: Geometry, steps: Mapping[int, Geometry] | None = None) -> list[Claim]:
-    """Every claim that weights decide, in the order of docs/geometry.md; `steps`: the seeds at several steps."""
+def weight_claims(
+    geometry: Geometry,
+    steps: Mapping[int, Geometry] | None = None,
+    settings: Mapping[str, Geometry] | None = None,
+) -> list[Claim]:
+    """Every claim that weights decide, in the order of docs/geometry.md.
+
+    `steps`: the seeds at several steps. `settings`: by name, seeds of other recipes or anchors, one recipe each.
+    """
     stack = geometry.stack()
     return [
         _angles(stack),
         _norms(stack),
         *([_steps(steps)] if steps else []),
+        *([_settings({"seeds": geometry, **settings})] if settings else []),
         _lengths(stack),
         _ratio(stack),
         _nearer(stack),
@@ -97,32 +106,46 @@ def _norms(stack: Stack) -> Claim:
     )
 
 
-def _steps(steps: Mapping[int, Geometry]) -> Claim:
-    claims = {step: (_norms(geometry.stack()), _angles(geometry.stack())) for step, geometry in steps.items()}
-    verdicts = [claim.verdict for pair in claims.values() for claim in pair]
+def _both(geometries: Iterable[Geometry]) -> tuple[list[tuple[Claim, Claim]], Verdict]:
+    """Claims 3 and 2 of each, and whether they all hold."""
+    claims = [(_norms(geometry.stack()), _angles(geometry.stack())) for geometry in geometries]
+    verdicts = [claim.verdict for pair in claims for claim in pair]
     order: tuple[Verdict, ...] = ("does not hold", "not enough seeds", "undecided")
+    return claims, next((verdict for verdict in order if verdict in verdicts), "holds")
+
+
+def _settings(settings: Mapping[str, Geometry]) -> Claim:
+    claims, verdict = _both(settings.values())
+    names = ("variation of norms", "spread of angles")
+    return Claim(
+        key="settings",
+        artefact=5,
+        title="both hold across settings",
+        rule=f"claims 2 and 3 hold in each of the {len(settings)} settings",
+        verdict=verdict,
+        quantities=tuple(
+            replace(claim.quantities[0], name=f"{setting}, {name} ({claim.verdict})")
+            for setting, pair in zip(settings, claims, strict=True)
+            for name, claim in zip(names, pair, strict=True)
+        ),
+    )
+
+
+def _steps(steps: Mapping[int, Geometry]) -> Claim:
+    pairs, verdict = _both(steps.values())
+    claims = dict(zip(steps, pairs, strict=True))
     quantities = []
     for number, name in enumerate(("coefficient of variation", "standard deviation of angles")):
         found = {step: pair[number].quantities[0] for step, pair in claims.items()}
         step = max(found, key=lambda step: found[step].value or -1.0)
         worst = found[step]
-        quantities.append(
-            Quantity(
-                name=f"largest {name}, at step {step}",
-                value=worst.value,
-                low=worst.low,
-                high=worst.high,
-                over=worst.over,
-                unit=worst.unit,
-                text=worst.text,
-            )
-        )
+        quantities.append(replace(worst, name=f"largest {name}, at step {step}"))
     return Claim(
         key="steps",
         artefact=4,
         title="both hold at every step of training",
         rule=f"claims 2 and 3 hold at each of the {len(steps)} steps measured",
-        verdict=next((verdict for verdict in order if verdict in verdicts), "holds"),
+        verdict=verdict,
         quantities=tuple(quantities),
     )
 
