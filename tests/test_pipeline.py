@@ -200,7 +200,7 @@ def test_dvcs_page_of_plots_needs_no_network(project):
     assert "http" not in page
     pictures = re.findall(r'src="([^"]+)"', page)
     assert [Path(name).name for name in pictures] == [
-        f"workspace_reports_{name}.png" for name in ("figure", "held_out", "methods")
+        f"workspace_reports_{name}.png" for name in ("figure", "held_out", "methods", "pareto")
     ]
     assert all((project / "page" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     shutil.rmtree(project / "page")
