@@ -75,7 +75,7 @@ def project(tmp_path_factory):
     )
     yaml = YAML(typ="safe")
     raw = yaml.load((folder / "params.yaml").read_text())
-    raw |= {"periodic": {}, "longer": []}
+    raw |= {"periodic": {}, "longer": [], "variants": {}, "anchors": {}}
     raw["classes"] = {"names": FOLDERS, "templates": ["a photo of a {}."]}
     raw["pretrain"] = {"source": "open_clip", "architecture": "tiny", "pretrained": "backbone", "seed": 0}
     with open(folder / "params.yaml", "w") as file:

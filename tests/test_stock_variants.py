@@ -312,7 +312,7 @@ class TestSingleSeedsInAnExperiment:
             return Scores(name, role, "d" * 64, rows, tuple("abcd"), truth, correct, correct, prediction, sure, sure)
 
         comparison = compare(
-            [scores("held-out", "held-out"), scores("test", "in-distribution"), scores("other", "shift")], draws=100
+            [scores("held-out", "held-out"), scores("test", "in-distribution"), scores("other", "shift")]
         )
         line = next(line for line in comparison.lines if line.key == "monosoup")
         assert (line.name, line.size, line.over_uniform) == ("monosoup of 1, mean of 3", 1, {})
