@@ -308,6 +308,17 @@ def test_what_rows_cost_to_train():
     assert [passes(one) for one in rows[-3:]] == [1, 1, 2]
 
 
+def test_a_variant_costs_its_epochs_over_those_of_a_seed():
+    rows = [
+        *(row(f"seed-{n}", "seed", (n,), epochs=12) for n in range(2)),
+        row("epochs/slow", "epochs", (7,), epochs=24),
+        row("epochs-lawa@5/slow", "epochs-lawa", (7,), lawa_last=5, epochs=24),
+        row("half/a", "half", (7,), epochs=6.0),
+        row("model_stock/0-1", "model_stock", (0, 1)),
+    ]
+    assert list(costs(rows).values()) == [1, 1, 2, 2, 0.5, 2]
+
+
 def test_the_front_by_hand():
     # The third is dominated by the second, the fourth equals the second, the last is the best in nothing but beaten by
     # none; the fifth is beaten in one coordinate and level in the other.

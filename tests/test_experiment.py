@@ -207,9 +207,12 @@ def test_rows_say_what_made_a_weight_set():
     average = {"stage": "finetune", "seed": 3, "average": "ema", "options": {"ema_decay": 0.99, "lr": 1}}
     assert row(**average) == ("ema@0.99/3", "ema", (3,), {"ema_decay": 0.99})
     assert row(stage="longer", seed=0, factor=4) == ("longer@4/0", "longer", (0,), {"factor": 4})
-    variant = {"stage": "variant", "seed": 2, "pool": "rate", "variant": "slow", "options": {"lawa_last": 5, "lr": 1}}
-    assert row(**variant) == ("rate/slow", "rate", (2,), {})
-    assert row(**variant, average="lawa") == ("rate-lawa@5/slow", "rate-lawa", (2,), {"lawa_last": 5})
+    variant = {"stage": "variant", "seed": 2, "pool": "rate", "variant": "slow"}
+    variant["options"] = {"lawa_last": 5, "lr": 1, "epochs": 24, "share": 0.5}
+    assert row(**variant) == ("rate/slow", "rate", (2,), {"epochs": 12})
+    assert row(**variant, average="lawa") == ("rate-lawa@5/slow", "rate-lawa", (2,), {"lawa_last": 5, "epochs": 12})
+    assert row(stage="finetune", seed=3, options={"epochs": 12}) == ("seed-3", "seed", (3,), {"epochs": 12})
+    assert row(stage="finetune", seed=3, options={"head": "own"}) == ("seed-3", "seed", (3,), {})
     arm = {"stage": "periodic", "arm": "every-2", "members": [0, 1], "options": {"every": 2.0}}
     assert row(**arm) == ("periodic-every-2/0-1", "periodic-every-2", (0, 1), {"every": 2.0})
     merge = {"stage": "merge", "method": "ties", "members": [0, 2], "options": {"scale": 0.5, "density": 0.2}}

@@ -136,8 +136,8 @@ def _count(others: int) -> str:
     return "one other is" if others == 1 else f"{others} others are"
 
 
-def _seeds(count: int) -> str:
-    return "nothing" if not count else "one seed" if count == 1 else f"{count} seeds"
+def _seeds(count: float) -> str:
+    return "nothing" if not count else "one seed" if count == 1 else f"{count:.3g} seeds"
 
 
 def _points(share: float) -> str:
@@ -208,7 +208,7 @@ def candidates_table(comparison: Comparison) -> str:
                 "" if one.distance is None else f"{one.distance:.2f}",
                 *(half(comparison.summary[one.name][s]) for s in comparison.summaries),
                 str(len(rows[one.name].members)),
-                str(comparison.cost[one.name]),
+                f"{comparison.cost[one.name]:g}",
             ]
         )
     return table(head, body)
@@ -221,7 +221,7 @@ def front_table(comparison: Comparison) -> str:
         [
             f"**{name}**" if name == comparison.champion else name,
             *(half(comparison.summary[name][s]) for s in comparison.summaries),
-            str(comparison.cost[name]),
+            f"{comparison.cost[name]:g}",
         ]
         for name in comparison.front
     ]

@@ -90,7 +90,7 @@ class Comparison:
     median_seed: str
     champion: str
     choice: Choice
-    cost: Mapping[str, int]
+    cost: Mapping[str, float]
     front: tuple[str, ...]
     resample: str  # what intervals draw of a test set: "images", or "classes" with all their images
     margin: float  # a difference above minus this, a share, is no worse

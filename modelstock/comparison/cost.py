@@ -6,16 +6,22 @@ from modelstock.merging.methods.table import METHODS
 from modelstock.scoring.results import Row
 
 
-def trainings(row: Row, seeds: int) -> int:
-    """How many seeds' training a row takes, of an experiment with this many seeds.
+def trainings(row: Row, seeds: Sequence[Row]) -> float:
+    """How many seeds' training a row takes, of an experiment with these seeds.
 
-    Nothing for the anchor; one for a seed, and for averages and snapshots along its run; a longer run its factor; a
-    merge or an ensemble of k seeds k, and so does a periodic run, whose seeds train side by side. A method that selects
-    its members among the seeds takes all of them. What merging costs itself is not counted.
+    Nothing for the anchor; one for a seed, and for averages and snapshots along its run; a longer run its factor, and a
+    variant its epochs over those of a seed, both times the share of the training set; a merge or an ensemble of k seeds
+    k, and so does a periodic run, whose seeds train side by side. A method that selects its members among the seeds
+    takes all of them. What merging costs itself is not counted.
     """
     if row.kind in METHODS and METHODS[row.kind].selects:
-        return seeds
-    return int(row.options["factor"]) if row.kind == "longer" else len(row.members)
+        return len(seeds)
+    if row.kind == "longer":
+        return int(row.options["factor"])
+    of_seed = next((seed.options["epochs"] for seed in seeds if "epochs" in seed.options), None)
+    if of_seed and row.kind not in METHODS and "epochs" in row.options:
+        return float(row.options["epochs"] / of_seed)
+    return len(row.members)
 
 
 def passes(row: Row) -> int:
@@ -23,7 +29,7 @@ def passes(row: Row) -> int:
     return len(row.members) if row.kind == "ensemble" else 1
 
 
-def costs(rows: Sequence[Row]) -> dict[str, int]:
+def costs(rows: Sequence[Row]) -> dict[str, float]:
     """Row -> its training in units of one seed."""
-    seeds = sum(row.kind == "seed" for row in rows)
+    seeds = [row for row in rows if row.kind == "seed"]
     return {row.name: trainings(row, seeds) for row in rows}

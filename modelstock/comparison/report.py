@@ -407,7 +407,7 @@ def as_csv(comparison: Comparison) -> str:
                 row.name,
                 row.kind,
                 "-".join(map(str, row.members)),
-                comparison.cost[row.name],
+                f"{comparison.cost[row.name]:g}",
                 *(round(100 * e.value, 4) for e in estimates),
             ]
         )

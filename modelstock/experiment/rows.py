@@ -56,7 +56,7 @@ def _anchor(made_by: Mapping[str, Any]) -> Description:
 def _seed(made_by: Mapping[str, Any]) -> Description:
     seed, average = int(made_by["seed"]), made_by.get("average")
     if average is None:
-        return f"seed-{seed}", "seed", (seed,), {}
+        return f"seed-{seed}", "seed", (seed,), _epochs(made_by)
     option = AVERAGES[average]
     value = made_by["options"][option]
     return f"{average}@{value}/{seed}", average, (seed,), {option: value}
@@ -65,10 +65,17 @@ def _seed(made_by: Mapping[str, Any]) -> Description:
 def _variant(made_by: Mapping[str, Any]) -> Description:
     seed, pool, average = int(made_by["seed"]), made_by["pool"], made_by.get("average")
     if average is None:
-        return f"{pool}/{made_by['variant']}", pool, (seed,), {}
+        return f"{pool}/{made_by['variant']}", pool, (seed,), _epochs(made_by)
     option = AVERAGES[average]
     value = made_by["options"][option]
-    return f"{pool}-{average}@{value}/{made_by['variant']}", f"{pool}-{average}", (seed,), {option: value}
+    options = {option: value, **_epochs(made_by)}
+    return f"{pool}-{average}@{value}/{made_by['variant']}", f"{pool}-{average}", (seed,), options
+
+
+def _epochs(made_by: Mapping[str, Any]) -> dict[str, float]:
+    """How many epochs of the whole training set a run takes, from which its cost follows; adopted checkpoints: none."""
+    recipe = made_by.get("options", {})
+    return {"epochs": recipe["epochs"] * recipe.get("share", 1)} if "epochs" in recipe else {}
 
 
 def _longer(made_by: Mapping[str, Any]) -> Description:

@@ -125,7 +125,7 @@ def _params(comparison: Comparison, row: Row, *, trained: bool) -> dict[str, str
         "seeds": str(len(row.members)),
         "members": members,
         "options": _options(row, trained) or "none",
-        "cost": str(comparison.cost[row.name]),
+        "cost": f"{comparison.cost[row.name]:g}",
     }
 
 

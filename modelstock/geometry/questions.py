@@ -17,6 +17,7 @@ from modelstock.merging.methods.table import METHODS
 
 def costs(scored: Scored) -> dict[str, tuple[float, list[int]]]:
     """What is compared -> training in units of one seed, and its rows."""
+    seeds = [scored.rows[place] for place in scored.places("seed")]
     lines: dict[str, tuple[float, list[int]]] = {"single seed": (1, scored.places("seed"))}
     for place, row in enumerate(scored.rows):
         size = len(row.members)
@@ -26,7 +27,7 @@ def costs(scored: Scored) -> dict[str, tuple[float, list[int]]]:
             key = f"longer, {row.options['factor']} times"
         else:
             continue
-        lines.setdefault(key, (trainings(row, len(scored.seeds)), []))[1].append(place)
+        lines.setdefault(key, (trainings(row, seeds), []))[1].append(place)
     return dict(sorted(lines.items(), key=lambda line: (line[1][0], line[0])))
 
 
