@@ -284,11 +284,11 @@ def test_mlflow_holds_one_run_per_row_and_a_second_comparison_adds_none(project)
     scores = load_scores(project / "results/shapes.safetensors")
     weights = {row.identity for row in scores.rows if row.kind != "ensemble"}
     assert set(runs["row"]) == {row.name for row in scores.rows}
-    assert set(runs["training"]) == {
-        f"training of {name}"
-        for name in ("seed-0", "seed-1", "seed-2", "periodic-stock/0-1", "periodic-gradual/0-1", "longer@2/0")
-    }
-    assert counts == {"row": len(scores.rows), "training": 6, "comparison": 1}
+    variants = YAML(typ="safe").load((project / "params.yaml").read_text())["variants"]
+    trained = ["seed-0", "seed-1", "seed-2", "periodic-stock/0-1", "periodic-gradual/0-1", "longer@2/0"]
+    trained += [f"{variant['pool']}/{name}" for name, variant in variants.items()]
+    assert set(runs["training"]) == {f"training of {name}" for name in trained}
+    assert counts == {"row": len(scores.rows), "training": 6 + 5, "comparison": 1}
     assert models == len(weights)
     assert set(history.values()) == {1}
     for row, correct in zip(scores.rows, scores.correct, strict=True):
