@@ -374,5 +374,5 @@ def test_the_flow_runs_what_a_changed_param_touches_and_only_that(project, tmp_p
     names = {row.name for row in load_scores(project / "results/shapes.safetensors").rows}
     assert "wise_ft/0-1-2@0.75" in names
     assert "wise_ft/0-1-2@0.5" not in names
-    # shards, the anchor's two, the seeds, those of the centre, what is beside them, the other methods
-    assert done.stderr.count("Cached(") == 5 + 2 + 3 + 2 + 2 + 5
+    # shards, the anchor's two, another anchor, the seeds, the centre's, variants, arms and a longer run, other methods
+    assert done.stderr.count("Cached(") == 5 + 2 + 1 + 3 + 2 + 5 + 3 + 5
