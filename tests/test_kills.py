@@ -38,15 +38,53 @@ SMALL = {
     "periodic": {
         "gradual": {"rule": "papa", "size": 2, "every": 0.5, "alpha": 0.9, "reset_moments": False, "devices": 1},
     },
+    "longer": [2],
+    "anchors": {
+        "weak": {
+            "source": "shapes",
+            "seed": 1,
+            "draws": 128,
+            "batch_size": 64,
+            "lr": 0.001,
+            "weight_decay": 0.1,
+            "beta2": 0.98,
+            "warmup_steps": 1,
+            "clip_norm": 1.0,
+            "precision": "float32",
+            "log_every": 20,
+        },
+    },
+    "variants": {
+        "weak-0": {
+            "pool": "weak",
+            "seed": 0,
+            "anchor": "models/anchors/weak/anchor.safetensors",
+            "recipe": {"lr": 0.01},
+        },
+    },
     "merge": {"methods": ["model_stock", "wise_ft"], "wise_ft": {"alphas": [0.25, 0.5]}},
     "evaluate": {"benchmarks": ["held-out", "shapes"], "batch_size": 16, "precision": "float32"},
 }
-KINDS = ("check", "prepare", "pretrain", "anchor", "finetune", "periodic", "longer", "merge", "evaluate", "compare")
+KINDS = (
+    "check",
+    "prepare",
+    "pretrain",
+    "anchor",
+    "anchors",
+    "finetune",
+    "variant",
+    "periodic",
+    "longer",
+    "merge",
+    "evaluate",
+    "geometry",
+    "compare",
+)
 
 
 def update(base: dict, change: dict) -> None:
     for key, value in change.items():
-        if isinstance(value, dict) and key not in ("splits", "periodic"):
+        if isinstance(value, dict) and key not in ("splits", "periodic", "anchors", "variants"):
             update(base[key], value)
         else:
             base[key] = value
@@ -150,7 +188,7 @@ def files(folder: Path) -> dict[str, str]:
 
 def training_leaves(folder: Path) -> list[Path]:
     """What trainings have left in scratch/."""
-    stages = ("finetune", "longer", "periodic", "pretrain")
+    stages = ("finetune", "longer", "periodic", "pretrain", "variant")
     return [path for stage in stages for path in (folder / "scratch" / stage).rglob("*") if path.is_file()]
 
 
