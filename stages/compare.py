@@ -39,15 +39,7 @@ def main(results: Path, models: Path, geometry: Path, out: Path, metrics: Path) 
     remove_left_over(results, [POINTS, *(results_file(results, name).name for name in params.evaluate.benchmarks)])
     scores = [load_scores(results_file(results, name)) for name in params.evaluate.benchmarks]
     tuned, seeds = finetuned_folder(models), params.seeds
-    others = other_files(
-        models,
-        methods=params.merge.methods,
-        recipe=None if params.checkpoints else params.finetune,
-        seeds=params.seeds,
-        variants={name: params.recipe_of(name) for name in params.variants},
-        arms=params.periodic,
-        factors=params.longer,
-    )
+    others = other_files(models, params)
     seed_files = [seed_file(tuned, seed) for seed in seeds]
     files = files_by_identity(scores, [anchor_file(models), *seed_files, *others])
     comparison = compare_results(

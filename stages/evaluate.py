@@ -19,15 +19,7 @@ def main(data: Path, models: Path, out: Path) -> None:
     params = load_params()
     deterministic(params.threads)
     remove_left_over_models(models, params)
-    files = other_files(
-        models,
-        methods=params.merge.methods,
-        recipe=None if params.checkpoints else params.finetune,
-        seeds=params.seeds,
-        variants={name: params.recipe_of(name) for name in params.variants},
-        arms=params.periodic,
-        factors=params.longer,
-    )
+    files = other_files(models, params)
     candidates = Candidates(
         anchor=load_weights(anchor_file(models), lazy=True),
         seeds=load_seeds(finetuned_folder(models), params.seeds, lazy=True),

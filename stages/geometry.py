@@ -35,15 +35,7 @@ def main(results: Path, models: Path, out: Path) -> None:
     benchmarks, section = params.evaluate.benchmarks, params.geometry
     remove_left_over(results / POINTS, [points_file(results, name).name for name in section.benchmarks])
     compared = [load_scores(results_file(results, name)) for name in benchmarks]
-    others = other_files(
-        models,
-        methods=params.merge.methods,
-        recipe=None if params.checkpoints else params.finetune,
-        seeds=params.seeds,
-        variants={name: params.recipe_of(name) for name in params.variants},
-        arms=params.periodic,
-        factors=params.longer,
-    )
+    others = other_files(models, params)
     seeds = [seed_file(finetuned_folder(models), seed) for seed in params.seeds]
     space = load_space(models, params)
     identities = [checkpoint.identity for checkpoint in space.seeds.values()]

@@ -31,7 +31,7 @@ from modelstock.experiment.rows import ensemble_row, row_of
 from modelstock.experiment.subsets import ensembles, subsets
 from modelstock.merging.methods.table import METHODS
 from modelstock.notices import Notice
-from modelstock.params import load_params, standard_section
+from modelstock.params import VariantParams, load_params, standard_section
 from modelstock.scoring.one_pass import ScoringOptions
 from modelstock.scoring.results import load_scores, save_scores
 from modelstock.scoring.score_cache import ensemble_identity
@@ -230,18 +230,24 @@ def test_subsets_and_ensembles_of_eight_seeds():
 
 
 def test_files_lie_where_stages_write_them():
-    recipe = load_params(ROOT / "params.yaml").finetune.model_copy(
-        update={"ema": [0.9], "lawa": 2, "snapshots": True, "head_first_epochs": 0, "epochs": 3}
-    )
-    changes = {"slow": recipe.model_copy(update={"ema": []})}
-    chosen = {"methods": [], "seeds": [4], "variants": changes, "arms": ["every-2", "papa"], "factors": [3]}
-    files = other_files(Path("models"), recipe=recipe, **chosen)
+    whole = load_params(ROOT / "params.yaml")
+    kept = {"ema": [0.9], "lawa": 2, "snapshots": True, "head_first_epochs": 0, "epochs": 3}
+    slow = VariantParams(pool="rates", seed=0, anchor="models/anchor.safetensors", recipe={"ema": []})
+    chosen = {
+        "finetune": whole.finetune.model_copy(update=kept),
+        "merge": whole.merge.model_copy(update={"methods": []}),
+        "seeds": [4],
+        "variants": {"slow": slow},
+        "periodic": {"every-2": None, "papa": None},
+        "longer": [3],
+    }
+    files = other_files(Path("models"), whole.model_copy(update=chosen))
     averages = [f"finetuned/4/{name}.safetensors" for name in ("ema-0.9", "lawa", "epoch-1", "epoch-2")]
     variants = [f"variants/slow/{name}.safetensors" for name in ("weights", "lawa", "epoch-1", "epoch-2")]
     periodic = [f"{name}/weights.safetensors" for name in ("periodic/every-2", "periodic/papa", "longer/3")]
     assert [str(file) for file in files] == [f"models/{name}" for name in averages + variants + periodic]
-    none = {"methods": [], "seeds": [4], "variants": {}, "arms": [], "factors": []}
-    assert other_files(Path("models"), recipe=None, **none) == []
+    adopted = {"checkpoints": ["own.pt"], "variants": {}, "periodic": {}, "longer": []}
+    assert other_files(Path("models"), whole.model_copy(update={**chosen, **adopted})) == []
 
 
 def test_merges_are_those_that_their_report_names(tmp_path):

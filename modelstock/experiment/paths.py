@@ -110,23 +110,16 @@ def _merges(folder: Path) -> list[Path]:
     return files
 
 
-def other_files(
-    models: Path,
-    *,
-    methods: Iterable[str],
-    recipe: FinetuneParams | None,
-    seeds: Sequence[int],
-    variants: Mapping[str, FinetuneParams],
-    arms: Iterable[str],
-    factors: Iterable[int],
-) -> list[Path]:
+def other_files(models: Path, params: Params) -> list[Path]:
     """Every weight set besides anchor and seeds: merges, averages, snapshots, variants, periodic and longer runs.
 
-    `recipe`: None for somebody's own checkpoints, of which there are no averages. `variants`: recipes by name.
+    Of somebody's own checkpoints there are no averages.
     """
-    averages = average_files(finetuned_folder(models), recipe, seeds) if recipe else []
-    others = variant_files(models, variants) + periodic_files(models, arms, factors)
-    return merged_files(models, methods) + averages + others
+    recipe = None if params.checkpoints else params.finetune
+    averages = average_files(finetuned_folder(models), recipe, params.seeds) if recipe else []
+    variants = variant_files(models, {name: params.recipe_of(name) for name in params.variants})
+    others = variants + periodic_files(models, params.periodic, params.longer)
+    return merged_files(models, params.merge.methods) + averages + others
 
 
 def results_file(results: Path, benchmark: str) -> Path:
