@@ -1,8 +1,9 @@
-"""What holds before DVC touches an output: params.yaml is valid, no other job is at work here, DVC's state is private.
+"""What holds before DVC touches an output: params.yaml is valid, no other job is at work here, DVC's files are whole.
 
 Stages find this Python by the name `python`.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -14,6 +15,8 @@ from modelstock.files import held
 from modelstock.params import load_params
 
 FORCED = Path("scratch/forced")
+RWLOCK = Path(".dvc/tmp/rwlock")
+DVC_LOCK = Path("dvc.lock")
 LOCK = Path(".dvc/tmp/modelstock.lock")
 SITE = Path(".dvc/tmp/site")
 
@@ -30,6 +33,43 @@ def _find_our_python() -> None:
     folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
     if path.split(os.pathsep)[0] != folder:
         os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
+
+
+def _set_torn_files_aside() -> None:
+    """Move aside what DVC writes in place and a kill has left in part: DVC would refuse to start.
+
+    The list of files in use says nothing of a process that is dead; of the stages that a torn dvc.lock no longer names,
+    DVC's run-cache has what they wrote.
+    """
+    if RWLOCK.is_file() and not _parses(RWLOCK):
+        from dvc.lock import make_lock
+        from dvc.rwlock import RWLOCK_LOCK
+
+        folder = str(RWLOCK.parent)
+        with make_lock(f"{folder}/{RWLOCK_LOCK}", tmp_dir=folder):  # nobody writes it meanwhile
+            if not _parses(RWLOCK):
+                RWLOCK.unlink(missing_ok=True)
+    if DVC_LOCK.is_file() and not _parses(DVC_LOCK):
+        torn = DVC_LOCK.with_suffix(".lock.torn")
+        os.replace(DVC_LOCK, torn)
+        line = f"cut short, as by a kill: moved to {torn}; DVC takes the stages that have run from its run-cache"
+        print(f"{DVC_LOCK}: {line}", file=sys.stderr)
+
+
+def _parses(file: Path) -> bool:
+    """Whether DVC can read a file of its own."""
+    from dvc.rwlock import SCHEMA
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from dvc.utils.serialize import ParseError, parse_yaml
+    from voluptuous import Invalid
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        schema, content = (SCHEMA, json.loads(text)) if file == RWLOCK else (COMPILED_LOCKFILE_SCHEMA, parse_yaml(text, str(file)))
+        schema(content)
+    except (ValueError, ParseError, Invalid):
+        return False
+    return True
 
 
 @contextmanager
@@ -60,4 +100,5 @@ def ready(command: str) -> Iterator[None]:
     _private()
     _find_our_python()
     with held(LOCK, command):
+        _set_torn_files_aside()
         yield

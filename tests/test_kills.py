@@ -101,7 +101,7 @@ def settings(folder: Path, change: dict) -> None:
 
 def project(folder: Path, source: Path = ROOT) -> Path:
     """A copy of a project with very small params, whose jobs save after every step and every batch."""
-    for name in ("modelstock", "stages"):
+    for name in ("flows", "modelstock", "stages"):
         shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name, option in (("training/resume.py", "SAVE_EVERY_S"), ("scoring/one_pass.py", "SAVE_EVERY_S")):
         file = folder / "modelstock" / name
@@ -118,15 +118,15 @@ def project(folder: Path, source: Path = ROOT) -> Path:
 
 
 class Repro:
-    """`dvc repro` in a process group of its own; iterate over the names of the stages as they start."""
+    """What `make repro` runs, in a process group of its own; iterate over the names of the stages as they start."""
 
     def __init__(self, folder: Path) -> None:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "PREFECT", "DVC"))}
         env |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}", "PYTHONPATH": str(folder)}
-        env |= {"DVC_SITE_CACHE_DIR": str(folder / ".dvc/tmp/site"), "PYTHONUNBUFFERED": "1"}
+        env |= {"PYTHONUNBUFFERED": "1"}
         self.errors = open(folder / "stderr.txt", "w")  # noqa: SIM115  (closed in `end`)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "repro"],
+            [sys.executable, "-m", "flows.dvc_repro"],
             cwd=folder,
             env=env,
             stdout=subprocess.PIPE,
