@@ -149,6 +149,9 @@ PretrainParams = Annotated[
 ]
 
 
+TEXT_SOURCES = ("open_clip-text", "transformers")  # pre-trainings of towers that take texts
+
+
 class AnchorParams(Section):
     """The anchor's head, where training starts.
 
@@ -252,6 +255,16 @@ class FinetuneParams(Optimization):
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError("two numbers with 0 < low <= high <= 1")
         return scale
+
+
+# What is done to images alone, and its value in a recipe for texts.
+IMAGES_ALONE: dict[str, Any] = {"crop_scale": [1.0, 1.0], "flip": False, "rand_augment_operations": 0, "mixup": 0.0}
+
+
+def images_alone(recipe: FinetuneParams) -> dict[str, Any]:
+    """The settings of a recipe that texts cannot have."""
+    values = recipe.model_dump(mode="json")
+    return {name: values[name] for name, none in IMAGES_ALONE.items() if values[name] != none}
 
 
 class VariantParams(Section):
@@ -678,6 +691,27 @@ class Params(Section):
                 self.recipe_of(name)
             except ValidationError as error:
                 problems += [f"variants.{name}.recipe: {text}" for text in _problems(error)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _modality(self) -> "Params":
+        """All anchors take what the first takes, and no recipe does to texts what is done to images alone."""
+        of_texts = self.pretrain.source in TEXT_SOURCES
+        others = [name for name, section in self.anchors.items() if (section.source in TEXT_SOURCES) != of_texts]
+        wanted = "texts" if of_texts else "images"
+        problems = [f"anchors.{name}.source: for {wanted}, as pretrain.source is" for name in others]
+        if of_texts and not self.checkpoints:
+            recipes = {"finetune": self.finetune}
+            recipes |= {f"variants.{name}.recipe": self.recipe_of(name) for name in self.variants}
+            first = images_alone(self.finetune)
+            problems += [
+                f"{place}.{name}: {IMAGES_ALONE[name]} for texts (got {value})"
+                for place, recipe in recipes.items()
+                for name, value in images_alone(recipe).items()
+                if place == "finetune" or first.get(name) != value
+            ]
         if problems:
             raise ValueError("; ".join(problems))
         return self

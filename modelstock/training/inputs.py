@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from modelstock.data.dataset import Dataset
 from modelstock.data.examples import Examples
 from modelstock.files import dump_json
+from modelstock.training.text_batches import Texts
 from modelstock.weights.weight_set import WeightSet
 
 
@@ -15,8 +16,8 @@ class Inputs:
     """What seeds are trained from: the anchor, the examples of both splits, and what identifies all three."""
 
     anchor: WeightSet
-    train: Examples
-    held_out: Examples
+    train: Examples | Texts
+    held_out: Examples | Texts
     identities: Mapping[str, str]
 
 
