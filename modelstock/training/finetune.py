@@ -5,9 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modelstock.data.examples import Examples
+from modelstock.data.examples import Examples, Texts
 from modelstock.files import atomic_path, link_or_copy
 from modelstock.models.towers import Classifier, build_classifier, tensors_of
+from modelstock.notices import collected
 from modelstock.params import FinetuneParams
 from modelstock.tracking.history import write_history
 from modelstock.training.callbacks import Average, Ema, Lawa, Log, Snapshots
@@ -17,7 +18,7 @@ from modelstock.training.job import Job, Setting
 from modelstock.training.loop import Callback, HistoryRow
 from modelstock.training.recipe import examples_of, new_run, schedule_of, steps_per_epoch
 from modelstock.training.resume import ResumePoint
-from modelstock.training.text_batches import Framed, Texts, framed, notice_too_long
+from modelstock.training.text_batches import Framed, framed, notice_too_long
 from modelstock.training.validation import Validation
 from modelstock.weights.weight_set import WeightSet
 
@@ -88,7 +89,7 @@ def finetune_seed(
         setting=setting,
     )
     model = build_classifier(anchor).to(setting.world.device)
-    with job.mirror():
+    with job.mirror(), collected(job.notices):
         history, averages = finetune(
             model,
             inputs.train,

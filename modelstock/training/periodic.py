@@ -19,7 +19,7 @@ from modelstock.errors import TrainingError
 from modelstock.files import is_intact, sealed, write_json
 from modelstock.merging.rules import RULES
 from modelstock.models.towers import Classifier, build_classifier, tensors_of
-from modelstock.notices import remark
+from modelstock.notices import collected, remark
 from modelstock.params import FinetuneParams, PeriodicParams
 from modelstock.tracking.history import write_history, write_rows
 from modelstock.training.callbacks import Log
@@ -314,7 +314,7 @@ def merge_periodically(
         facts=inputs.identities,
         setting=setting,
     )
-    with job.mirror():
+    with job.mirror(), collected(job.notices):
         model, history, reports = train_periodic(
             inputs,
             recipe,

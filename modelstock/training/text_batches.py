@@ -6,13 +6,13 @@ the batches then shuffled, so that little is filled up and no step knows the len
 
 import zlib
 from collections.abc import Generator, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from modelstock.data.examples import Examples
+from modelstock.data.examples import Examples, Texts
 from modelstock.data.preprocess import modality_of
 from modelstock.data.tokens import Tokenization, Tokens
 from modelstock.errors import DataError
@@ -23,17 +23,6 @@ from modelstock.training.loop import Batch
 
 _STRETCH = 50  # batches that are sorted together, at most,
 _PARTS = 4  # and at least so many stretches in an epoch: sorted as a whole, all epochs would have the same batches
-
-
-class Texts(Protocol):
-    """Texts with labels, by row."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """Labels (N,)."""
-
-    def text(self, row: int) -> str:
-        """A text."""
 
 
 class Tokenised:
@@ -138,7 +127,8 @@ class TextBatches:
         if self._epoch is None or self._epoch[0] != epoch:
             batches = length_batches(self._lengths, batch_size=self._batch_size, seed=self._order_seed, epoch=epoch)
             self._epoch = epoch, batches
-        return self._epoch[1][place]
+        rows: NDArray[np.int64] = self._epoch[1][place]
+        return rows
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step."""

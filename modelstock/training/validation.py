@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from modelstock.data.examples import Examples
+from modelstock.data.examples import Examples, Texts
 from modelstock.data.images import Framing, normalise
 from modelstock.data.tokens import Tokenization
 from modelstock.devices import FORWARD_BATCH
 from modelstock.training.loop import Batch, Callback, Run
-from modelstock.training.text_batches import Texts, Tokenised, framed
+from modelstock.training.text_batches import Tokenised, framed
 
 
 def validation_batches(
