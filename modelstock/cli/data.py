@@ -56,7 +56,9 @@ def prepare(
     ranges: Annotated[
         str | None, typer.Option(help="CLASS=LOW:HIGH,...: what numbers in the column of labels stand for.")
     ] = None,
-    duplicates: Annotated[str, typer.Option(help="Texts of the same words: keep, or the first of them.")] = "keep",
+    duplicates: Annotated[
+        str | None, typer.Option(help="Texts of the same words: keep (the default), or the first of them.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make webdataset shards and a manifest of images or texts on disk."""
@@ -82,9 +84,13 @@ def prepare(
     }
     of_images: dict[str, Any] = {"devkit": devkit, "mappings": mappings, "password": password}
     if texts or text is not None or Path(source).suffix.lower() in TABLES:
-        kind, split, others = "texts", split | of_texts, of_images | {"short-side": short_side}
+        kind, split, others = (
+            "texts",
+            split | of_texts | {"duplicates": duplicates or "keep"},
+            of_images | {"short-side": short_side},
+        )
     else:
-        kind, split, others = "images", split | of_images, of_texts | {"duplicates": None}
+        kind, split, others = "images", split | of_images, of_texts
     given = [f"--{name}" for name, value in others.items() if value is not None]
     if given:
         cure = "leave it out" + ("" if kind == "texts" else ", or say --texts")
