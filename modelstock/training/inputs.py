@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from modelstock.data.dataset import Dataset
-from modelstock.data.examples import Examples
+from modelstock.data.examples import Examples, Texts
 from modelstock.files import dump_json
 from modelstock.weights.weight_set import WeightSet
 
@@ -15,8 +15,8 @@ class Inputs:
     """What seeds are trained from: the anchor, the examples of both splits, and what identifies all three."""
 
     anchor: WeightSet
-    train: Examples
-    held_out: Examples
+    train: Examples | Texts
+    held_out: Examples | Texts
     identities: Mapping[str, str]
 
 
@@ -24,10 +24,11 @@ def read_inputs(anchor: WeightSet, train: Dataset, held_out: Dataset, *, in_memo
     """The examples of both splits, for an anchor of their classes.
 
     Raises:
-        WeightsError: the anchor's head has other classes.
+        WeightsError: the anchor's tower takes images where these are texts, or the reverse; its head has other classes.
         DataError: shards that do not hold what their manifest says, or labels that are not the head's classes.
     """
     for dataset in (train, held_out):
+        dataset.check_modality(anchor)
         dataset.check_classes(anchor)
         dataset.check_labels()
     identities = {
