@@ -65,7 +65,9 @@ def _parses(file: Path) -> bool:
 
     try:
         text = file.read_text(encoding="utf-8")
-        schema, content = (SCHEMA, json.loads(text)) if file == RWLOCK else (COMPILED_LOCKFILE_SCHEMA, parse_yaml(text, str(file)))
+        schema, content = (
+            (SCHEMA, json.loads(text)) if file == RWLOCK else (COMPILED_LOCKFILE_SCHEMA, parse_yaml(text, str(file)))
+        )
         schema(content)
     except (ValueError, ParseError, Invalid):
         return False
