@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from modelstock.data.examples import Examples, InMemory, InShards
 from modelstock.data.manifest import FILE_NAME, Manifest, read_manifest, verify_shards
@@ -26,6 +27,14 @@ class Dataset:
     def images(self) -> InShards:
         """The images, read from the shards whenever they are asked for."""
         return InShards(self.folder, self.manifest)
+
+    def decoded(self, row: int) -> Image.Image | str:
+        """An example as it comes from its file.
+
+        Raises:
+            DataError: it does not decode.
+        """
+        return self.images.cut(row)
 
     @property
     def labels(self) -> NDArray[np.int64]:
