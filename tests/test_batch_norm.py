@@ -6,21 +6,26 @@ import sys
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
+from torch.optim.swa_utils import update_bn
 
 from modelstock.data.dataset import open_dataset
 from modelstock.data.images import Framing, normalise
 from modelstock.errors import MergeError
 from modelstock.experiment.merge import SubsetMerges
+from modelstock.experiment.rows import row_of
 from modelstock.merging.engine import merge
+from modelstock.merging.files import merge_files
 from modelstock.merging.methods.table import METHODS
 from modelstock.merging.rules import RULES
 from modelstock.models.towers import build_classifier
-from modelstock.params import standard_section
-from modelstock.scoring.batch_norm import estimated, has_running_statistics
-from modelstock.scoring.one_pass import ScoringOptions
+from modelstock.params import FinetuneParams, MergeParams, PeriodicParams, standard_section
+from modelstock.scoring import data_statistics
+from modelstock.scoring.batch_norm import Recalibration, estimated, has_running_statistics
+from modelstock.scoring.one_pass import ScoringOptions, accuracies
 from modelstock.training.parallel_merge import flat, give_back, merge_models
-from modelstock.weights.layout import is_running_statistic
-from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
+from modelstock.weights.layout import is_counter, is_running_statistic
+from modelstock.weights.weight_set import LazyArrays, WeightSet, classes_sha256, load_weights
 from tests.support.models import CONFIGS, clip_of
 from tests.support.splits import make_split
 
@@ -62,50 +67,211 @@ def family(train):
 def test_estimated_statistics_are_the_means_over_the_training_images(family, train):
     anchor, seeds = family
     merged, _ = merge("model_stock", anchor, list(seeds.values()))
-    assert any("BatchNorm" in line for line in merged.meta["notices"])
+    assert any("are averaged" in line for line in merged.meta["notices"])
     again = estimated(merged, train, examples=10**6, batch_size=10**6)
-    assert "notices" not in again.meta
+    count = sum(map(is_running_statistic, merged.tensors))
+    assert again.meta["notices"] == [f"BatchNorm: {count} running statistics are estimated again, on 48 training images"]
     assert again.meta["made_by"]["batch_norm"] == train.manifest.count
-    kept = [name for name in merged.tensors if not is_running_statistic(name) and "num_batches" not in name]
+    kept = [name for name in merged.tensors if not is_running_statistic(name) and not is_counter(name)]
     assert all(np.array_equal(again.tensors[name], merged.tensors[name]) for name in kept)
     # The first layer's statistics by hand: of its convolution over all images, in one batch.
-    model = build_classifier(merged)
-    framing = Framing.of(merged.meta["preprocess"])
-    images = np.stack([framing(train.images.cut(row)) for row in range(train.manifest.count)])
-    with torch.no_grad():
-        activations = model.visual.conv1(normalise(images, merged.meta["preprocess"]))
+    activations = first_convolution(merged, train)
     mean, variance = activations.mean(dim=(0, 2, 3)), activations.var(dim=(0, 2, 3))
     np.testing.assert_allclose(again.tensors["visual.bn1.running_mean"], mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(again.tensors["visual.bn1.running_var"], variance, rtol=1e-4)
     assert estimated(merged, train, examples=10**6, batch_size=10**6).identity == again.identity
 
 
-def test_an_experiment_estimates_them_where_it_is_asked_to(family, train):
+def first_convolution(weights, train):
+    """What the first BatchNorm of the ResNet gets, for all images."""
+    with torch.no_grad():
+        return build_classifier(weights).tower.conv1(pixels_of(weights, train))
+
+
+def pixels_of(weights, train):
+    framing = Framing.of(weights.meta["preprocess"])
+    images = np.stack([framing(train.images.cut(row)) for row in range(train.manifest.count)])
+    return normalise(images, weights.meta["preprocess"])
+
+
+def test_with_equal_batches_they_are_those_of_torchs_update_bn(family, train):
+    _, seeds = family
+    model = build_classifier(seeds[1])
+    update_bn(torch.split(pixels_of(seeds[1], train), 16), model)
+    again = estimated(seeds[1], train, examples=48, batch_size=16)
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_allclose(again.tensors[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_batches_of_other_sizes_count_by_their_images(family, train):
+    """48 images in batches of at most 20 are three of 16; in batches of at most 7, six of 7 and one of 6."""
+    _, seeds = family
+    activations = first_convolution(seeds[1], train)
+    for most, sizes in ((20, [16] * 3), (7, [7] * 6 + [6])):
+        again = estimated(seeds[1], train, examples=48, batch_size=most)
+        assert again.tensors["visual.bn1.num_batches_tracked"] == len(sizes)
+        variances = [len(part) * part.var(dim=(0, 2, 3)) for part in activations.split(sizes)]
+        np.testing.assert_allclose(again.tensors["visual.bn1.running_var"], sum(variances) / 48, rtol=1e-4)
+        np.testing.assert_allclose(
+            again.tensors["visual.bn1.running_mean"], activations.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_nothing_but_batch_norm_is_as_in_training(family, train):
+    """Dropout would make the statistics random: they are the same whatever torch's generator."""
+    _, seeds = family
+    model = build_classifier(seeds[1])
+    with torch.no_grad():
+        plain = model.eval()(pixels_of(seeds[1], train)[:2])
+    torch.manual_seed(1)
+    first = estimated(seeds[1], train, examples=16)
+    torch.manual_seed(2)
+    assert estimated(seeds[1], train, examples=16).identity == first.identity
+    with torch.no_grad():
+        assert not torch.equal(build_classifier(first)(pixels_of(seeds[1], train)[:2]), plain)
+
+
+def test_a_tower_without_batch_norm_is_left_as_it_is(train):
+    _, clip = clip_of(CONFIGS["CLIP"])
+    assert Recalibration(train, examples=4)(clip) is clip
+
+
+def test_points_that_are_read_when_they_are_used_stay_so(family, train, tmp_path):
+    _, seeds = family
+    seeds[1].save(tmp_path / "seed.safetensors")
+    lazy = load_weights(tmp_path / "seed.safetensors", lazy=True)
+    again = Recalibration(train, examples=16)(lazy)
+    assert isinstance(again.tensors, LazyArrays)
+    assert again.identity == estimated(seeds[1], train, examples=16).identity
+
+
+# ---------------------------------------------------------------- in an experiment
+
+
+def merges_of(family, train, method, **more):
     anchor, seeds = family
-    options = {"method": "uniform", "section": standard_section(METHODS["uniform"]), "anchor": anchor, "seeds": seeds}
-    options |= {"held_out": train, "scoring": ScoringOptions(batch_size=32)}
-    (plain,) = SubsetMerges(**options)
-    (again,) = SubsetMerges(**options, train=train, batch_norm=16)
+    options = {"method": method, "section": standard_section(METHODS[method]), "anchor": anchor, "seeds": seeds}
+    return list(SubsetMerges(**options, held_out=train, scoring=ScoringOptions(batch_size=32), **more))
+
+
+def test_an_experiment_estimates_them_where_it_is_asked_to(family, train):
+    _, seeds = family
+    (plain,) = merges_of(family, train, "uniform")
+    (again,) = merges_of(family, train, "uniform", train=train, batch_norm=16)
     assert has_running_statistics(plain.weights)
     name = "visual.bn1.running_mean"
     average = (seeds[1].tensors[name] + seeds[2].tensors[name]) / 2
     np.testing.assert_allclose(plain.weights.tensors[name], average, rtol=1e-6)
+    assert plain.report[name]["running statistic"] == "averaged"
+    assert again.report[name]["running statistic"] == "estimated again"
     assert again.weights.identity == estimated(plain.weights, train, examples=16).identity
     with pytest.raises(MergeError, match="got no training split"):
-        list(SubsetMerges(**options, batch_norm=16))
+        merges_of(family, train, "uniform", batch_norm=16)
 
 
-def test_the_command_estimates_them_on_training_shards(family, train, tmp_path):
+@pytest.mark.parametrize("method", ["greedy", "oracle_scale", "oracle_scales"])
+def test_what_is_only_tried_is_estimated_as_the_result_is(family, train, monkeypatch, method):
+    """A soup chosen by trials with averaged statistics would be chosen by other accuracies than those reported."""
+    tried = []
+
+    def note(weights):
+        tried.append(weights.meta.get("made_by", {}).get("batch_norm"))
+
+    def noted_accuracies(dataset, weights, options):
+        list(map(note, weights))
+        return accuracies(dataset, weights, options)
+
+    def noted_gradient(*sample, device):
+        of = data_statistics.loss_gradient(*sample, device=device)
+        return lambda weights: note(weights) or of(weights)
+
+    monkeypatch.setattr("modelstock.experiment.merge.accuracies", noted_accuracies)
+    monkeypatch.setattr("modelstock.experiment.merge.data_statistics.loss_gradient", noted_gradient, raising=True)
+    section = {"oracle_scale": {"steps": 2}, "oracle_scales": {"iterations": 1, "examples": 8}}.get(method, {})
     anchor, seeds = family
-    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
-    for file, weights in zip(files, [anchor, *seeds.values()], strict=True):
-        weights.save(file)
+    (merged,) = SubsetMerges(
+        method=method,
+        section=standard_section(METHODS[method]).model_copy(update=section),
+        anchor=anchor,
+        seeds=seeds,
+        held_out=train,
+        scoring=ScoringOptions(batch_size=32),
+        train=train,
+        batch_norm=16,
+    )
+    assert len(tried) > 1
+    assert set(tried) == {16}
+    assert merged.weights.meta["made_by"]["batch_norm"] == 16
+
+
+def test_seeds_keep_their_own_and_the_method_recalibrated_shows_what_the_estimate_alone_does(family, train):
+    _, seeds = family
+    merges = merges_of(family, train, "recalibrated", train=train, batch_norm=16)
+    assert [merged.name for merged in merges] == ["1", "2"]
+    for merged, seed in zip(merges, seeds.values(), strict=True):
+        assert merged.weights.identity == estimated(seed, train, examples=16).identity
+        assert row_of(merged.weights).kind == "recalibrated"
+
+
+def test_the_method_recalibrated_is_refused_without_an_estimate():
+    section = {"methods": ["uniform", "recalibrated"], "uniform": {"sets": "all"}, "recalibrated": {"sets": "single"}}
+    assert MergeParams.model_validate({**section, "batch_norm": 100}).batch_norm == 100
+    with pytest.raises(ValidationError, match="recalibrated needs batch_norm"):
+        MergeParams.model_validate(section)
+    with pytest.raises(ValidationError, match="one alone has no variance"):
+        MergeParams.model_validate({**section, "batch_norm": 1})
+
+
+# ---------------------------------------------------------------- on the command line
+
+
+def merge_command(files, *more):
+    command = [sys.executable, "-m", "modelstock.cli", "merge", "--anchor", files[0], *files[1:], *more]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def files(family, tmp_path):
+    anchor, seeds = family
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for path, weights in zip(paths, [anchor, *seeds.values()], strict=True):
+        weights.save(path)
+    return paths
+
+
+def test_the_command_estimates_them_on_training_shards(family, train, files, tmp_path):
+    anchor, seeds = family
     out = tmp_path / "out.safetensors"
-    command = [sys.executable, "-m", "modelstock.cli", "merge", "--anchor", files[0], *files[1:], "-o", out]
-    command += ["--method", "uniform", "--batch-norm", train.folder]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    done = merge_command(files, "-o", out, "--method", "uniform", "--recalibrate", train.folder, "--examples", 20)
+    assert "estimated again on 20 images" in done.stdout
+    assert "averaged" not in done.stderr
     merged, _ = merge("uniform", anchor, list(seeds.values()))
-    assert load_weights(out).identity == estimated(merged, train, examples=1000).identity
+    assert load_weights(out).identity == estimated(merged, train, examples=20).identity
+
+
+def test_a_tower_without_running_statistics_is_refused_in_one_line(train, tmp_path):
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for number, path in enumerate(paths):
+        WeightSet({"w": np.full(3, number, np.float32)}).save(path)
+    done = merge_command(paths, "-o", tmp_path / "out.safetensors", "--recalibrate", train.folder)
+    assert done.returncode == 2
+    assert "without running statistics of BatchNorm and an architecture" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_merge_that_cannot_be_estimated_leaves_no_file(files, tmp_path):
+    def fails(file):
+        assert file.exists()
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        merge_files("uniform", files[0], files[1:], out, recalibrate=fails)
+    assert sorted(tmp_path.iterdir()) == files
+
+
+# ---------------------------------------------------------------- in training
 
 
 def test_models_merged_in_training_have_the_running_statistics_of_the_merge_of_their_weight_sets(family):

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from modelstock.data.dataset import Dataset
+from modelstock.data.dataset import Dataset, open_dataset
 from modelstock.errors import ParamsError
 from modelstock.models.anchor import anchor_of, text_anchor_of, with_head, without_head
 from modelstock.models.heads import Prompts
@@ -22,10 +22,10 @@ from modelstock.weights.weight_set import WeightSet
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The splits that a head may be made from."""
+    """The folders of the splits that a head may be made from; opened where it is."""
 
-    train: Dataset
-    held_out: Dataset
+    train: Path
+    held_out: Path
 
 
 def make_anchor(
@@ -47,7 +47,7 @@ def make_anchor(
     kind = kind_of(backbone)
     if section.head == "probe":
         bare = without_head(backbone, names)
-        splits = [_labelled(bare, split, device) for split in (data.train, data.held_out)]
+        splits = [_labelled(bare, open_dataset(folder), device) for folder in (data.train, data.held_out)]
         tensors, options = probe_head(*splits, classes=len(names))
         return with_head(backbone, names, tensors, {"head": "probe", **options})
     is_clip = "text_cfg" in backbone.meta["architecture"]
@@ -70,7 +70,7 @@ def make_anchor(
     anchor = make(backbone, names, prompts, cache=cache, device=device)
     if section.scale == "model":
         return anchor
-    return _fitted(anchor, data.held_out, device=device)
+    return _fitted(anchor, open_dataset(data.held_out), device=device)
 
 
 def _labelled(weights: WeightSet, split: Dataset, device: str) -> Labelled:
