@@ -1,5 +1,6 @@
 """BatchNorm's running statistics of a merge: averaged and said so, or estimated again on training data."""
 
+import json
 import subprocess
 import sys
 
@@ -9,25 +10,35 @@ import torch
 from pydantic import ValidationError
 from torch.optim.swa_utils import update_bn
 
+from modelstock.cli.merging import merge as merge_on_the_command_line
 from modelstock.data.dataset import open_dataset
 from modelstock.data.images import Framing, normalise
 from modelstock.errors import MergeError
+from modelstock.experiment.geometry import point_distances
 from modelstock.experiment.merge import SubsetMerges
+from modelstock.experiment.points import score_points
 from modelstock.experiment.rows import row_of
+from modelstock.geometry.points import AVERAGED
+from modelstock.geometry.space import Space, checkpoint_of
 from modelstock.merging.engine import merge
 from modelstock.merging.files import merge_files
 from modelstock.merging.methods.table import METHODS
 from modelstock.merging.rules import RULES
 from modelstock.models.towers import build_classifier
-from modelstock.params import FinetuneParams, MergeParams, PeriodicParams, standard_section
-from modelstock.scoring import data_statistics
+from modelstock.params import GeometryParams, MergeParams, standard_section
 from modelstock.scoring.batch_norm import Recalibration, estimated, has_running_statistics
+from modelstock.scoring.data_statistics import loss_gradient
 from modelstock.scoring.one_pass import ScoringOptions, accuracies
+from modelstock.training.finetune import finetune_seed
+from modelstock.training.inputs import read_inputs
+from modelstock.training.job import Setting
 from modelstock.training.parallel_merge import flat, give_back, merge_models
+from modelstock.training.periodic import merge_periodically
 from modelstock.weights.layout import is_counter, is_running_statistic
 from modelstock.weights.weight_set import LazyArrays, WeightSet, classes_sha256, load_weights
 from tests.support.models import CONFIGS, clip_of
 from tests.support.splits import make_split
+from tests.support.training import RECIPE, arm
 
 pytestmark = pytest.mark.filterwarnings("ignore::modelstock.notices.Notice")
 
@@ -70,7 +81,9 @@ def test_estimated_statistics_are_the_means_over_the_training_images(family, tra
     assert any("are averaged" in line for line in merged.meta["notices"])
     again = estimated(merged, train, examples=10**6, batch_size=10**6)
     count = sum(map(is_running_statistic, merged.tensors))
-    assert again.meta["notices"] == [f"BatchNorm: {count} running statistics are estimated again, on 48 training images"]
+    assert again.meta["notices"] == [
+        f"BatchNorm: {count} running statistics are estimated again, on 48 training images"
+    ]
     assert again.meta["made_by"]["batch_norm"] == train.manifest.count
     kept = [name for name in merged.tensors if not is_running_statistic(name) and not is_counter(name)]
     assert all(np.array_equal(again.tensors[name], merged.tensors[name]) for name in kept)
@@ -117,18 +130,18 @@ def test_batches_of_other_sizes_count_by_their_images(family, train):
         )
 
 
-def test_nothing_but_batch_norm_is_as_in_training(family, train):
-    """Dropout would make the statistics random: they are the same whatever torch's generator."""
+def test_nothing_but_batch_norm_is_as_in_training(family, train, monkeypatch):
+    """Dropout would make the statistics random: with it, they are those without it."""
     _, seeds = family
-    model = build_classifier(seeds[1])
-    with torch.no_grad():
-        plain = model.eval()(pixels_of(seeds[1], train)[:2])
-    torch.manual_seed(1)
-    first = estimated(seeds[1], train, examples=16)
-    torch.manual_seed(2)
-    assert estimated(seeds[1], train, examples=16).identity == first.identity
-    with torch.no_grad():
-        assert not torch.equal(build_classifier(first)(pixels_of(seeds[1], train)[:2]), plain)
+    expected = estimated(seeds[1], train, examples=16).identity
+
+    def with_dropout(weights):
+        model = build_classifier(weights)
+        model.tower.conv1 = torch.nn.Sequential(model.tower.conv1, torch.nn.Dropout(0.9).eval())
+        return model
+
+    monkeypatch.setattr("modelstock.scoring.batch_norm.build_classifier", with_dropout)
+    assert estimated(seeds[1], train, examples=16).identity == expected
 
 
 def test_a_tower_without_batch_norm_is_left_as_it_is(train):
@@ -148,10 +161,10 @@ def test_points_that_are_read_when_they_are_used_stay_so(family, train, tmp_path
 # ---------------------------------------------------------------- in an experiment
 
 
-def merges_of(family, train, method, **more):
+def merges_of(family, held_out, method, **more):
     anchor, seeds = family
     options = {"method": method, "section": standard_section(METHODS[method]), "anchor": anchor, "seeds": seeds}
-    return list(SubsetMerges(**options, held_out=train, scoring=ScoringOptions(batch_size=32), **more))
+    return list(SubsetMerges(**options, held_out=held_out, scoring=ScoringOptions(batch_size=32), **more))
 
 
 def test_an_experiment_estimates_them_where_it_is_asked_to(family, train):
@@ -182,11 +195,11 @@ def test_what_is_only_tried_is_estimated_as_the_result_is(family, train, monkeyp
         return accuracies(dataset, weights, options)
 
     def noted_gradient(*sample, device):
-        of = data_statistics.loss_gradient(*sample, device=device)
+        of = loss_gradient(*sample, device=device)
         return lambda weights: note(weights) or of(weights)
 
     monkeypatch.setattr("modelstock.experiment.merge.accuracies", noted_accuracies)
-    monkeypatch.setattr("modelstock.experiment.merge.data_statistics.loss_gradient", noted_gradient, raising=True)
+    monkeypatch.setattr("modelstock.scoring.data_statistics.loss_gradient", noted_gradient)
     section = {"oracle_scale": {"steps": 2}, "oracle_scales": {"iterations": 1, "examples": 8}}.get(method, {})
     anchor, seeds = family
     (merged,) = SubsetMerges(
@@ -202,6 +215,27 @@ def test_what_is_only_tried_is_estimated_as_the_result_is(family, train, monkeyp
     assert len(tried) > 1
     assert set(tried) == {16}
     assert merged.weights.meta["made_by"]["batch_norm"] == 16
+
+
+def test_points_of_the_geometry_are_estimated_as_merges_are(family, train):
+    anchor, seeds = family
+    space = Space(checkpoint_of(anchor), {number: checkpoint_of(seed) for number, seed in seeds.items()})
+    section = GeometryParams(pairs=1, scales=[0.5])
+    options = ScoringOptions(batch_size=32)
+    plain, again = (
+        score_points(train, anchor, space, section, options, held_out=train, recalibration=recalibration)
+        for recalibration in (None, Recalibration(train, examples=16))
+    )
+    (merged,) = merges_of(family, train, "uniform", train=train, batch_norm=16)
+    rows = {row.name: row for row in again.rows}
+    assert [row.name for row in plain.rows] == list(rows)
+    assert rows["uniform/1-2"].identity == merged.weights.identity  # one outcome for both, as where they are averaged
+    for row in plain.rows:
+        same = row.kind in ("anchor", "seed")
+        assert (rows[row.name].identity == row.identity) == same
+        assert rows[row.name].options.get(AVERAGED, row.identity) == row.identity
+    for scores in (plain, again):  # the geometry knows them again without images
+        assert point_distances(scores, space, section).keys() == rows.keys() - {row for row in rows if "ray" in row}
 
 
 def test_seeds_keep_their_own_and_the_method_recalibrated_shows_what_the_estimate_alone_does(family, train):
@@ -225,11 +259,6 @@ def test_the_method_recalibrated_is_refused_without_an_estimate():
 # ---------------------------------------------------------------- on the command line
 
 
-def merge_command(files, *more):
-    command = [sys.executable, "-m", "modelstock.cli", "merge", "--anchor", files[0], *files[1:], *more]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-
-
 @pytest.fixture
 def files(family, tmp_path):
     anchor, seeds = family
@@ -242,21 +271,21 @@ def files(family, tmp_path):
 def test_the_command_estimates_them_on_training_shards(family, train, files, tmp_path):
     anchor, seeds = family
     out = tmp_path / "out.safetensors"
-    done = merge_command(files, "-o", out, "--method", "uniform", "--recalibrate", train.folder, "--examples", 20)
-    assert "estimated again on 20 images" in done.stdout
-    assert "averaged" not in done.stderr
+    command = [sys.executable, "-m", "modelstock.cli", "merge", "--anchor", *files, "-o", out, "--json"]
+    command += ["--method", "uniform", "--recalibrate", train.folder, "--examples", 20]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["rows"][0]["BatchNorm"] == "estimated on 20 images"
+    assert done.stderr == ""
     merged, _ = merge("uniform", anchor, list(seeds.values()))
     assert load_weights(out).identity == estimated(merged, train, examples=20).identity
 
 
-def test_a_tower_without_running_statistics_is_refused_in_one_line(train, tmp_path):
+def test_a_tower_without_running_statistics_is_refused(train, tmp_path):
     paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
     for number, path in enumerate(paths):
         WeightSet({"w": np.full(3, number, np.float32)}).save(path)
-    done = merge_command(paths, "-o", tmp_path / "out.safetensors", "--recalibrate", train.folder)
-    assert done.returncode == 2
-    assert "without running statistics of BatchNorm and an architecture" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    with pytest.raises(MergeError, match="without running statistics of BatchNorm and an architecture"):
+        merge_on_the_command_line(paths[1:], paths[0], tmp_path / "out.safetensors", recalibrate=train.folder)
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -272,6 +301,40 @@ def test_a_merge_that_cannot_be_estimated_leaves_no_file(files, tmp_path):
 
 
 # ---------------------------------------------------------------- in training
+
+
+SMALL = RECIPE.model_copy(update={"batch_size": 16, "epochs": 2, "lawa": 2, "ema": [0.5], "snapshots": True})
+
+
+def trained(family, train, held_out, out, batch_norm):
+    """Seed 0 and a periodic run of two seeds: file -> weight set."""
+    inputs = read_inputs(family[0], train, held_out, in_memory=False, batch_norm=batch_norm)
+    made_by = {"stage": "finetune", "seed": 0}
+    finetune_seed(inputs, SMALL, name="seed-0", made_by=made_by, setting=Setting(), out=out)
+    plain = SMALL.model_copy(update={"ema": [], "lawa": 0, "snapshots": False})
+    merge_periodically(inputs, plain, arm(), arm="test", seeds=[0, 1], setting=Setting(), out=out / "periodic")
+    files = [*out.glob("*.safetensors"), *out.glob("periodic/*.safetensors")]
+    return {str(file.relative_to(out)): load_weights(file) for file in files}
+
+
+def test_averages_and_periodic_runs_are_estimated_as_merges_are_and_seeds_and_snapshots_are_not(
+    family, train, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    averaged = trained(family, train, train, tmp_path / "averaged", 0)
+    again = trained(family, train, train, tmp_path / "again", 16)
+    ours = {"ema-0.5.safetensors", "lawa.safetensors", "periodic/weights.safetensors"}
+    assert averaged.keys() == again.keys() == {*ours, "weights.safetensors", "epoch-1.safetensors"}
+    for name, weights in averaged.items():
+        expected = estimated(weights, train, examples=16) if name in ours else weights
+        assert again[name].identity == expected.identity
+        assert again[name].meta["made_by"].get("batch_norm") == (16 if name in ours else None)
+    assert row_of(again["lawa.safetensors"]).name == row_of(averaged["lawa.safetensors"]).name == "lawa@2/0"
+
+
+def test_a_run_that_is_estimated_goes_on_from_no_point_of_one_that_is_not(family, train):
+    plain, again = (read_inputs(family[0], train, train, in_memory=False, batch_norm=n) for n in (0, 16))
+    assert plain.identities != again.identities
 
 
 def test_models_merged_in_training_have_the_running_statistics_of_the_merge_of_their_weight_sets(family):

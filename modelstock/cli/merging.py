@@ -85,7 +85,7 @@ def merge(
         name for name, stored in DTYPES.items() if stored in set(map(plan.dtype_of, plan.report))
     )
     if recalibration is not None:
-        summary["BatchNorm"] = f"estimated again on {recalibration.count} images"
+        summary["BatchNorm"] = f"estimated on {recalibration.count} images"
     show("merged", [{**summary, **_flag_counts(plan.report)}], as_json)
 
 
