@@ -528,17 +528,29 @@ else:
 class _Merge(Section):
     """The methods that run, and a section for each; one that is not named may have its section too.
 
-    `batch_norm`: training images on which a merge's BatchNorm statistics are estimated again; 0: they are averaged.
+    `batch_norm`: training images on which BatchNorm's running statistics are estimated again for every weight set that
+    no training ended with: merges, also those that are only tried, averages along a run, periodic runs, the geometry's
+    points; 0: they are averaged.
     """
 
     methods: Annotated[list[str], Once] = Field(min_length=1)
     batch_norm: int = Field(default=0, ge=0)
+
+    @field_validator("batch_norm")
+    @classmethod
+    def _enough(cls, batch_norm: int) -> int:
+        if batch_norm == 1:
+            raise ValueError("takes 0, or 2 images or more: one alone has no variance")
+        return batch_norm
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         missing = [name for name in self.methods if getattr(self, name) is None]
         if missing:
             raise ValueError(f"no section for {few(missing)}")
+        plain = [name for name in self.methods if METHODS[name].recalibrates]
+        if plain and not self.batch_norm:
+            raise ValueError(f"{few(plain)} needs batch_norm, a number of training images")
         return self
 
     def section(self, method: str) -> MethodParams:

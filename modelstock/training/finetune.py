@@ -109,7 +109,7 @@ def finetune_seed(
     for average in averages:
         tensors = {**final, **{k: t.cpu().numpy() for k, t in average.tensors().items()}}
         changes = {"average": average.name.split("-")[0], "options": {**options, **average.options}}
-        job.weight_set(anchor, tensors, changes).save(out / f"{average.name}.safetensors")
+        inputs.recalibrated(job.weight_set(anchor, tensors, changes)).save(out / f"{average.name}.safetensors")
     for epoch in range(1, recipe.head_first_epochs + recipe.epochs if recipe.snapshots else 0):
         with atomic_path(out / _snapshot_name(epoch)) as temporary:
             link_or_copy(job.folder / _snapshot_name(epoch), temporary)

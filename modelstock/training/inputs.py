@@ -7,21 +7,35 @@ from dataclasses import dataclass
 from modelstock.data.dataset import Dataset
 from modelstock.data.examples import Examples, Texts
 from modelstock.files import dump_json
+from modelstock.scoring.batch_norm import Recalibration, has_running_statistics
 from modelstock.weights.weight_set import WeightSet
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What seeds are trained from: the anchor, the examples of both splits, and what identifies all three."""
+    """What seeds are trained from: the anchor, the examples of both splits, and what identifies all three.
+
+    `recalibration`: of weights that no training ends with, averages and periodic merges; None: as they are.
+    """
 
     anchor: WeightSet
     train: Examples | Texts
     held_out: Examples | Texts
     identities: Mapping[str, str]
+    recalibration: Recalibration | None = None
+
+    def recalibrated(self, weights: WeightSet) -> WeightSet:
+        """A weight set that no training ended with."""
+        return weights if self.recalibration is None else self.recalibration(weights)
 
 
-def read_inputs(anchor: WeightSet, train: Dataset, held_out: Dataset, *, in_memory: bool) -> Inputs:
+def read_inputs(
+    anchor: WeightSet, train: Dataset, held_out: Dataset, *, in_memory: bool, batch_norm: int = 0, device: str = "cpu"
+) -> Inputs:
     """The examples of both splits, for an anchor of their classes.
+
+    `batch_norm`: training images on which BatchNorm's running statistics are estimated again on the device, of weights
+    that no training ends with; 0, or a tower without BatchNorm: they are not.
 
     Raises:
         WeightsError: the anchor's tower takes images where these are texts, or the reverse; its head has other classes.
@@ -38,9 +52,11 @@ def read_inputs(anchor: WeightSet, train: Dataset, held_out: Dataset, *, in_memo
         "train": train.manifest.sha256,
         "held-out": held_out.manifest.sha256,
     }
+    estimates = batch_norm > 0 and has_running_statistics(anchor)
     return Inputs(
         anchor=anchor,
         train=train.examples(in_memory=in_memory),
         held_out=held_out.examples(in_memory=in_memory),
-        identities=identities,
+        identities=identities | ({"batch_norm": str(batch_norm)} if estimates else {}),
+        recalibration=Recalibration(train, examples=batch_norm, device=device) if estimates else None,
     )

@@ -326,7 +326,7 @@ def merge_periodically(
         )
     if setting.world.rank:
         return None
-    job.weight_set(inputs.anchor, tensors_of(model)).save(out / "weights.safetensors")
+    inputs.recalibrated(job.weight_set(inputs.anchor, tensors_of(model))).save(out / "weights.safetensors")
     write_history(out, history)
     write_json(out / "report.json", reports)
     job.finish()
