@@ -158,6 +158,14 @@ class Encoder(nn.Module):
         return states[:, 0]
 
 
+def config_of(architecture: Mapping[str, Any]) -> Any:
+    """The config of transformers of an encoder's architecture."""
+    from transformers import AutoConfig
+
+    values = {name: value for name, value in architecture["config"].items() if name != "model_type"}
+    return AutoConfig.for_model(architecture["config"]["model_type"], **values)
+
+
 def build_encoder(architecture: Mapping[str, Any]) -> nn.Module:
     """An encoder of the library transformers with random weights: tokens (B, L) -> features (B, D); see Encoder.
 
@@ -168,12 +176,11 @@ def build_encoder(architecture: Mapping[str, Any]) -> nn.Module:
     """
     place = "an encoder of transformers"
     with from_transformers(place, "a config that it builds", cure="correct its config.json"):
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoModel
 
-        values = {name: value for name, value in architecture["config"].items() if name != "model_type"}
-        config = AutoConfig.for_model(architecture["config"]["model_type"], **values)
+        config = config_of(architecture)
         check_encoder(config, place)
-        transformer = AutoModel.from_config(config)
+        transformer: nn.Module = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
     pooling, projection = architecture["pooling"], architecture.get("projection")
     if pooling == "cls_pooler" and getattr(transformer, "pooler", None) is None:
         raise ParamsError(
