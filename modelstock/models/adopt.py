@@ -73,7 +73,9 @@ def _tower_of(checkpoint: Checkpoint, anchor: WeightSet) -> tuple[str, dict[str,
     if kind is TOWERS["transformers"] and all(name.startswith(f"{ours}transformer.") for name in tower):
         ours = f"{ours}transformer."
     names = [name.removeprefix(ours) for name in tower]
-    prefix = prefix_of_tower(checkpoint, names, f"{kind.modality} tower", default=kind.prefix if ours == kind.prefix else "")
+    prefix = prefix_of_tower(
+        checkpoint, names, f"{kind.modality} tower", default=kind.prefix if ours == kind.prefix else ""
+    )
     return prefix, {ours + name: prefix + name for name in names}
 
 
