@@ -7,12 +7,13 @@ import math
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score
+from statsmodels.stats.multitest import multipletests
 
 from modelstock.comparison.compare import compare, per_class
 from modelstock.comparison.differences import Difference
 from modelstock.comparison.intervals import BalancedAccuracies, wilson
 from modelstock.comparison.metrics import METRICS, Metric, metrics
-from modelstock.comparison.paired_tests import mcnemar
+from modelstock.comparison.paired_tests import holm, mcnemar
 from modelstock.comparison.report import write_report
 from modelstock.errors import DataError
 from modelstock.scoring.results import Row, Scores
@@ -376,6 +377,13 @@ def test_holms_correction_by_hand(comparison):
         running = max(running, min(1.0, (len(ranked) - rank) * test.p))
         expected.append(running)
     np.testing.assert_allclose([t.holm for t in ranked], expected)
+
+
+def test_holms_correction_is_that_of_statsmodels_with_ties_and_of_nothing_nothing():
+    for seed in range(20):
+        p = np.random.default_rng(seed).random(9).round(1) / 3
+        np.testing.assert_array_equal(holm(p), multipletests(p, method="holm")[1])
+    assert holm([]) == []
 
 
 def test_the_same_results_give_the_same_comparison(results, comparison):
