@@ -95,8 +95,15 @@ def build_text(architecture: Mapping[str, Any]) -> nn.Module:
     `architecture["config"]`: open_clip's, of which `embed_dim`, `text_cfg` and `quick_gelu` count.
     """
     config = _without_downloads(architecture["config"])
-    text: nn.Module = _build_text_tower(config["embed_dim"], config["text_cfg"], config.get("quick_gelu", False))
-    return text
+    text: Any = _build_text_tower(config["embed_dim"], config["text_cfg"], config.get("quick_gelu", False))
+    text.transformer.register_forward_pre_hook(_mask_of_its_length, with_kwargs=True)
+    return text  # type: ignore[no-any-return]
+
+
+def _mask_of_its_length(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Of open_clip's causal mask, which is that of the longest texts, what texts of this length need."""
+    mask, length = kwargs.get("attn_mask"), args[0].shape[1]
+    return args, {**kwargs, "attn_mask": mask[:length, :length] if mask is not None and mask.ndim == 2 else mask}
 
 
 def build_encoder(architecture: Mapping[str, Any]) -> nn.Module:
