@@ -8,6 +8,7 @@ import reprlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
 
@@ -321,15 +322,70 @@ class FilesSplit(Section):
     password: str | None = None
 
 
-Split = Annotated[DrawnSplit | FilesSplit, Field(discriminator="source")]
+class TextsSplit(Section):
+    """Texts on disk, in UTF-8.
+
+    `path`: a table (.tsv, .csv or .jsonl), a folder or archive with a folder of .txt files per class, a folder of
+    webdataset shards of key.txt and key.cls (used where they are) or a folder of the library `datasets`. `text` and
+    `label`: the columns of a table or of `datasets`; null for the others. `columns`: a table's columns in their order;
+    null: its first line names them. `ranges`: null: a label is a class's folder or name, as classes.names has them; or
+    class -> [low, high], both ends included, for a column of numbers; rows outside all ranges are left out. `labels`:
+    see `FilesSplit`, and so for `role` and `part`. `duplicates`: keep all, or of texts with the same words the first by
+    name, and none where their labels differ.
+    """
+
+    source: Literal["texts"]
+    path: str = Field(min_length=1)
+    labels: Literal["classes"] = "classes"
+    text: Annotated[str, Field(min_length=1)] | None = None
+    label: Annotated[str, Field(min_length=1)] | None = None
+    columns: Annotated[list[str], Field(min_length=2), Once] | None = None
+    ranges: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] | None = None
+    role: Literal["in-distribution", "shift", "held-out-shift"] | None = None
+    part: Literal["all", "train", "held-out"] = "all"
+    duplicates: Literal["keep", "first"] = "keep"
+
+    @field_validator("ranges")
+    @classmethod
+    def _apart(cls, ranges: dict[str, list[float]] | None) -> dict[str, list[float]] | None:
+        """A number belongs to one class at most."""
+        ordered = sorted((ranges or {}).items(), key=lambda item: item[1])
+        wrong = [name for name, (low, high) in ordered if not low <= high]
+        if wrong or (ranges is not None and len(ranges) < 2):
+            raise ValueError("two classes or more, each with [low, high] and low <= high")
+        for (one, (_, high)), (other, (low, _)) in pairwise(ordered):
+            if low <= high:
+                raise ValueError(f"the ranges of {one} and {other} overlap at {low:g}")
+        return ranges
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if (self.text is None) != (self.label is None) or (self.text is not None and self.text == self.label):
+            raise ValueError("text and label name two columns, or are both null for folders and shards")
+        if self.text is None and (self.columns or self.ranges):
+            raise ValueError("columns and ranges are for tables: name text and label too")
+        missing = [name for name in (self.text, self.label) if self.columns and name not in self.columns]
+        if missing:
+            raise ValueError(f"columns lacks {', '.join(map(str, missing))}")
+        return self
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """Everything that decides which texts a path gives, and with what labels."""
+        return self.model_dump(include={"labels", "text", "label", "columns", "ranges", "duplicates"})
+
+
+OnDisk = FilesSplit | TextsSplit
+Split = Annotated[DrawnSplit | FilesSplit | TextsSplit, Field(discriminator="source")]
 
 
 class PrepareParams(Section):
     """Every split's source, and how it becomes shards.
 
     `workers`: processes; they change no byte. `short_side`: null keeps files as they are; a number re-encodes images
-    whose shorter side is longer than that, as JPEG of `quality`. `held_out_per_class`: see `FilesSplit.part`.
-    `unreadable`: the share of a split's images that may be left out because they cannot be read.
+    whose shorter side is longer than that, as JPEG of `quality`; texts are kept as they are. `held_out_per_class`: see
+    `FilesSplit.part`.
+    `unreadable`: the share of a split's images or texts that may be left out because they cannot be read.
     """
 
     seed: Seed
@@ -348,7 +404,7 @@ class PrepareParams(Section):
         if split in ("train", "held-out"):
             return split
         source = self.splits[split]
-        if isinstance(source, FilesSplit):
+        if not isinstance(source, DrawnSplit):
             return source.role or "none"
         return SHAPES_ROLES[split]
 
@@ -637,10 +693,15 @@ class Params(Section):
         problems += [f"evaluate.benchmarks names {_hint(n, list(splits))}" for n in wanted if n not in splits]
         problems += [f"prepare.splits lacks {n}" for n in ("train", "held-out") if n not in splits]
         for name, split in splits.items():
-            if isinstance(split, FilesSplit) and (name in ("train", "held-out")) != (split.role is None):
+            if not isinstance(split, DrawnSplit) and (name in ("train", "held-out")) != (split.role is None):
                 problems.append(f"prepare.splits.{name}.role: say it for all sets but train and held-out")
+        texts = [name for name, split in splits.items() if isinstance(split, TextsSplit)]
+        if 0 < len(texts) < len(splits):
+            problems.append(f"prepare.splits has texts ({few(texts)}) and images: an experiment has one of them")
+        if texts and self.prepare.short_side is not None:
+            problems.append("prepare.short_side: null for texts")
         if not problems:
-            problems += self._shared_images()
+            problems += self._shared_examples()
             roles = [self.prepare.role(name) for name in wanted]
             if roles.count("held-out") != 1 or roles.count("in-distribution") != 1 or "train" in roles:
                 problems.append("evaluate.benchmarks needs held-out and one in-distribution set, and no training set")
@@ -720,23 +781,33 @@ class Params(Section):
         problems += [f"geometry.{name} wants {n} of {seeds} seeds" for name, n in most.items() if n > seeds]
         return problems
 
-    def _shared_images(self) -> list[str]:
-        """Test sets and the held-out split with training images in them, by whatever path; so far as paths tell."""
+    def _shared_examples(self) -> list[str]:
+        """Test sets and the held-out split with training examples in them, by whatever path; so far as paths tell."""
         train = self.prepare.splits["train"]
-        if self.checkpoints or not isinstance(train, FilesSplit):
+        if self.checkpoints or isinstance(train, DrawnSplit):
             return []
-        others = {n: s for n, s in self.prepare.splits.items() if n != "train" and isinstance(s, FilesSplit)}
-        return [
-            f"prepare.splits: train and {name} share a path, so each must say its part"
-            for name, split in others.items()
-            if os.path.realpath(split.path) == os.path.realpath(train.path)
-            and (train.part, split.part) != ("train", "held-out")
-        ]
+        problems = []
+        for name, split in self.prepare.splits.items():
+            if name == "train" or isinstance(split, DrawnSplit):
+                continue
+            if os.path.realpath(split.path) != os.path.realpath(train.path):
+                continue
+            if (train.part, split.part) != ("train", "held-out"):
+                problems.append(f"prepare.splits: train and {name} share a path, so each must say its part")
+            elif isinstance(train, TextsSplit) and isinstance(split, TextsSplit) and split.rules != train.rules:
+                problems.append(
+                    f"prepare.splits: train and {name} are parts of one path, so only role and part may differ"
+                )
+        return problems
 
     def named_files(self) -> list[Path]:
-        """What the file names on disk: images with what belongs to them, and checkpoints."""
-        splits = [split for split in self.prepare.splits.values() if isinstance(split, FilesSplit)]
-        names = [name for split in splits for name in (split.path, split.devkit, split.mappings) if name]
+        """What the file names on disk: images or texts with what belongs to them, and checkpoints."""
+        names = []
+        for split in self.prepare.splits.values():
+            if not isinstance(split, DrawnSplit):
+                names.append(split.path)
+            if isinstance(split, FilesSplit):
+                names += [name for name in (split.devkit, split.mappings) if name]
         if isinstance(self.pretrain, OpenClipPretraining | TimmPretraining):
             names.append(self.pretrain.pretrained)  # or a tag, which is no file
         elif isinstance(self.pretrain, TransformersPretraining):
