@@ -94,4 +94,4 @@ def _tokens(weights: WeightSet, tower: Any, batch_size: int) -> Tensor:
     length = preprocess["length"] if preprocess["padding"] == "length" else min(_TYPICAL, preprocess["length"])
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(int(tower.vocab_size) - 1, (batch_size, length), generator=generator)
-    return tokens + (tokens >= preprocess["pad"])
+    return tokens.add(tokens >= preprocess["pad"])
