@@ -401,6 +401,22 @@ def build_classifier(weights: WeightSet) -> Classifier:
     return model.eval()
 
 
+class Tower:
+    """A weight set's classifier on a device: inputs -> logits (B, C) float32.
+
+    `dtype`: of the tower; the head, and all that follows it, is float32.
+    """
+
+    def __init__(self, weights: WeightSet, device: str, dtype: torch.dtype) -> None:
+        self.identity, self.preprocess = weights.identity, weights.meta["preprocess"]
+        self._model = build_classifier(weights).to(device)
+        self._model.tower.to(dtype)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Class logits of a batch: pixels (B, 3, S, S) in the tower's dtype, or tokens (B, L)."""
+        return self._model.logits(self._model.features(inputs))
+
+
 def set_tensors(model: nn.Module, weights: WeightSet) -> None:
     """Copy a weight set's tensors into a model.
 
