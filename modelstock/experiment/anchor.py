@@ -13,10 +13,10 @@ from modelstock.data.dataset import Dataset, open_dataset
 from modelstock.errors import ParamsError
 from modelstock.models.anchor import anchor_of, text_anchor_of, with_head, without_head
 from modelstock.models.heads import Prompts
-from modelstock.models.probe import Labelled, probe_head
 from modelstock.models.towers import kind_of
 from modelstock.params import AnchorParams
 from modelstock.scoring.features import features_of
+from modelstock.scoring.probe import probe_head
 from modelstock.weights.weight_set import WeightSet
 
 
@@ -47,8 +47,7 @@ def make_anchor(
     kind = kind_of(backbone)
     if section.head == "probe":
         bare = without_head(backbone, names)
-        splits = [_labelled(bare, open_dataset(folder), device) for folder in (data.train, data.held_out)]
-        tensors, options = probe_head(*splits, classes=len(names))
+        tensors, options = probe_head(bare, open_dataset(data.train), open_dataset(data.held_out), device=device)
         return with_head(backbone, names, tensors, {"head": "probe", **options})
     is_clip = "text_cfg" in backbone.meta["architecture"]
     if not is_clip and kind.modality != "text":
@@ -71,16 +70,6 @@ def make_anchor(
     if section.scale == "model":
         return anchor
     return _fitted(anchor, open_dataset(data.held_out), device=device)
-
-
-def _labelled(weights: WeightSet, split: Dataset, device: str) -> Labelled:
-    """A split's features as a head takes them, with labels."""
-    split.check_classes(weights)
-    split.check_labels()
-    features = features_of(weights, split, device=device)
-    if weights.meta["architecture"].get("normalise", True):
-        features = functional.normalize(torch.from_numpy(features), dim=1).numpy()
-    return Labelled(features=features, labels=split.labels)
 
 
 def _fitted(anchor: WeightSet, held_out: Dataset, *, device: str) -> WeightSet:
