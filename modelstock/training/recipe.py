@@ -13,6 +13,7 @@ from modelstock.data.examples import Examples, Part
 from modelstock.errors import TrainingError
 from modelstock.models.towers import Classifier
 from modelstock.params import FinetuneParams
+from modelstock.training.batch_norm import check_batch_norm
 from modelstock.training.batches import Augmentation, TrainingBatches
 from modelstock.training.distributed import ALONE, World
 from modelstock.training.loop import Batch, Callback, Run, adamw, autocast, learning_rate
@@ -172,6 +173,7 @@ def new_run(
         TrainingError: fewer examples than a batch, or a layer decay that the tower does not allow.
     """
     name, epoch = f"seed-{seed}", steps_per_epoch(len(examples.labels), recipe.batch_size)
+    check_batch_norm(model, recipe, world)
     if recipe.gradient_checkpointing:
         tower: Any = model.tower
         tower.set_grad_checkpointing(True)
