@@ -170,11 +170,11 @@ class ClassesParams(Section):
 
     `names`: the class names of `shapes` or of ImageNet, a list of names (which are the folders' names too), or a
     mapping of folder to name; the order is that of the head. `templates`: those of `shapes`, OpenAI's 80 for
-    ImageNet, or a list of texts with {} for the name.
+    ImageNet, a list of texts with {} for the name, or for each name its own texts, as many for each.
     """
 
     names: Literal["shapes", "imagenet"] | list[str] | dict[str, str]
-    templates: Literal["shapes", "openai"] | list[str]
+    templates: Literal["shapes", "openai"] | list[str] | dict[str, list[str]]
 
     @field_validator("names")
     @classmethod
@@ -194,7 +194,19 @@ class ClassesParams(Section):
     def _placed(cls, templates: Any) -> Any:
         if isinstance(templates, list) and (not templates or any(t.count("{}") != 1 for t in templates)):
             raise ValueError("one template or more, each with one {} for the class name")
+        if isinstance(templates, dict) and (
+            len({len(texts) for texts in templates.values()}) != 1 or not all(templates.values())
+        ):
+            raise ValueError("as many texts for each name, one or more")
         return templates
+
+    @model_validator(mode="after")
+    def _of_these_names(self) -> Self:
+        if isinstance(self.templates, dict):
+            names = list(self.names.values()) if isinstance(self.names, dict) else self.names
+            if isinstance(names, str) or sorted(names) != sorted(self.templates):
+                raise ValueError(f"templates are texts of {few(list(self.templates))}, which are not the names")
+        return self
 
 
 class FinetuneParams(Optimization):

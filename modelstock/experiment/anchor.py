@@ -13,10 +13,10 @@ from modelstock.data.dataset import Dataset, open_dataset
 from modelstock.errors import ParamsError
 from modelstock.models.anchor import anchor_of, text_anchor_of, with_head, without_head
 from modelstock.models.heads import Prompts
-from modelstock.models.probe import probe_head
 from modelstock.models.towers import kind_of
 from modelstock.params import AnchorParams
 from modelstock.scoring.features import features_of
+from modelstock.scoring.probe import probe_head
 from modelstock.weights.weight_set import WeightSet
 
 

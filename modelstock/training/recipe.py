@@ -13,6 +13,7 @@ from modelstock.data.examples import Part
 from modelstock.errors import TrainingError
 from modelstock.models.towers import Classifier
 from modelstock.params import IMAGES_ALONE, FinetuneParams, images_alone
+from modelstock.training.batch_norm import check_batch_norm
 from modelstock.training.batches import Augmentation, TrainingBatches
 from modelstock.training.distributed import ALONE, World
 from modelstock.training.loop import Batch, Callback, Run, adamw, autocast, learning_rate
@@ -242,6 +243,7 @@ def new_run(
     of_texts = isinstance(examples, Tokenised)
     if of_texts:
         check_text_recipe(recipe)
+    check_batch_norm(model, recipe, world)
     if recipe.gradient_checkpointing:
         checkpoint_activations(model)
     model.head.requires_grad_(recipe.train_head)

@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from modelstock.data.dataset import Dataset
+from modelstock.scoring.features import features_of
 from modelstock.weights.tensors import Array
+from modelstock.weights.weight_set import WeightSet
 
 # Strengths of the penalty, the strongest first, each solution being the start of the next.
 STRENGTHS = tuple(10.0 ** (-power / 2) for power in range(2, 14))
@@ -25,6 +28,31 @@ class Labelled:
 
 
 def probe_head(
+    weights: WeightSet, train: Dataset, held_out: Dataset, *, device: str = "cpu"
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """The head of a weight set by a linear probe on the training split, and how it was chosen; see `fitted_head`.
+
+    `weights`: with a head of the same classes, which is not looked at. `device`: where features are computed.
+
+    Raises:
+        DataError: labels that are not the head's, or an example that does not decode.
+        WeightsError: a head for other classes.
+    """
+    splits = [_labelled(weights, split, device) for split in (train, held_out)]
+    return fitted_head(*splits, classes=len(weights.tensors["head.bias"]))
+
+
+def _labelled(weights: WeightSet, split: Dataset, device: str) -> Labelled:
+    """A split's features as a head takes them, with labels."""
+    split.check_classes(weights)
+    split.check_labels()
+    features = features_of(weights, split, device=device)
+    if weights.meta["architecture"].get("normalise", True):
+        features = functional.normalize(torch.from_numpy(features), dim=1).numpy()
+    return Labelled(features=features, labels=split.labels)
+
+
+def fitted_head(
     train: Labelled, held_out: Labelled, *, classes: int, strengths: Sequence[float] = STRENGTHS
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Multinomial logistic regression with an L2 penalty: `head.weight` (C, D), `head.bias` (C,), and its options.
