@@ -180,7 +180,7 @@ def build_encoder(architecture: Mapping[str, Any]) -> nn.Module:
 
         config = config_of(architecture)
         check_encoder(config, place)
-        transformer: nn.Module = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+        transformer: Any = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
     pooling, projection = architecture["pooling"], architecture.get("projection")
     if pooling == "cls_pooler" and getattr(transformer, "pooler", None) is None:
         raise ParamsError(
