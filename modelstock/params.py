@@ -103,7 +103,63 @@ class OpenClipPretraining(Section):
     seed: Seed = 0
 
 
-PretrainParams = Annotated[TinyPretraining | OpenClipPretraining, Field(discriminator="source")]
+class OpenClipTextPretraining(OpenClipPretraining):
+    """The text tower of a CLIP of open_clip, which then classifies texts; see OpenClipPretraining.
+
+    `length`: the most tokens of a text; null: as many as the tower takes.
+    """
+
+    source: Literal["open_clip-text"]  # type: ignore[assignment]
+    length: Positive | None = None
+
+
+class TransformersPretraining(Section):
+    """An encoder of the library transformers, which classifies texts.
+
+    `model`: a name on the hub, or a folder with config.json, weights and tokenizer. `pooling`: mean or max over a
+    text's tokens, its first token, or `pooler`, the encoder's own. `normalise`: features have length 1, as sentence
+    encoders'. `length`: the most tokens of a text. `weights`: those of the model, or random ones, by `seed`.
+    """
+
+    source: Literal["transformers"]
+    model: str = Field(min_length=1)
+    pooling: Literal["mean", "max", "first", "pooler"] = "mean"
+    normalise: bool = True
+    length: Positive
+    weights: Literal["pretrained", "random"] = "pretrained"
+    seed: Seed = 0
+
+
+class TimmPretraining(Section):
+    """A model of timm, which classifies images.
+
+    `pretrained`: one of its tags, a file or folder on disk, or `random`, by `seed`. `size`: side of its images in
+    pixels; null: as published.
+    """
+
+    source: Literal["timm"]
+    model: str = Field(min_length=1)
+    pretrained: str = Field(min_length=1)
+    size: Positive | None = None
+    seed: Seed = 0
+
+
+PretrainParams = Annotated[
+    TinyPretraining | OpenClipPretraining | OpenClipTextPretraining | TransformersPretraining | TimmPretraining,
+    Field(discriminator="source"),
+]
+
+
+class AnchorParams(Section):
+    """The anchor's head, where training starts.
+
+    `head`: prompts, zero-shot from class names and templates, by the text tower; or probe, a linear probe on the
+    training split, its strength chosen on the held-out split. `scale`: of a head from prompts: the model's own
+    (`logit_scale`), or fitted to the held-out split's likelihood.
+    """
+
+    head: Literal["prompts", "probe"]
+    scale: Literal["model", "fitted"]
 
 
 class ClassesParams(Section):
@@ -611,6 +667,7 @@ class Params(Section):
     classes: ClassesParams
     prepare: PrepareParams
     pretrain: PretrainParams
+    anchor: AnchorParams
     anchors: dict[Name, PretrainParams]
     finetune: FinetuneParams
     variants: dict[Name, VariantParams]
@@ -751,8 +808,10 @@ class Params(Section):
                 names.append(split.path)
             if isinstance(split, FilesSplit):
                 names += [name for name in (split.devkit, split.mappings) if name]
-        if isinstance(self.pretrain, OpenClipPretraining):
+        if isinstance(self.pretrain, OpenClipPretraining | TimmPretraining):
             names.append(self.pretrain.pretrained)  # or a tag, which is no file
+        elif isinstance(self.pretrain, TransformersPretraining):
+            names.append(self.pretrain.model)
         return [Path(name) for name in (*names, *self.checkpoints)]
 
     def checkpoint_of(self, seed: int) -> Path | None:

@@ -1,24 +1,35 @@
-"""The anchor w0: the pre-trained image tower with the zero-shot head made of templates and class names."""
+"""The anchor w0: the pre-trained tower with a head from templates and class names, or from the training data."""
 
 from pathlib import Path
 
 from modelstock.data.classes import class_names, templates
 from modelstock.devices import deterministic, device_kind
-from modelstock.models.anchor import anchor_of
-from modelstock.params import load_params
-from modelstock.weights.weight_set import load_weights
+from modelstock.experiment.anchor import Data, make_anchor
+from modelstock.params import Params, load_params
+from modelstock.weights.weight_set import WeightSet, load_weights
 from stages import run
 
 
-def main(clip: Path, out: Path) -> None:
-    """CLIP: the weight set with both towers. OUT: the anchor to write."""
+def anchor_from(clip: WeightSet, params: Params, train: Path, held_out: Path) -> WeightSet:
+    """The anchor that the params describe, from a backbone."""
+    return make_anchor(
+        clip,
+        class_names(params.classes),
+        templates(params.classes),
+        params.anchor,
+        data=Data(train=train, held_out=held_out),
+        cache=Path("scratch/heads"),
+        device=device_kind(params.device),
+    )
+
+
+def main(clip: Path, train: Path, held_out: Path, out: Path) -> None:
+    """CLIP: the backbone, with both towers where it has two. TRAIN, HELD_OUT: shards. OUT: the anchor to write."""
     params = load_params()
     deterministic(params.threads)
-    names, prompts = class_names(params.classes), templates(params.classes)
-    cache, device = Path("scratch/heads"), device_kind(params.device)
-    anchor = anchor_of(load_weights(clip), names, prompts, cache=cache, device=device)
+    anchor = anchor_from(load_weights(clip), params, train, held_out)
     anchor.save(out)
-    print(f"anchor: {len(names)} classes x {len(prompts)} templates, identity {anchor.identity[:12]}")
+    print(f"anchor: {len(anchor.meta['classes'])} classes, identity {anchor.identity[:12]}")
 
 
 if __name__ == "__main__":

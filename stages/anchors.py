@@ -1,22 +1,20 @@
-"""Another anchor than the seeds': its pre-training, and the zero-shot head, in one stage."""
+"""Another anchor than the seeds': its pre-training, and its head, in one stage."""
 
 from pathlib import Path
 
-from modelstock.data.classes import class_names, templates
-from modelstock.devices import deterministic, device_kind
-from modelstock.models.anchor import anchor_of
+from modelstock.devices import deterministic
 from modelstock.params import load_params
 from stages import run
+from stages.anchor import anchor_from
 from stages.pretrain import make_clip
 
 
-def main(name: str, out: Path) -> None:
-    """NAME: one of `anchors`. OUT: the folder for clip.safetensors, its history and anchor.safetensors."""
+def main(name: str, train: Path, held_out: Path, out: Path) -> None:
+    """NAME: one of `anchors`. TRAIN, HELD_OUT: shards. OUT: the folder to write."""
     params = load_params()
     deterministic(params.threads)
     clip = make_clip(params.anchors[name], out, threads=params.threads)
-    names, prompts = class_names(params.classes), templates(params.classes)
-    anchor = anchor_of(clip, names, prompts, cache=Path("scratch/heads"), device=device_kind(params.device))
+    anchor = anchor_from(clip, params, train, held_out)
     anchor.save(out / "anchor.safetensors")
     print(f"anchor {name}: identity {anchor.identity[:12]}")
 

@@ -19,6 +19,7 @@ LIBRARIES = {
         "torchvision",
         "webdataset",
     ),
+    "text": ("tokenizers", "transformers"),
     "figures": ("matplotlib",),
     "pipeline": ("dvc", "filelock", "mlflow", "networkx", "pandas", "prefect"),
     "datasets": ("datasets",),

@@ -1,6 +1,6 @@
 """Images framed and normalised as a tower takes them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -35,6 +35,15 @@ class Framing:
         if image.size == (self.size, self.size):
             return np.array(image)
         return np.array(_transform(self)(image))
+
+    def batch(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """Framed images as one tensor (B, S, S, 3) uint8."""
+        return torch.from_numpy(np.stack(images))
+
+    @property
+    def example_bytes(self) -> int:
+        """Bytes of one framed image."""
+        return 3 * self.size**2
 
 
 @lru_cache

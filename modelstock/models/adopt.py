@@ -1,7 +1,6 @@
 """Other people's fine-tuned checkpoints as weight sets that merge with an anchor."""
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from modelstock.errors import WeightsError, few
 from modelstock.models.anchor import head_of
 from modelstock.models.heads import Prompts
+from modelstock.models.names import prefix_of_tower
 from modelstock.models.towers import build_clip
 from modelstock.notices import collected, notice
 from modelstock.weights.checkpoints import open_checkpoint, weights_in
@@ -25,35 +25,6 @@ def _read(tensor: StoredTensor) -> Array:
     """The tensor in float32; integers as they are."""
     values = tensor.values()
     return (values.astype(np.float32) if tensor.dtype in FLOATS else values).reshape(tensor.shape)
-
-
-def _prefix_of_tower(checkpoint: Checkpoint, tower: Sequence[str]) -> str:
-    """What comes before the names of an image tower's tensors, given without `visual.`, in a checkpoint.
-
-    Raises:
-        WeightsError: no such tower in it, or two.
-    """
-    names, hits = set(tower), Counter[str]()
-    for name in checkpoint.tensors:
-        parts = name.split(".")
-        for start in range(len(parts)):
-            if (rest := ".".join(parts[start:])) in names:
-                hits[name.removesuffix(rest)] += 1
-    whole = sorted(prefix for prefix, count in hits.items() if count == len(names))
-    if len(whole) == 1:
-        return whole[0]
-    if whole:
-        got = f"{len(whole)} image towers, under {' and '.join(map(repr, whole))}"
-        cure = "save the one to merge in a file of its own"
-        raise WeightsError(checkpoint.source, got=got, expected="one", cure=cure)
-    best = max(sorted(hits), key=lambda prefix: hits[prefix], default="visual.")
-    missing = sorted(best + name for name in names if best + name not in checkpoint.tensors)
-    raise WeightsError(
-        checkpoint.source,
-        got=f"{len(missing)} of the image tower's {len(names)} tensors missing: {few(missing)}",
-        expected="the image tower of the anchor",
-        cure="name a checkpoint of the anchor's architecture",
-    )
 
 
 def _linear_head(checkpoint: Checkpoint, tower: set[str]) -> str | None:
@@ -207,7 +178,7 @@ def _adopted(
 ) -> tuple[dict[str, Array], str]:
     """The tensors of a foreign checkpoint by the anchor's names, and whose head is among them; see `adopt`."""
     tower = [name.removeprefix("visual.") for name in anchor.tensors if name.startswith("visual.")]
-    prefix = _prefix_of_tower(checkpoint, tower)
+    prefix = prefix_of_tower(checkpoint, tower)
     names = {f"visual.{name}": prefix + name for name in tower}
     layer = _linear_head(checkpoint, set(names.values()))
     if layer is not None:

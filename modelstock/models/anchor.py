@@ -1,4 +1,4 @@
-"""The anchor w0: the image tower of a CLIP with the zero-shot head of class names and prompts."""
+"""The anchor w0: a backbone's tower with a head, for a CLIP the zero-shot head of class names and prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,27 +9,21 @@ import torch
 from torch import nn
 
 from modelstock.data.classes import prompts_key
+from modelstock.data.tokens import Tokenization
 from modelstock.devices import device_model
 from modelstock.errors import DamagedError, WeightsError
 from modelstock.files import sha256_of
-from modelstock.models.heads import Prompts, tokenizer, zero_shot_head
-from modelstock.models.towers import build_clip, set_tensors
+from modelstock.models.heads import Prompts, prompt_directions, tokenizer, tokenizer_folder, zero_shot_head
+from modelstock.models.towers import build_classifier, build_clip, kind_of, set_tensors, width_of
 from modelstock.provenance import key_of
 from modelstock.weights.origin import kept_notices, made_by, notices_of
 from modelstock.weights.tensors import Array
 from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
 
 
-def _tokenizer_folder(clip: WeightSet) -> Path | None:
-    """The folder of the backbone, where it brings a tokenizer."""
-    folder = Path(str(clip.meta.get("backbone", {}).get("pretrained", "")))
-    names = ("tokenizer.json", "tokenizer_config.json")
-    return folder if any((folder / name).is_file() for name in names) else None
-
-
 def _build(clip: WeightSet, device: str) -> tuple[nn.Module, Callable[[Sequence[str]], torch.Tensor]]:
     """A weight set's CLIP in evaluation mode, and its tokenizer."""
-    tokenize = tokenizer(clip.meta["architecture"], _tokenizer_folder(clip))
+    tokenize = tokenizer(clip.meta["architecture"], tokenizer_folder(clip))
     model = build_clip(clip.meta["architecture"])
     set_tensors(model, clip)
     return model.eval().to(device), tokenize
@@ -37,7 +31,7 @@ def _build(clip: WeightSet, device: str) -> tuple[nn.Module, Callable[[Sequence[
 
 def _head_key(clip: WeightSet, names: Sequence[str], prompts: Prompts, device: str) -> str:
     """What a zero-shot head depends on: code and libraries, the text tower, its tokenizer, the texts, the machine."""
-    folder = _tokenizer_folder(clip)
+    folder = tokenizer_folder(clip)
     files = [] if folder is None else [p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model")]
     facts: Mapping[str, Any] = {
         "architecture": {k: v for k, v in clip.meta["architecture"].items() if k != "vision_cfg"},
@@ -94,20 +88,62 @@ def anchor_of(
             expected="a CLIP with both towers",
             cure="make it with the stage pretrain, or `modelstock anchor --clip-out`",
         )
-    tower = {name: _single(tensor) for name, tensor in clip.tensors.items() if name.startswith("visual.")}
-    backbone = {"backbone": clip.meta["backbone"]} if "backbone" in clip.meta else {}
+    head = head_of(clip, names, prompts, cache=cache, device=device)
+    return with_head(clip, names, head, {"templates": len(prompts)})
+
+
+def without_head(backbone: WeightSet, names: Sequence[str]) -> WeightSet:
+    """A backbone with a head of zeros, to be built as a classifier."""
+    width = width_of(backbone)
+    return with_head(
+        backbone,
+        names,
+        {"head.weight": np.zeros((len(names), width), np.float32), "head.bias": np.zeros(len(names), np.float32)},
+        {},
+    )
+
+
+def with_head(
+    backbone: WeightSet, names: Sequence[str], head: Mapping[str, Array], options: Mapping[str, Any]
+) -> WeightSet:
+    """The tower of a backbone, in float32, with a head of these classes. `options`: how the head was made."""
+    prefix = kind_of(backbone).prefix
+    tower = {name: _single(tensor) for name, tensor in backbone.tensors.items() if name.startswith(prefix)}
+    is_clip = "text_cfg" in backbone.meta["architecture"]
     meta = {
-        "architecture": clip.meta["architecture"],
-        **backbone,
-        "clip": clip.identity,
-        "preprocess": clip.meta["preprocess"],
+        "architecture": backbone.meta["architecture"],
+        **({"backbone": backbone.meta["backbone"]} if "backbone" in backbone.meta else {}),
+        **({"clip": backbone.identity} if is_clip else {}),
+        "preprocess": backbone.meta["preprocess"],
         "classes": list(names),
         "classes_sha256": classes_sha256(names),
-        "parents": [clip.identity],
-        "made_by": made_by(stage="anchor", options={"templates": len(prompts)}),
-        **kept_notices(notices_of(clip.meta)),
+        "parents": [backbone.identity],
+        "made_by": made_by(stage="anchor", options=options),
+        **kept_notices(notices_of(backbone.meta)),
     }
-    return WeightSet(tower | head_of(clip, names, prompts, cache=cache, device=device), meta, "anchor")
+    return WeightSet({**tower, **head}, meta, "anchor")
+
+
+@torch.inference_mode()
+def text_anchor_of(
+    backbone: WeightSet, names: Sequence[str], prompts: Prompts, *, cache: Path | None = None, device: str = "cpu"
+) -> WeightSet:
+    """The anchor w0 of a text tower: the head is what the tower itself, in evaluation mode, makes of the prompts.
+
+    Rows have the length exp(logit_scale), or 1 where the backbone has none. `cache`: of no use here, where encoding
+    takes as long as reading.
+    """
+    framer = Tokenization.of(backbone.meta["preprocess"])
+    model = build_classifier(without_head(backbone, names)).to(device)
+
+    def encode(texts: Sequence[str]) -> torch.Tensor:
+        tokens = framer.batch([framer(text) for text in texts])
+        return model.features(tokens.to(device))
+
+    scale = float(np.exp(backbone.tensors["logit_scale"])) if "logit_scale" in backbone.tensors else 1.0
+    weight = (scale * prompt_directions(encode, names, prompts)).cpu().numpy().astype(np.float32)
+    head = {"head.weight": weight, "head.bias": np.zeros(len(names), np.float32)}
+    return with_head(backbone, names, head, {"templates": len(prompts)})
 
 
 def _single(array: Array) -> Array:

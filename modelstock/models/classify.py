@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.nn import functional
 
 from modelstock.data.decoder import Unreadable, decode
 from modelstock.data.images import Framing, normalise
@@ -39,8 +38,8 @@ class ImageClassifier:
         batch_size: int = 64,
     ) -> None:
         self._model = build_classifier(weights).to(device)
-        self._model.visual.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
-        self._dtype, self._device, self._batch_size = next(self._model.visual.parameters()).dtype, device, batch_size
+        self._model.tower.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+        self._dtype, self._device, self._batch_size = next(self._model.tower.parameters()).dtype, device, batch_size
         self._preprocess = weights.meta["preprocess"]
         self._framing = Framing.of(self._preprocess)
         self.labels: tuple[str, ...] = tuple(weights.meta.get("classes", ()))
@@ -65,8 +64,7 @@ class ImageClassifier:
             batch = pictures[start : start + self._batch_size]
             framed = np.stack([self._framing(image_of(p, start + i)) for i, p in enumerate(batch)])
             pixels = normalise(torch.from_numpy(framed).to(self._device), self._preprocess).to(self._dtype)
-            features = self._model.features(pixels)
-            logits = self._model.head(functional.normalize(features.float(), dim=-1))
+            logits = self._model.logits(self._model.features(pixels))
             parts.append(logits.softmax(dim=1).cpu().numpy())
         return np.concatenate(parts)
 

@@ -11,9 +11,17 @@ from torch.nn import functional
 
 from modelstock.models.towers import from_transformers
 from modelstock.progress import progress_bar
+from modelstock.weights.weight_set import WeightSet
 
 # Class name -> prompt, each of them.
 Prompts = Sequence[Callable[[str], str]]
+
+
+def tokenizer_folder(clip: WeightSet) -> Path | None:
+    """The folder of a CLIP's backbone, where it brings a tokenizer."""
+    folder = Path(str(clip.meta.get("backbone", {}).get("pretrained", "")))
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return folder if any((folder / name).is_file() for name in names) else None
 
 
 def tokenizer(config: Mapping[str, Any], folder: Path | None = None) -> Callable[[Sequence[str]], Tensor]:
@@ -38,6 +46,28 @@ def tokenizer(config: Mapping[str, Any], folder: Path | None = None) -> Callable
 
 
 @torch.inference_mode()
+def prompt_directions(
+    encode: Callable[[Sequence[str]], Tensor], names: Sequence[str], templates: Prompts, *, batch_size: int = 256
+) -> Tensor:
+    """The direction (C, D) of each class: normalise(mean over templates of normalise(text feature)), float32.
+
+    `encode`: texts -> features (B, D). Each text is encoded once.
+    Source: Radford et al., arXiv 2103.00020; Wortsman et al., arXiv 2109.01903.
+    """
+    texts = [template(name) for name in names for template in templates]
+    rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    distinct, parts = list(rows), []
+    # Shown where it takes a while.
+    with progress_bar(total=len(distinct), desc="prompts", unit="text", disable=len(distinct) <= 1000) as bar:
+        for start in range(0, len(distinct), batch_size):
+            batch = distinct[start : start + batch_size]
+            parts.append(functional.normalize(encode(batch).float(), dim=-1))
+            bar.update(len(batch))
+    features = torch.cat(parts)[[rows[text] for text in texts]].reshape(len(names), len(templates), -1).mean(dim=1)
+    return functional.normalize(features, dim=-1)
+
+
+@torch.inference_mode()
 def zero_shot_head(
     clip: nn.Module,
     tokenize: Callable[[Sequence[str]], Tensor],
@@ -48,21 +78,14 @@ def zero_shot_head(
 ) -> tuple[Tensor, Tensor]:
     """Weight (C, D) and zero bias (C,) of a linear head that classifies as CLIP's text tower does; float32 on the CPU.
 
-    Row c = exp(logit_scale) * normalise(mean over templates of normalise(text feature)). Texts are encoded on the
-    device that `clip` is on, each once.
-    Source: Radford et al., arXiv 2103.00020; Wortsman et al., arXiv 2109.01903.
+    Row c = exp(logit_scale) * its direction (see `prompt_directions`). Texts are encoded on the device of `clip`.
     """
-    texts = [template(name) for name in names for template in templates]
-    rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    distinct, parts = list(rows), []
     device = next(clip.parameters()).device
-    # Shown where it takes a while.
-    with progress_bar(total=len(distinct), desc="prompts", unit="text", disable=len(distinct) <= 1000) as bar:
-        for start in range(0, len(distinct), batch_size):
-            tokens = tokenize(distinct[start : start + batch_size]).to(device)
-            encoded = clip.encode_text(tokens, normalize=False)  # type: ignore[operator]
-            parts.append(functional.normalize(encoded.float(), dim=-1))
-            bar.update(len(tokens))
-    features = torch.cat(parts)[[rows[text] for text in texts]].reshape(len(names), len(templates), -1).mean(dim=1)
-    weight = functional.normalize(features, dim=-1) * clip.logit_scale.float().exp()  # type: ignore[operator]
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        encoded: Tensor = clip.encode_text(tokenize(texts).to(device), normalize=False)  # type: ignore[operator]
+        return encoded
+
+    directions = prompt_directions(encode, names, templates, batch_size=batch_size)
+    weight = directions * clip.logit_scale.float().exp()  # type: ignore[operator]
     return weight.cpu().clone(), torch.zeros(len(names))

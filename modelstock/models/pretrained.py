@@ -62,7 +62,7 @@ def _source(architecture: str, pretrained: str) -> Source:
     if tag in tags:
         config = _model_config(architecture)
         _check_activation(architecture, config, pretrained, tags[tag])
-        file = _hub_file(f"pretrain.pretrained {architecture} {pretrained}", tags[tag])
+        file = hub_file(f"pretrain.pretrained {architecture} {pretrained}", tags[tag])
         return Source(config=config, file=file, preprocess=tags[tag])
     if path.is_dir() or path.is_file():
         return _local_source(architecture, path, tags)
@@ -198,7 +198,7 @@ def _agreed(architecture: str, tags: Mapping[str, Mapping[str, Any]]) -> Mapping
 # ---------------------------------------------------------------- files
 
 
-def _hub_file(place: str, tag: Mapping[str, Any]) -> Path:
+def hub_file(place: str, tag: Mapping[str, Any]) -> Path:
     """The file of a published tag: from the hub's cache, or downloaded into it.
 
     Raises:

@@ -1,23 +1,29 @@
-"""CLIP models of open_clip, and classifiers made of an image tower and a head.
+"""CLIP models of open_clip, and classifiers made of a tower and a head.
 
+A tower turns a batch into features: images by a CLIP's image tower or a model of timm, texts by a CLIP's text tower or
+an encoder of the library transformers. What `meta["architecture"]` of a weight set calls its `kind` is a row of TOWERS.
 torch and open_clip cost seconds to import, so only what needs a model imports this.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import open_clip
+import timm
 import torch
 from numpy.typing import NDArray
-from open_clip.model import _build_vision_tower
+from open_clip.hf_configs import arch_dict
+from open_clip.hf_model import HFTextEncoder
+from open_clip.model import _build_text_tower, _build_vision_tower
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modelstock.errors import ParamsError, WeightsError, few
+from modelstock.errors import ParamsError, WeightsError, few, nearest
 from modelstock.weights.differences import differences
 from modelstock.weights.weight_set import WeightSet
 
@@ -83,57 +89,201 @@ def build_visual(config: Mapping[str, Any]) -> nn.Module:
     return visual
 
 
-def _blank_visual(weights: WeightSet) -> nn.Module:
-    """The image tower on the CPU, for weights to be loaded into; what the weights do not hold is right already.
+def build_text(architecture: Mapping[str, Any]) -> nn.Module:
+    """The text tower of a CLIP of open_clip, with random weights: tokens (B, L) -> features (B, D).
+
+    `architecture["config"]`: open_clip's, of which `embed_dim`, `text_cfg` and `quick_gelu` count.
+    """
+    config = _without_downloads(architecture["config"])
+    text: nn.Module = _build_text_tower(config["embed_dim"], config["text_cfg"], config.get("quick_gelu", False))
+    return text
+
+
+def build_encoder(architecture: Mapping[str, Any]) -> nn.Module:
+    """open_clip's HFTextEncoder around an encoder of the library transformers, with random weights.
+
+    Tokens (B, L) -> features (B, D). `architecture`: `config`, that of transformers; `pooling`, a pooler of open_clip's
+    name; `width`, D; `projection`, open_clip's `hf_proj_type`, None for the encoder's own width.
+
+    Raises:
+        ParamsError: `transformers` is not installed, or does not build it; a kind that HFTextEncoder does not take.
+    """
+    place = "an encoder of transformers"
+    with from_transformers(place, "a config that it builds"):
+        from transformers import AutoConfig
+
+        values = {name: value for name, value in architecture["config"].items() if name != "model_type"}
+        config = AutoConfig.for_model(architecture["config"]["model_type"], **values)
+    if config.model_type not in arch_dict or config.is_encoder_decoder or config.pad_token_id is None:
+        raise ParamsError(
+            place,
+            got=f"a model of type {config.model_type}",
+            expected=f"an encoder that masks its padding: {few(sorted(arch_dict))}",
+            cure="name another",
+        )
+    with from_transformers(place, "a config that it builds"):
+        encoder: nn.Module = HFTextEncoder(
+            "", architecture["width"], config, architecture["pooling"], architecture.get("projection")
+        )
+    if architecture["pooling"] != "cls_pooler" and getattr(encoder.transformer, "pooler", None) is not None:
+        encoder.transformer.pooler = None  # type: ignore[union-attr]  # it is in no feature, and no gradient reaches it
+    return encoder
+
+
+def build_timm(architecture: Mapping[str, Any]) -> nn.Module:
+    """A model of timm without its classifier, with random weights: images (B, 3, S, S) -> features (B, D).
+
+    `architecture`: `name`, timm's; `options`, more of `timm.create_model`.
+
+    Raises:
+        ParamsError: a name that timm does not know.
+    """
+    name = architecture["name"]
+    if not timm.is_model(name):
+        raise ParamsError(
+            "a model of timm",
+            got=repr(name),
+            expected="one of timm.list_models()",
+            cure=nearest(name, timm.list_models()),
+        )
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **architecture.get("options", {}))
+    return model
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of towers. `prefix`: of its tensors' names. `modality`: of its inputs. `build`: from an architecture."""
+
+    prefix: str
+    modality: str
+    build: Callable[[Mapping[str, Any]], nn.Module]
+
+
+# By the `kind` of `meta["architecture"]`; an open_clip config as it is has none, and is of the first.
+TOWERS = {
+    "open_clip": Kind("visual.", "image", build_visual),
+    "open_clip-text": Kind("text.", "text", build_text),
+    "transformers": Kind("text.", "text", build_encoder),
+    "timm": Kind("visual.", "image", build_timm),
+}
+
+
+def kind_of(weights: WeightSet) -> Kind:
+    """The kind of a weight set's tower.
+
+    Raises:
+        WeightsError: it is none of TOWERS.
+    """
+    kind = weights.meta["architecture"].get("kind", "open_clip")
+    if not isinstance(kind, str) or kind not in TOWERS:
+        raise WeightsError(
+            weights.source,
+            got=f"a tower of the kind {str(kind)[:40]!r}",
+            expected=", ".join(TOWERS),
+            cure="read it with the version of modelstock that wrote it",
+        )
+    return TOWERS[kind]
+
+
+def width_of(weights: WeightSet) -> int:
+    """The width D of a tower's features."""
+    architecture = weights.meta["architecture"]
+    config = architecture.get("config", architecture) if "width" not in architecture else {}
+    return int(architecture["width"] if "width" in architecture else config["embed_dim"])
+
+
+def _blank_tower(weights: WeightSet) -> nn.Module:
+    """The tower on the CPU, for weights to be loaded into; what the weights do not hold is right already.
 
     Raises:
         WeightsError: an architecture that cannot be built, or that has other tensors; before it takes any memory.
     """
-    config = weights.meta["architecture"]
+    kind, architecture = kind_of(weights), weights.meta["architecture"]
     try:
         with torch.device("meta"):
-            visual = build_visual(config)
+            tower = kind.build(architecture)
     except Exception as error:  # a file may say anything
+        if isinstance(error, ParamsError) and find_spec("transformers") is None:
+            raise
         raise WeightsError(
             weights.source,
-            got=f"an architecture that open_clip does not build ({type(error).__name__}: {str(error)[:120]})",
-            expected="the config of one of its models",
+            got=f"an architecture that cannot be built ({type(error).__name__}: {str(error)[:120]})",
+            expected="the config of a tower that its library builds",
             cure="make the weight set again from this anchor",
         ) from error
-    _check_tensors(weights, {f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}, "visual.")
-    loaded = visual.state_dict().keys()
-    if all(name in loaded for name, _ in visual.named_buffers()):
-        return visual.to_empty(device="cpu")
+    expected = {f"{kind.prefix}{name}": tensor for name, tensor in tower.state_dict().items()}
+    _check_tensors(weights, expected, kind.prefix)
+    loaded = tower.state_dict().keys()
+    if all(name in loaded for name, _ in tower.named_buffers()):
+        return tower.to_empty(device="cpu")
     # Rotary embeddings, relative positions and masks are in no checkpoint: only a real tower computes them.
     with torch.random.fork_rng(devices=[]):
-        return build_visual(config)
+        return kind.build(architecture)
+
+
+_TOGETHER = 32  # texts of like length that a tower takes at a time
 
 
 class Classifier(nn.Module):
-    """Image tower and linear head: logits = W normalise(visual(images)) + b.
+    """Tower and linear head: logits = W normalise(tower(inputs)) + b; without `normalise`, W tower(inputs) + b.
 
-    Images (B, 3, S, S), normalised by the preprocess's mean and std -> logits (B, C).
+    Inputs -> logits (B, C). Images (B, 3, S, S) are normalised by the preprocess's mean and std; texts are tokens
+    (B, L) int64, filled up with `padding` (None: every text has the tower's whole length). In evaluation, texts of like
+    length go together, without the padding that only longer ones need.
     """
 
-    def __init__(self, visual: nn.Module, classes: int, width: int) -> None:
+    def __init__(
+        self,
+        tower: nn.Module,
+        classes: int,
+        width: int,
+        *,
+        prefix: str = "visual.",
+        normalise: bool = True,
+        padding: int | None = None,
+    ) -> None:
         super().__init__()
-        self.visual = visual
+        self._name, self._normalise, self._padding = prefix.rstrip("."), normalise, padding
+        self.add_module(self._name, tower)  # as its tensors are named
         self.head = nn.Linear(width, classes)
 
-    def features(self, images: Tensor) -> Tensor:
-        """The tower's pooled feature (B, D), not normalised."""
-        output = self.visual(images)
-        # Towers of captioning models give their tokens as well, after the pooled feature.
-        pooled: Tensor = output[0] if isinstance(output, tuple) else output
-        return pooled
+    @property
+    def tower(self) -> nn.Module:
+        """What makes the features."""
+        return self.get_submodule(self._name)
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(functional.normalize(self.features(images), dim=-1))
+    def features(self, inputs: Tensor) -> Tensor:
+        """The tower's pooled feature (B, D), not normalised."""
+        if self._padding is None or self.training:
+            return _pooled(self.tower(inputs))
+        # The token that fills up may occur in a text as well, but is never its last.
+        lengths = inputs.shape[1] - (inputs != self._padding).flip(1).int().argmax(dim=1)
+        order = lengths.argsort(stable=True)
+        parts = [
+            _pooled(self.tower(inputs[rows, : int(lengths[rows].max())])) for rows in torch.split(order, _TOGETHER)
+        ]
+        return torch.cat(parts)[order.argsort()]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Class logits (B, C) of features (B, D), in the head's precision."""
+        features = features.to(self.head.weight.dtype)
+        logits: Tensor = self.head(functional.normalize(features, dim=-1) if self._normalise else features)
+        return logits
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = self.features(inputs)
+        logits: Tensor = self.head(functional.normalize(features, dim=-1) if self._normalise else features)
         return logits
 
 
+def _pooled(output: Any) -> Tensor:
+    # Towers of captioning models give their tokens as well, after the pooled feature.
+    pooled: Tensor = output[0] if isinstance(output, tuple) else output
+    return pooled
+
+
 def check_classifier(weights: WeightSet) -> None:
-    """Raise WeightsError unless a weight set says what to build, how its images are preprocessed, and has a head."""
+    """Raise WeightsError unless a weight set says what to build, how its inputs are preprocessed, and has a head."""
     missing = [name for name in ("architecture", "preprocess") if name not in weights.meta]
     missing += [name for name in ("head.weight", "head.bias") if name not in weights.shaped]
     if missing or len(weights.shaped["head.weight"].shape) != 2:
@@ -152,11 +302,19 @@ def build_classifier(weights: WeightSet) -> Classifier:
         WeightsError: no architecture in the metadata, or tensors that do not fit it.
     """
     check_classifier(weights)
+    tower, preprocess = _blank_tower(weights), weights.meta["preprocess"]
     classes, width = weights.shaped["head.weight"].shape
     with torch.device("meta"):
-        model = Classifier(nn.Identity(), classes, width)
+        model = Classifier(
+            nn.Identity(),
+            classes,
+            width,
+            prefix=kind_of(weights).prefix,
+            normalise=weights.meta["architecture"].get("normalise", True),
+            padding=preprocess["pad"] if preprocess.get("padding") == "longest" else None,
+        )
     model.head.to_empty(device="cpu")
-    model.visual = _blank_visual(weights)
+    setattr(model, kind_of(weights).prefix.rstrip("."), tower)
     set_tensors(model, weights)
     return model.eval()
 

@@ -1,48 +1,47 @@
-"""Batches of decoded images for a pass, and their pixels as towers take them."""
+"""Batches of decoded examples for a pass, framed and prepared as towers take them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from modelstock.data.dataset import Dataset
-from modelstock.data.images import Framing, normalise
+from modelstock.data.preprocess import Framer, framer_of, inputs_of
 from modelstock.errors import DataError
 from modelstock.workers import follow_parent
 
-Decoded = tuple[list[Tensor], Tensor]  # (B, S, S, 3) uint8 per framing, and labels (B,)
+Decoded = tuple[list[Tensor], Tensor]  # images (B, S, S, 3) uint8 or tokens (B, L) per framer, and labels (B,)
 
 
 class DecodedBatches(TorchDataset[Decoded | DataError]):
-    """One item per batch of at most `batch_size` examples in their order, framed in every way that is asked for."""
+    """One item per batch of at most `batch_size` examples in their order, framed in all ways that are asked for."""
 
-    def __init__(self, dataset: Dataset, framings: Sequence[Framing], batch_size: int) -> None:
-        self._dataset, self._framings, self._batch_size = dataset, framings, batch_size
+    def __init__(self, dataset: Dataset, framers: Sequence[Framer], batch_size: int) -> None:
+        self._dataset, self._framers, self._batch_size = dataset, framers, batch_size
 
     def __getitem__(self, number: int) -> Decoded | DataError:
-        images, labels = self._dataset.images, self._dataset.labels
+        labels = self._dataset.labels
         first = number * self._batch_size
         rows = range(first, min(first + self._batch_size, len(labels)))
-        framed: list[list[NDArray[np.uint8]]] = []
+        framed: list[list[Any]] = []
         for row in rows:
             try:
-                image = images.cut(row)
-                framed.append([framing(image) for framing in self._framings])
+                example: Any = self._dataset.decoded(row)
+                framed.append([framer(example) for framer in self._framers])
             except DataError as error:
                 return error  # rather than raised: torch would wrap what a worker raises
-        stacked = [torch.from_numpy(np.stack(batch)) for batch in zip(*framed, strict=True)]
-        return stacked, torch.from_numpy(labels[rows.start : rows.stop])
+        columns = zip(self._framers, zip(*framed, strict=True), strict=True)
+        batches = [framer.batch(column) for framer, column in columns]
+        return batches, torch.from_numpy(labels[rows.start : rows.stop])
 
     def load(self, start: int, *, workers: int, pin: bool) -> Iterator[Decoded]:
         """The batches from number `start` on, decoded ahead by `workers` processes, or by this one.
 
         Raises:
-            DataError: an image that does not decode.
+            DataError: an example that does not decode.
         """
         numbers = range(start, -(-len(self._dataset.labels) // self._batch_size))
         loader: DataLoader[Decoded | DataError] = DataLoader(
@@ -54,19 +53,19 @@ class DecodedBatches(TorchDataset[Decoded | DataError]):
             yield batch
 
 
-class Pixels:
-    """One batch of decoded images on the device, normalised once for all towers that ask for the same."""
+class Prepared:
+    """One batch of framed examples on the device, prepared once for all towers that ask for the same."""
 
-    def __init__(self, images: Mapping[Framing, Tensor], device: str, dtype: torch.dtype) -> None:
-        self._images, self._device, self._dtype = images, device, dtype
-        self._normalised: list[tuple[Mapping[str, Any], Tensor]] = []  # few: comparing is cheaper than hashing
+    def __init__(self, framed: Mapping[Framer, Tensor], device: str, dtype: torch.dtype) -> None:
+        self._framed, self._device, self._dtype = framed, device, dtype
+        self._prepared: list[tuple[Mapping[str, Any], Tensor]] = []  # few: comparing is cheaper than hashing
 
     def of(self, preprocess: Mapping[str, Any]) -> Tensor:
-        """Pixels (B, 3, S, S), framed and scaled as the preprocess says."""
-        for known, pixels in self._normalised:
+        """Pixels (B, 3, S, S) or tokens (B, L), as the preprocess says."""
+        for known, inputs in self._prepared:
             if known == preprocess:
-                return pixels
-        images = self._images[Framing.of(preprocess)].to(self._device, non_blocking=True)
-        pixels = normalise(images, preprocess).to(self._dtype)
-        self._normalised.append((preprocess, pixels))
-        return pixels
+                return inputs
+        inputs = inputs_of(self._framed[framer_of(preprocess)].to(self._device, non_blocking=True), preprocess)
+        inputs = inputs.to(self._dtype) if inputs.is_floating_point() else inputs
+        self._prepared.append((preprocess, inputs))
+        return inputs

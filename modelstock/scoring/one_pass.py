@@ -17,15 +17,14 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from modelstock.data.dataset import Dataset
-from modelstock.data.images import Framing
+from modelstock.data.preprocess import Framer, framer_of
 from modelstock.devices import device_kind, device_model
 from modelstock.errors import WeightsError
 from modelstock.models.towers import Classifier, build_classifier, check_classifier
 from modelstock.progress import progress_bar
-from modelstock.scoring.decoding import DecodedBatches, Pixels
+from modelstock.scoring.decoding import DecodedBatches, Prepared
 from modelstock.scoring.memory import memory_kept
 from modelstock.scoring.outcome import COLUMNS, Outcome
 from modelstock.scoring.results import Row, Scores
@@ -35,7 +34,7 @@ from modelstock.weights.origin import notices_of
 from modelstock.weights.weight_set import WeightSet
 
 SAVE_EVERY_S = 60.0
-SPAN_BYTES = 1 << 30  # of decoded images, on which weight sets take turns
+SPAN_BYTES = 1 << 30  # of framed examples, on which weight sets take turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +71,16 @@ class ScoringOptions:
 
 
 class Tower:
-    """A weight set's classifier on a device: pixels -> logits (B, C) float32."""
+    """A weight set's classifier on a device: inputs -> logits (B, C) float32."""
 
     def __init__(self, weights: WeightSet, device: str, dtype: torch.dtype) -> None:
         self.identity, self._preprocess = weights.identity, weights.meta["preprocess"]
         self._model: Classifier = build_classifier(weights).to(device)
-        self._model.visual.to(dtype)  # the head, and all that follows it, stays float32
+        self._model.tower.to(dtype)  # the head, and all that follows it, stays float32
 
-    def logits(self, pixels: Pixels) -> Tensor:
+    def logits(self, inputs: Prepared) -> Tensor:
         """Class logits (B, C) of a batch."""
-        features = self._model.features(pixels.of(self._preprocess))
-        logits: Tensor = self._model.head(functional.normalize(features.float(), dim=-1))
-        return logits
+        return self._model.logits(self._model.features(inputs.of(self._preprocess)))
 
 
 def fitting(weights: Sequence[WeightSet], device: str, precision: str) -> int:
@@ -179,7 +176,7 @@ class _Pass:
         self.dataset, self.options, self.device, self.progress = dataset, options, device, progress
         self.groups = {identity: members for identity, members in groups.items() if identity in progress}
         self.members = {member for members in self.groups.values() for member in members}
-        self.framings = list(dict.fromkeys(Framing.of(w.meta["preprocess"]) for w in weights))
+        self.framers = list(dict.fromkeys(framer_of(w.meta["preprocess"]) for w in weights))
         resident = options.resident
         most = fitting(weights, device, options.precision) if resident == "auto" else resident
         # The current GPU is each thread's own: in one that builds towers, "cuda" would be the first.
@@ -192,7 +189,7 @@ class _Pass:
         """Score what is lacking; what is scored by then is kept, however it ends."""
         scored, count = min(entry.scored for entry in self.progress.values()), self.dataset.manifest.count
         saved = time.monotonic()
-        bar = progress_bar(total=count, initial=scored, desc=self.title, unit="image", mininterval=2)
+        bar = progress_bar(total=count, initial=scored, desc=self.title, unit="example", mininterval=2)
         with self.turns, bar:
             try:
                 for span in self._spans(scored):
@@ -211,15 +208,15 @@ class _Pass:
     def _spans(self, start: int) -> "Iterator[list[_Batch]]":
         """The batches from example `start` on: one at a time, or as many as weight sets take turns on."""
         batch_size, pin = self.options.batch_size, self.device == "cuda"
-        loaded = DecodedBatches(self.dataset, self.framings, batch_size)
+        loaded = DecodedBatches(self.dataset, self.framers, batch_size)
         batches = loaded.load(start // batch_size, workers=self.options.workers, pin=pin)
-        batch_bytes = batch_size * sum(3 * framing.size**2 for framing in self.framings)
+        batch_bytes = batch_size * sum(framer.example_bytes for framer in self.framers)
         most = 1 if self.turns.together else max(1, SPAN_BYTES // batch_bytes)
         while decoded := list(islice(batches, most)):
             span = []
-            for images, labels in decoded:
-                framed = dict(zip(self.framings, images, strict=True))
-                span.append(_Batch(start=start, images=framed, labels=labels.to(self.device)))
+            for batches_of, labels in decoded:
+                framed = dict(zip(self.framers, batches_of, strict=True))
+                span.append(_Batch(start=start, framed=framed, labels=labels.to(self.device)))
                 start = span[-1].stop
             yield span
 
@@ -239,12 +236,12 @@ class _Pass:
 
     def _score_batch(self, batch: "_Batch", towers: Sequence[Tower]) -> dict[str, Tensor]:
         """One batch by these towers; the logits of those that are members of ensembles."""
-        pixels, of_members = Pixels(batch.images, self.device, self.options.dtype), {}
+        inputs, of_members = Prepared(batch.framed, self.device, self.options.dtype), {}
         for tower in towers:
             identity = tower.identity
             lacks = self._lacks(identity, batch)
             if lacks or identity in self.members:
-                logits = tower.logits(pixels)
+                logits = tower.logits(inputs)
                 if lacks:
                     self._record(identity, batch, logits)
                 if identity in self.members:
@@ -261,10 +258,10 @@ class _Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """Consecutive examples from number `start` on: decoded images by framing, and labels (B,) on the device."""
+    """Consecutive examples from number `start` on: framed, by framer, and labels (B,) on the device."""
 
     start: int
-    images: Mapping[Framing, Tensor]
+    framed: Mapping[Framer, Tensor]
     labels: Tensor
 
     @property

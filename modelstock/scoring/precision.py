@@ -64,7 +64,7 @@ def fastest(weights: WeightSet, device: str, *, batch_size: int, kept: Path | No
 def speeds(weights: WeightSet, device: str, *, batch_size: int) -> dict[str, float]:
     """Images per second of a weight set's tower in each precision, measured in turns."""
     model = build_classifier(weights).to(device)
-    towers = {"float32": model.visual, "bfloat16": build_classifier(weights).visual.to(device, torch.bfloat16)}
+    towers = {"float32": model.tower, "bfloat16": build_classifier(weights).tower.to(device, torch.bfloat16)}
     size = weights.meta["preprocess"]["size"]
     images = torch.zeros(batch_size, 3, size, size, device=device)
     batches = {name: images.to(next(tower.parameters()).dtype) for name, tower in towers.items()}

@@ -60,7 +60,7 @@ class HeadFirst(Callback):
         wanted = run.step >= self.steps
         if wanted != self._all:
             self._all = wanted
-            run.model.visual.requires_grad_(wanted)
+            run.model.tower.requires_grad_(wanted)
             run.rewrap()
 
 
@@ -173,8 +173,8 @@ def new_run(
     """
     name, epoch = f"seed-{seed}", steps_per_epoch(len(examples.labels), recipe.batch_size)
     if recipe.gradient_checkpointing:
-        visual: Any = model.visual
-        visual.set_grad_checkpointing(True)
+        tower: Any = model.tower
+        tower.set_grad_checkpointing(True)
     model.head.requires_grad_(recipe.train_head)
     groups = parameter_groups(
         model, layer_decay=recipe.layer_decay, weight_decay=recipe.weight_decay, decay=recipe.decay

@@ -9,6 +9,9 @@ LISTS = ("classes", "parents", "notices")  # of texts
 MAPPINGS = ("architecture", "backbone", "made_by", "preprocess")
 RESIZE_MODES = ("shortest", "longest", "squash")
 LARGEST = 4096  # pixels of an image's side
+LONGEST = 1 << 16  # tokens of a text
+CLEANINGS = ("none", "whitespace", "lower", "canonicalize")  # of a text before it is cut into tokens, as open_clip's
+PADDINGS = ("longest", "length")  # to the longest of a batch, or always to `length`
 
 
 def problem_of(meta: Any) -> str | None:
@@ -32,6 +35,8 @@ def _texts(value: Any) -> bool:
 
 
 def _problem_of_preprocess(preprocess: Mapping[str, Any]) -> str | None:
+    if preprocess.get("modality", "image") == "text":
+        return _problem_of_texts(preprocess)
     size = preprocess.get("size")
     if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= LARGEST:
         return f"preprocess.size {str(size)[:40]}, which is no number from 1 to {LARGEST}"
@@ -43,6 +48,22 @@ def _problem_of_preprocess(preprocess: Mapping[str, Any]) -> str | None:
         return "preprocess without interpolation"
     mode = preprocess.get("resize_mode", RESIZE_MODES[0])
     return None if mode in RESIZE_MODES else f"preprocess.resize_mode {str(mode)[:40]}"
+
+
+def _problem_of_texts(preprocess: Mapping[str, Any]) -> str | None:
+    length, pad = preprocess.get("length"), preprocess.get("pad")
+    if not isinstance(length, int) or isinstance(length, bool) or not 0 < length <= LONGEST:
+        return f"preprocess.length {str(length)[:40]}, which is no number from 1 to {LONGEST}"
+    if not isinstance(pad, int) or isinstance(pad, bool) or pad < 0:
+        return f"preprocess.pad {str(pad)[:40]}, which is no token"
+    if preprocess.get("padding") not in PADDINGS:
+        return f"preprocess.padding {str(preprocess.get('padding'))[:40]}, which is not {' or '.join(PADDINGS)}"
+    if preprocess.get("cleaning") not in CLEANINGS:
+        return f"preprocess.cleaning {str(preprocess.get('cleaning'))[:40]}, which is not {', '.join(CLEANINGS)}"
+    tokenizer = preprocess.get("tokenizer")
+    if not isinstance(tokenizer, Mapping) or not all(isinstance(value, str) for value in tokenizer.values()):
+        return "preprocess.tokenizer that is no mapping of texts"
+    return None
 
 
 def _number(value: Any) -> bool:
