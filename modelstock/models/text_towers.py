@@ -20,7 +20,7 @@ from modelstock.weights.origin import made_by
 from modelstock.weights.tensors import FLOATS, Array
 from modelstock.weights.weight_set import WeightSet
 
-POOLERS = {"mean": "mean_pooler", "max": "max_pooler", "first": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
+POOLERS = {"mean": "mean_pooler", "first": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
 # What is in checkpoints of encoders and in no feature.
 _UNUSED = ("pooler.", "embeddings.position_ids", "cls.", "lm_head.", "embeddings.token_type_ids")
 _FILES = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
