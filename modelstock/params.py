@@ -116,7 +116,7 @@ class OpenClipTextPretraining(OpenClipPretraining):
 class TransformersPretraining(Section):
     """An encoder of the library transformers, which classifies texts.
 
-    `model`: a name on the hub, or a folder with config.json, weights and tokenizer. `pooling`: mean or max over a
+    `model`: a name on the hub, or a folder with config.json, weights and tokenizer. `pooling`: the mean over a
     text's tokens, its first token, or `pooler`, the encoder's own. `normalise`: features have length 1, as sentence
     encoders'. `length`: the most tokens of a text. `weights`: those of the model, or random ones, by `seed`.
     """
@@ -270,8 +270,15 @@ class FinetuneParams(Optimization):
         return scale
 
 
-# What is done to images alone, and its value in a recipe for texts.
-IMAGES_ALONE: dict[str, Any] = {"crop_scale": [1.0, 1.0], "flip": False, "rand_augment_operations": 0, "mixup": 0.0}
+# What is done to images alone, and its value in a recipe for texts. What compiling gives depends on the length of the
+# first batch, and a run that goes on begins with another.
+IMAGES_ALONE: dict[str, Any] = {
+    "crop_scale": [1.0, 1.0],
+    "flip": False,
+    "rand_augment_operations": 0,
+    "mixup": 0.0,
+    "compile": False,
+}
 
 
 def images_alone(recipe: FinetuneParams) -> dict[str, Any]:
@@ -782,11 +789,13 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _modality(self) -> "Params":
-        """All anchors take what the first takes, and no recipe does to texts what is done to images alone."""
+        """All anchors take what the data are, and no recipe does to texts what is done to images alone."""
         of_texts = self.pretrain.source in TEXT_SOURCES
         others = [name for name, section in self.anchors.items() if (section.source in TEXT_SOURCES) != of_texts]
         wanted = "texts" if of_texts else "images"
         problems = [f"anchors.{name}.source: for {wanted}, as pretrain.source is" for name in others]
+        if any(isinstance(split, TextsSplit) for split in self.prepare.splits.values()) != of_texts:
+            problems.append(f"pretrain.source {self.pretrain.source} takes {wanted}, which prepare.splits are not")
         if of_texts and not self.checkpoints:
             recipes = {"finetune": self.finetune}
             recipes |= {f"variants.{name}.recipe": self.recipe_of(name) for name in self.variants}

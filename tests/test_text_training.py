@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from ruamel.yaml import YAML
 from torch import nn
 from torch.nn import functional
 
@@ -28,12 +29,13 @@ from modelstock.training.finetune import finetune_seed
 from modelstock.training.inputs import read_inputs
 from modelstock.training.job import Setting
 from modelstock.training.periodic import Periodic
-from modelstock.training.recipe import new_run, parameter_groups
+from modelstock.training.recipe import examples_of, new_run, parameter_groups
 from modelstock.training.resume import ResumePoint
 from modelstock.training.row_decay import decay_rows, embeddings_of
 from modelstock.training.text_batches import TextBatches, length_batches, tokenised
 from modelstock.training.validation import accuracy
 from modelstock.weights.weight_set import load_weights
+from tests.support.pretended_gpu import pretended_gpu
 from tests.support.settings import full_params
 from tests.support.splits import make_split
 from tests.support.texts import LENGTH, VOCABULARY, Sentences, clip_text_anchor, encoder_folder, text_anchor
@@ -237,18 +239,19 @@ def test_words_that_no_training_text_has_stay_the_anchors_bit_for_bit_and_so_do_
     tensors, _, averages = train(start, tmp_path, weight_decay=0.5, lr=1e-2)
     texts = tokenised(Sentences(), start.meta["preprocess"])
     words = {token for row in range(24) for token in texts.tokens(row).tolist()}
-    embeddings = embeddings_of(build_classifier(start))
-    assert len(embeddings) == (3 if "transformer.embeddings" in min(embeddings) else 2)
+    used = {
+        "text.transformer.embeddings.word_embeddings.weight": words,
+        "text.transformer.embeddings.position_embeddings.weight": range(LENGTH),
+        "text.transformer.embeddings.token_type_embeddings.weight": {0},
+        "text.token_embedding.weight": words,
+        "text.positional_embedding": range(int(texts.lengths.max())),
+    }
+    used = {name: rows for name, rows in used.items() if name in tensors}
+    assert embeddings_of(build_classifier(start)) == used.keys()
     for result in (tensors, *averages.values()):
-        for name in embeddings:
-            if "token_type" in name:
-                used = [0]
-            else:
-                used = sorted(words) if "word" in name or "token" in name else range(int(texts.lengths.max()))
-            before, after = start.tensors[name], result[name]
-            moved = (before != after).any(axis=1)
-            assert moved[list(used)].all()
-            assert moved.sum() == len(used)
+        for name, rows in used.items():
+            moved = (start.tensors[name] != result[name]).any(axis=1)
+            assert set(np.flatnonzero(moved)) == set(rows)
     assert len(words) < len(VOCABULARY)
 
 
@@ -286,7 +289,7 @@ def test_layer_decay_by_hand(start):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("crop_scale", (0.5, 1.0)), ("flip", True), ("rand_augment_operations", 2), ("mixup", 0.2)],
+    [("crop_scale", (0.5, 1.0)), ("flip", True), ("rand_augment_operations", 2), ("mixup", 0.2), ("compile", True)],
 )
 def test_what_is_done_to_images_is_refused_for_texts_before_training(tmp_path, bert, name, value):
     with pytest.raises(TrainingError, match=f"finetune: got {name} ") as caught:
@@ -295,36 +298,53 @@ def test_what_is_done_to_images_is_refused_for_texts_before_training(tmp_path, b
     assert f"set {name}: {IMAGES_ALONE[name]}" in str(caught.value)
 
 
-TEXT_PRETRAIN = {"source": "transformers", "model": "encoder", "pooling": "mean", "normalise": True, "length": 48}
-
-
-def params_with(path: Path, **finetune):
-    """A params file for texts, with these settings of the recipe."""
-    from ruamel.yaml import YAML
-
+def params_with(path: Path, *, texts: bool = True, **finetune):
+    """A params file for a text tower, with these settings of the recipe."""
     yaml = YAML(typ="safe")
     content = yaml.load(full_params())
-    content["pretrain"] = {**TEXT_PRETRAIN, "weights": "pretrained", "seed": 0}
+    content["pretrain"] = {"source": "transformers", "model": "encoder", "length": 48}
+    content["pretrain"] |= {"pooling": "mean", "normalise": True, "weights": "pretrained", "seed": 0}
     content["finetune"] |= {**IMAGES_ALONE, **finetune}
     content["variants"], content["anchors"] = {}, {}
+    if texts:
+        content["classes"] = {"names": ["bad", "good"], "templates": ["{}"]}
+        table = {"source": "texts", "labels": "classes", "text": "text", "label": "label", "duplicates": "keep"}
+        roles = {"train": {}, "held-out": {}, "films": {"role": "in-distribution"}}
+        content["prepare"]["splits"] = {
+            name: {**table, "part": "all", "path": f"{name}.csv", **role} for name, role in roles.items()
+        }
+        content["evaluate"]["benchmarks"] = ["held-out", "films"]
+        content["geometry"]["benchmarks"] = []
     with open(path, "w") as file:
         yaml.dump(content, file)
     return path
 
 
 def test_so_it_is_when_params_are_read(tmp_path):
-    load_params(params_with(tmp_path / "params.yaml"))
-    with pytest.raises(ParamsError, match=r"finetune\.flip: False for texts \(got True\)"):
-        load_params(params_with(tmp_path / "params.yaml", flip=True))
-    with pytest.raises(ParamsError, match=r"finetune\.crop_scale: \[1\.0, 1\.0\] for texts \(got \[0\.5, 1\.0\]\)"):
-        load_params(params_with(tmp_path / "params.yaml", crop_scale=[0.5, 1.0]))
+    path = tmp_path / "params.yaml"
+    load_params(params_with(path))
+    for name, value, line in [
+        ("flip", True, r"finetune\.flip: False for texts \(got True\)"),
+        ("crop_scale", [0.5, 1.0], r"finetune\.crop_scale: \[1\.0, 1\.0\] for texts \(got \[0\.5, 1\.0\]\)"),
+        ("compile", True, r"finetune\.compile: False for texts \(got True\)"),
+    ]:
+        with pytest.raises(ParamsError, match=line) as caught:
+            load_params(params_with(path, **{name: value}))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ParamsError, match=r"pretrain\.source transformers takes texts, which prepare\.splits are not"):
+        load_params(params_with(path, texts=False))
 
 
-def test_gradient_checkpointing_changes_no_byte(tmp_path, start):
-    plain, checkpointed = (
-        train(start, tmp_path / str(on), gradient_checkpointing=on, head_first_epochs=1)[0] for on in (False, True)
-    )
-    assert equal(plain, checkpointed)
+def test_gradient_checkpointing_computes_activations_twice_and_changes_no_byte(tmp_path, start, monkeypatch):
+    calls, norm = [], functional.layer_norm
+    monkeypatch.setattr(functional, "layer_norm", lambda *inputs: (calls.append(1), norm(*inputs))[1])
+    results, counts = [], []
+    for on in (False, True):
+        calls.clear()
+        results.append(train(start, tmp_path / str(on), gradient_checkpointing=on, head_first_epochs=1)[0])
+        counts.append(len(calls))
+    assert equal(*results)
+    assert counts[1] >= counts[0] + 9 * 4  # in 9 steps with gradients, the two norms of both blocks once more
 
 
 def test_a_tower_that_cannot_compute_activations_again_is_one_line(tmp_path, start, monkeypatch):
@@ -346,8 +366,9 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(tmp_path):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_trains_like_float32_and_keeps_float32_weights(tmp_path, start, precision):
-    _, history, _ = train(start, tmp_path / "float32")
-    tensors, lower, _ = train(start, tmp_path / precision, precision=precision)
+    full, history, _ = train(start, tmp_path / "float32", lr=1e-5)
+    tensors, lower, _ = train(start, tmp_path / precision, lr=1e-5, precision=precision)
+    assert not equal(tensors, full)
     assert {t.dtype for t in tensors.values()} == {np.dtype(np.float32)}
     np.testing.assert_allclose([r["loss"] for r in lower], [r["loss"] for r in history], rtol=0.05)
 
@@ -375,17 +396,15 @@ def test_the_head_learns_first_and_a_frozen_one_stays_the_anchors(tmp_path, star
     assert {n for n in frozen if np.array_equal(frozen[n], start.tensors[n])} == {"head.weight", "head.bias"}
 
 
-def test_a_share_of_the_texts_is_all_that_is_seen(bert):
-    seen = []
-    for step in range(6):
-        run_texts = tokenised(Sentences(), bert.meta["preprocess"])
-        from modelstock.training.recipe import examples_of
-
-        part = examples_of(run_texts, recipe_for(bert, share=0.5), 3)
-        batches = TextBatches(part, bert.meta["preprocess"], batch_size=4, order_seed=3)
-        seen += [tuple(row[row > 0].tolist()) for row in batches[step][0]]
-    assert len(part.labels) == 12
-    assert len(set(seen)) == 12
+def test_a_share_of_the_texts_is_drawn_by_the_seed_and_is_all_that_is_seen(bert):
+    texts = tokenised(Sentences(), bert.meta["preprocess"])
+    parts = [examples_of(texts, recipe_for(bert, share=0.5), seed) for seed in (3, 3, 4)]
+    texts_of = [[tuple(part.tokens(row)) for row in range(12)] for part in parts]
+    assert texts_of[0] == texts_of[1] != texts_of[2]
+    assert set(texts_of[0]) < {tuple(texts.tokens(row)) for row in range(24)}
+    batches = TextBatches(parts[0], bert.meta["preprocess"], batch_size=4, order_seed=3)
+    seen = {tuple(row[row > 0].tolist()) for step in range(6) for row in batches[step][0]}
+    assert seen == set(texts_of[0])
 
 
 def test_training_learns_what_the_texts_say(tmp_path, bert):
@@ -432,20 +451,12 @@ def killed_in_save(number: int, work, cls=ResumePoint) -> None:
     assert child(until) == signal.SIGKILL
 
 
-CHANGES = [
-    {"weight_decay": 0.3},
-    {
-        "head_first_epochs": 1,
-        "micro_batch": 3,
-        "precision": "float16",
-        "layer_decay": 0.6,
-        "gradient_checkpointing": True,
-    },
-]
+EVERYTHING = {"head_first_epochs": 1, "micro_batch": 3, "precision": "float16", "layer_decay": 0.6, "decay": "matrices"}
+EVERYTHING |= {"gradient_checkpointing": True, "epochs": 2}
 
 
 @pytest.mark.usefixtures("after_every_step")
-@pytest.mark.parametrize("changes", CHANGES, ids=["plain", "everything"])
+@pytest.mark.parametrize("changes", [{"weight_decay": 0.3}, EVERYTHING], ids=["plain", "everything"])
 def test_killed_after_any_step_and_started_again_a_run_ends_with_the_same_bytes(tmp_path, start, changes):
     expected, history, averages = train(start, tmp_path / "whole", **changes)
     folder = tmp_path / "killed"
@@ -458,11 +469,12 @@ def test_killed_after_any_step_and_started_again_a_run_ends_with_the_same_bytes(
 
 
 @pytest.mark.usefixtures("after_every_step")
-def test_so_do_seeds_that_are_merged_on_the_way(tmp_path, start):
-    expected = train_side_by_side(start, tmp_path / "whole", merging=arm(every=2 / 3))
-    for saves in (5, 4):
-        killed_in_save(saves, lambda: train_side_by_side(start, tmp_path / "run", merging=arm(every=2 / 3)), Periodic)
-    found = train_side_by_side(start, tmp_path / "run", merging=arm(every=2 / 3))
+def test_so_do_seeds_that_are_merged_on_the_way(tmp_path, bert):
+    work = partial(train_side_by_side, bert, merging=arm(every=2 / 3), epochs=2)
+    expected = work(tmp_path / "whole")
+    for saves in (4, 3):
+        killed_in_save(saves, partial(work, tmp_path / "run"), Periodic)
+    found = work(tmp_path / "run")
     assert equal(found[0], expected[0])
     assert found[1:] == expected[1:]
 
@@ -589,3 +601,26 @@ def test_images_for_a_text_tower_and_texts_for_an_image_tower_are_one_line_each(
         read_inputs(bert, images, images, in_memory=False)
     with pytest.raises(WeightsError, match="got a tower for images; expected one for the texts"):
         read_inputs(anchor, texts, texts, in_memory=False)
+
+
+# ---------------------------------------------------------------- GPUs, held where there is none
+
+
+@pytest.mark.parametrize("changes", [{"precision": "float16"}, {"gradient_checkpointing": True, "micro_batch": 3}])
+def test_training_on_texts_keeps_to_one_device(start, changes):
+    preprocess = start.meta["preprocess"]
+    # The tokens are of values, which are made on the CPU in any case.
+    batch = [torch.zeros(8, 5, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)]
+
+    def work():
+        with pretended_gpu():
+            model = build_classifier(start).to("cuda")
+            data, recipe = tokenised(Sentences(), preprocess), recipe_for(start, **changes)
+            run = new_run(
+                model, data, recipe, preprocess=preprocess, seed=0, world=World(device=torch.device("cuda", 0))
+            )
+            run.batches = lambda start, stop: (batch for _ in range(start, stop))
+            run.train(until=2)
+            assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+
+    assert child(work) == 0

@@ -1,5 +1,6 @@
 """The recipe of fine-tuning: which parameters learn how fast, from which loss, over which steps, on which batches."""
 
+import warnings
 import zlib
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -191,7 +192,8 @@ def checkpoint_activations(model: Classifier) -> None:
     """
     tower: Any = model.tower
     try:
-        tower.set_grad_checkpointing(True)
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of a name that open_clip calls it by
+            tower.set_grad_checkpointing(True)
     except (AttributeError, AssertionError, ValueError) as error:
         raise TrainingError(
             "finetune.gradient_checkpointing",
