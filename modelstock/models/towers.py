@@ -187,7 +187,7 @@ def build_encoder(architecture: Mapping[str, Any]) -> nn.Module:
             place, got=f"pooling pooler for {config.model_type}, which has none", expected="another", cure="set mean"
         )
     if pooling != "cls_pooler" and getattr(transformer, "pooler", None) is not None:
-        transformer.pooler = None  # type: ignore[assignment]  # in no feature, and no gradient reaches it
+        transformer.pooler = None  # in no feature, and no gradient reaches it
     if pooling not in POOLINGS or projection not in (None, "linear", "mlp"):
         got = f"pooling {str(pooling)[:40]!r}, projection {str(projection)[:40]!r}"
         raise ParamsError(place, got=got, expected=", ".join(POOLINGS), cure="name another")
