@@ -53,12 +53,14 @@ def anchor(
 def export(
     weights: Annotated[Path, typer.Argument(help="A weight set, such as the champion.")],
     out: OutFolder,
-    clip: Annotated[Path, typer.Option(help="The CLIP with both towers that its anchor was made of.")],
+    clip: Annotated[
+        Path | None, typer.Option(help="Of towers of open_clip: the CLIP with both towers that its anchor was made of.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="reports/comparison.json, for the model card.")] = None,
     license: Annotated[str | None, typer.Option(help="An identifier for the card, such as mit.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a weight set as a folder that open_clip loads, with its head and a model card."""
+    """Write a weight set as a folder that open_clip or transformers loads, with its head and a model card."""
     from modelstock.models.export import export as write
     from modelstock.weights.weight_set import load_weights
 
@@ -76,5 +78,6 @@ def export(
                 expected="reports/comparison.json, as it was written",
                 cure=cure_of(report, "compare again"),
             )
-    write(load_weights(weights), load_weights(clip), out, report=comparison, licence=license, overwrite=overwrite)
-    print(f'{out}: open_clip.create_model_and_transforms("local-dir:{out}")')
+    whole = None if clip is None else load_weights(clip)
+    loads = write(load_weights(weights), whole, out, report=comparison, licence=license, overwrite=overwrite)
+    print(f"{out}: {loads}")
