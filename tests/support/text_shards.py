@@ -19,7 +19,9 @@ def make_texts(
 ) -> Dataset:
     """Texts with labels as one shard, opened."""
     folder.mkdir(parents=True, exist_ok=True)
-    examples = [(row, int(label), "txt", text.encode()) for row, (text, label) in enumerate(zip(texts, labels, strict=True))]
+    examples = [
+        (row, int(label), "txt", text.encode()) for row, (text, label) in enumerate(zip(texts, labels, strict=True))
+    ]
     shard = write_shard(folder / "000000.tar", examples)
     assert shard is not None
     manifest = make_manifest(
