@@ -414,7 +414,7 @@ def test_the_geometry_of_encoders_has_no_nan_where_words_and_whole_tensors_never
     ]
     assert np.isfinite(values).all()
     assert rows[key]["norm_mean"] == 0
-    assert rows[words]["cosine"] == pytest.approx(0, abs=0.3)
+    assert rows[words]["cosine_mean"] == pytest.approx(0, abs=0.3)
     chosen = points(Space(checkpoint_of(anchor), opened), GeometryParams(pairs=1))
     weights = [point.weights(anchor) for point in chosen]
     assert {"anchor", "seed-0", "model_stock/0-1"} <= {point.name for point in chosen}
