@@ -20,10 +20,11 @@ from modelstock.models import anchor as anchors
 from modelstock.models import heads, pretrained
 from modelstock.models import towers as models
 from modelstock.models.adopt import adopt, adopt_seed
-from modelstock.models.anchor import anchor_of
+from modelstock.models.anchor import anchor_of, without_head
 from modelstock.models.pretrained import load_clip
+from modelstock.models.timm_models import load_timm
 from modelstock.notices import Notice
-from modelstock.params import ClassesParams, OpenClipPretraining
+from modelstock.params import ClassesParams, OpenClipPretraining, TimmPretraining
 from modelstock.weights.origin import made_by
 from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
 from tests.support.merging import merge_with
@@ -592,6 +593,21 @@ def test_a_pickled_module_is_refused_with_the_cure(tmp_path, own_anchor):
     torch.save(models.build_classifier(own_anchor), tmp_path / "whole.pt")
     with pytest.raises(WeightsError, match=r"torch.save\(model.state_dict\(\), ...\)"):
         adopt(tmp_path / "whole.pt", own_anchor)
+
+
+def test_a_model_of_timm_is_adopted_with_its_classifier_over_features_that_are_not_normalised(tmp_path):
+    import timm
+
+    backbone = load_timm(TimmPretraining(source="timm", model="test_vit", pretrained="random", size=32))
+    anchor = without_head(backbone, ["cat", "dog"])
+    torch.manual_seed(1)
+    model = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
+    torch.save(model.state_dict(), tmp_path / "tuned.pt")
+    with pytest.warns(Notice, match="its head head is taken as a layer over its features"):
+        found = adopt(tmp_path / "tuned.pt", anchor)
+    pixels = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        np.testing.assert_allclose(models.build_classifier(found)(pixels), model(pixels), atol=1e-5)
 
 
 # --- in the pipeline

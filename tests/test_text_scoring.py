@@ -20,6 +20,7 @@ from modelstock.geometry.points import points
 from modelstock.geometry.space import Space, checkpoint_of
 from modelstock.geometry.tables import tensor_rows, unit_rows
 from modelstock.merging.checks import check_parents
+from modelstock.models.adopt import adopt
 from modelstock.models.anchor import text_anchor_of
 from modelstock.models.classify import ImageClassifier, TextClassifier, classifier_of
 from modelstock.models.text_towers import text_side
@@ -120,10 +121,14 @@ def test_token_0_in_a_text_does_not_shorten_it(anchors):
     framer = framer_of(anchors["open_clip"].meta["preprocess"])
     assert 0 in framer("a != plot")[1:-1]
     model = build_classifier(anchors["open_clip"])
+    texts = [framer("fine != plot"), framer("fine != cold dark actor")]
     with torch.inference_mode():
-        first, other = model(framer.batch([framer("fine != plot"), framer("fine != cold dark actor")]))
-        assert (first - other).abs().max() > 1e-4
-        np.testing.assert_allclose(other, model(framer.batch([framer("fine != cold dark actor")]))[0], atol=1e-6)
+        whole = model.logits(model.tower(framer.batch(texts)))
+        np.testing.assert_allclose(model(framer.batch(texts)), whole, atol=1e-5)
+        for tokens, logits in zip(texts, whole, strict=True):
+            np.testing.assert_allclose(model(framer.batch([tokens]))[0], logits, atol=1e-5)
+            shortened = model.logits(model.tower(framer.batch([tokens[:-1]])))[0]  # what one token less would give
+            assert (shortened - logits).abs().max() > 1e-4
 
 
 def test_texts_become_tokens_once_for_all_weight_sets_that_share_a_tokenization(anchors, data, monkeypatch):
@@ -353,6 +358,11 @@ def test_another_tokenizer_is_named_by_its_sha256(anchors, tmp_path, monkeypatch
     assert preprocess["tokenizer"]["json"] not in shown
 
 
+def test_checkpoints_of_other_libraries_are_refused_where_the_anchor_takes_texts(folder, anchors):
+    with pytest.raises(WeightsError, match="got a checkpoint of another library; expected a weight set of ours"):
+        adopt(folder / "model.safetensors", anchors["transformers"])
+
+
 # ---------------------------------------------------------------- geometry
 
 
@@ -524,7 +534,10 @@ def test_the_commands_make_score_weigh_and_merge_text_towers(folder, tmp_path, d
         (["x", "--library", "timm", "--pretrained", "random"], "--train: got none; expected shards, for a probe"),
         (["x", "--library", "keras", "--pretrained", "random"], "--library: got 'keras'"),
         (["x", "--pretrained", "random", "--held-out", "d"], "--held-out: got d; expected none, for the scale model"),
-        (["x", "--tower", "text", "--pretrained", "random", "--clip-out", "c.safetensors"], "--clip-out: got c.safetensors; expected none"),
+        (
+            ["x", "--tower", "text", "--pretrained", "random", "--clip-out", "c.safetensors"],
+            "--clip-out: got c.safetensors; expected none",
+        ),
         (["", "--library", "timm", "--pretrained", "random", "--train", "d", "--held-out", "d"], "model: got ''"),
         (["no/folder", "--library", "transformers", "--length", "8", "--held-out", "d"], "no such folder"),
     ],

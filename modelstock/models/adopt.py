@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from modelstock.data.preprocess import modality_of
 from modelstock.errors import WeightsError, few
 from modelstock.models.anchor import head_of
 from modelstock.models.heads import Prompts
@@ -109,8 +110,11 @@ def _check_other_heads(checkpoint: Checkpoint, taken: Collection[str], anchor: W
     Raises:
         WeightsError: such a tensor, and no head by its name.
     """
-    with torch.device("meta"):
-        text = [name for name in build_clip(anchor.meta["architecture"]).state_dict() if not name.startswith("visual.")]
+    text: list[str] = []
+    if "kind" not in anchor.meta["architecture"]:
+        with torch.device("meta"):
+            clip = build_clip(anchor.meta["architecture"]).state_dict()
+        text = [name for name in clip if not name.startswith("visual.")]
     ends = tuple(f".{name}" for name in text)
     others = [
         name
@@ -133,7 +137,7 @@ def _check_other_heads(checkpoint: Checkpoint, taken: Collection[str], anchor: W
 
 def _whole_clip(checkpoint: Checkpoint, prefix: str, anchor: WeightSet) -> WeightSet | None:
     """Both towers of a checkpoint, if it holds the text tower of the anchor's architecture whole."""
-    if not prefix.endswith("visual."):
+    if not prefix.endswith("visual.") or "kind" in anchor.meta["architecture"]:
         return None
     with torch.device("meta"):
         expected = build_clip(anchor.meta["architecture"]).state_dict()
@@ -155,7 +159,8 @@ def adopt(path: Path, anchor: WeightSet, *, prompts: Prompts | None = None, devi
 
     Raises:
         WeightsError: a pickle of more than tensors, a tower or a head that does not fit the anchor, a tensor that may
-            be the head under another name, weights of ours that were made from another anchor, NaN or infinity.
+            be the head under another name, weights of ours that were made from another anchor, NaN or infinity;
+            anything that is not ours, where the anchor takes texts.
         DamagedError: a weight set of ours that is not as it was written.
     """
     path = Path(path)
@@ -164,6 +169,13 @@ def adopt(path: Path, anchor: WeightSet, *, prompts: Prompts | None = None, devi
         checkpoint = open_checkpoint(file)
         if "architecture" in checkpoint.meta and "head.weight" in checkpoint.tensors:
             return _checked(load_weights(file), anchor)
+        if modality_of(anchor.meta.get("preprocess", {})) == "text":
+            raise WeightsError(
+                path,
+                got="a checkpoint of another library",
+                expected="a weight set of ours for the text tower of the anchor: others' heads are over other features",
+                cure="fine-tune from the anchor, with modelstock",
+            )
         tensors, head = _adopted(checkpoint, anchor, prompts=prompts, device=device)
     origin = made_by(stage="finetune", source=file.name, options={"head": head})
     meta = {**anchor.meta, "parents": [anchor.identity], "made_by": origin}
@@ -189,7 +201,8 @@ def _adopted(
     tensors = {ours: _read(checkpoint.tensors[theirs]) for ours, theirs in names.items()}
     if layer is not None:
         head = "own"
-        notice(checkpoint.source, f"its head {layer} is taken as a layer over normalised features")
+        features = "normalised features" if anchor.meta["architecture"].get("normalise", True) else "its features"
+        notice(checkpoint.source, f"its head {layer} is taken as a layer over {features}")
         tensors.setdefault("head.bias", np.zeros_like(anchor.tensors["head.bias"]))
     elif prompts is not None and "classes" in anchor.meta and (clip := _whole_clip(checkpoint, prefix, anchor)):
         head = "zero-shot"
