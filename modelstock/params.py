@@ -150,6 +150,9 @@ PretrainParams = Annotated[
 ]
 
 
+TEXT_SOURCES = ("open_clip-text", "transformers")  # pre-trainings of towers that take texts
+
+
 class AnchorParams(Section):
     """The anchor's head, where training starts.
 
@@ -167,11 +170,11 @@ class ClassesParams(Section):
 
     `names`: the class names of `shapes` or of ImageNet, a list of names (which are the folders' names too), or a
     mapping of folder to name; the order is that of the head. `templates`: those of `shapes`, OpenAI's 80 for
-    ImageNet, or a list of texts with {} for the name.
+    ImageNet, a list of texts with {} for the name, or for each name its own texts, as many for each.
     """
 
     names: Literal["shapes", "imagenet"] | list[str] | dict[str, str]
-    templates: Literal["shapes", "openai"] | list[str]
+    templates: Literal["shapes", "openai"] | list[str] | dict[str, list[str]]
 
     @field_validator("names")
     @classmethod
@@ -191,7 +194,19 @@ class ClassesParams(Section):
     def _placed(cls, templates: Any) -> Any:
         if isinstance(templates, list) and (not templates or any(t.count("{}") != 1 for t in templates)):
             raise ValueError("one template or more, each with one {} for the class name")
+        if isinstance(templates, dict) and (
+            len({len(texts) for texts in templates.values()}) != 1 or not all(templates.values())
+        ):
+            raise ValueError("as many texts for each name, one or more")
         return templates
+
+    @model_validator(mode="after")
+    def _of_these_names(self) -> Self:
+        if isinstance(self.templates, dict):
+            names = list(self.names.values()) if isinstance(self.names, dict) else self.names
+            if isinstance(names, str) or sorted(names) != sorted(self.templates):
+                raise ValueError(f"templates are texts of {few(list(self.templates))}, which are not the names")
+        return self
 
 
 class FinetuneParams(Optimization):
@@ -253,6 +268,23 @@ class FinetuneParams(Optimization):
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError("two numbers with 0 < low <= high <= 1")
         return scale
+
+
+# What is done to images alone, and its value in a recipe for texts. What compiling gives depends on the length of the
+# first batch, and a run that goes on begins with another.
+IMAGES_ALONE: dict[str, Any] = {
+    "crop_scale": [1.0, 1.0],
+    "flip": False,
+    "rand_augment_operations": 0,
+    "mixup": 0.0,
+    "compile": False,
+}
+
+
+def images_alone(recipe: FinetuneParams) -> dict[str, Any]:
+    """The settings of a recipe that texts cannot have."""
+    values = recipe.model_dump(mode="json")
+    return {name: values[name] for name, none in IMAGES_ALONE.items() if values[name] != none}
 
 
 class VariantParams(Section):
@@ -515,17 +547,29 @@ else:
 class _Merge(Section):
     """The methods that run, and a section for each; one that is not named may have its section too.
 
-    `batch_norm`: training images on which a merge's BatchNorm statistics are estimated again; 0: they are averaged.
+    `batch_norm`: training images on which BatchNorm's running statistics are estimated again for every weight set that
+    no training ended with: merges, also those that are only tried, averages along a run, periodic runs, the geometry's
+    points; 0: they are averaged.
     """
 
     methods: Annotated[list[str], Once] = Field(min_length=1)
     batch_norm: int = Field(default=0, ge=0)
+
+    @field_validator("batch_norm")
+    @classmethod
+    def _enough(cls, batch_norm: int) -> int:
+        if batch_norm == 1:
+            raise ValueError("takes 0, or 2 images or more: one alone has no variance")
+        return batch_norm
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         missing = [name for name in self.methods if getattr(self, name) is None]
         if missing:
             raise ValueError(f"no section for {few(missing)}")
+        plain = [name for name in self.methods if METHODS[name].recalibrates]
+        if plain and not self.batch_norm:
+            raise ValueError(f"{few(plain)} needs batch_norm, a number of training images")
         return self
 
     def section(self, method: str) -> MethodParams:
@@ -739,6 +783,29 @@ class Params(Section):
                 self.recipe_of(name)
             except ValidationError as error:
                 problems += [f"variants.{name}.recipe: {text}" for text in _problems(error)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _modality(self) -> "Params":
+        """All anchors take what the data are, and no recipe does to texts what is done to images alone."""
+        of_texts = self.pretrain.source in TEXT_SOURCES
+        others = [name for name, section in self.anchors.items() if (section.source in TEXT_SOURCES) != of_texts]
+        wanted = "texts" if of_texts else "images"
+        problems = [f"anchors.{name}.source: for {wanted}, as pretrain.source is" for name in others]
+        if any(isinstance(split, TextsSplit) for split in self.prepare.splits.values()) != of_texts:
+            problems.append(f"pretrain.source {self.pretrain.source} takes {wanted}, which prepare.splits are not")
+        if of_texts and not self.checkpoints:
+            recipes = {"finetune": self.finetune}
+            recipes |= {f"variants.{name}.recipe": self.recipe_of(name) for name in self.variants}
+            first = images_alone(self.finetune)
+            problems += [
+                f"{place}.{name}: {IMAGES_ALONE[name]} for texts (got {value})"
+                for place, recipe in recipes.items()
+                for name, value in images_alone(recipe).items()
+                if place == "finetune" or first.get(name) != value
+            ]
         if problems:
             raise ValueError("; ".join(problems))
         return self

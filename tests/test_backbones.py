@@ -20,11 +20,10 @@ from modelstock.models import anchor as anchors
 from modelstock.models import heads, pretrained
 from modelstock.models import towers as models
 from modelstock.models.adopt import adopt, adopt_seed
-from modelstock.models.anchor import anchor_of, without_head
+from modelstock.models.anchor import anchor_of
 from modelstock.models.pretrained import load_clip
-from modelstock.models.timm_models import load_timm
 from modelstock.notices import Notice
-from modelstock.params import ClassesParams, OpenClipPretraining, TimmPretraining
+from modelstock.params import AnchorParams, ClassesParams, OpenClipPretraining
 from modelstock.weights.origin import made_by
 from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
 from tests.support.merging import merge_with
@@ -595,21 +594,6 @@ def test_a_pickled_module_is_refused_with_the_cure(tmp_path, own_anchor):
         adopt(tmp_path / "whole.pt", own_anchor)
 
 
-def test_a_model_of_timm_is_adopted_with_its_classifier_over_features_that_are_not_normalised(tmp_path):
-    import timm
-
-    backbone = load_timm(TimmPretraining(source="timm", model="test_vit", pretrained="random", size=32))
-    anchor = without_head(backbone, ["cat", "dog"])
-    torch.manual_seed(1)
-    model = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
-    torch.save(model.state_dict(), tmp_path / "tuned.pt")
-    with pytest.warns(Notice, match="its head head is taken as a layer over its features"):
-        found = adopt(tmp_path / "tuned.pt", anchor)
-    pixels = torch.randn(3, 3, 32, 32)
-    with torch.inference_mode():
-        np.testing.assert_allclose(models.build_classifier(found)(pixels), model(pixels), atol=1e-5)
-
-
 # --- in the pipeline
 
 
@@ -682,17 +666,19 @@ def test_the_stages_make_a_clip_of_open_clip_and_its_anchor(tmp_path, monkeypatc
         threads, device = torch.get_num_threads(), "cpu"
         pretrain = OpenClipPretraining(source="open_clip", architecture=tiny, pretrained="random", seed=2)
         classes = ClassesParams(names=["cat", "dog"], templates=["a {}."])
+        anchor = AnchorParams(head="prompts", scale="model")
 
+    none = tmp_path / "no data"  # nothing is made from them
     monkeypatch.chdir(tmp_path)
     for stage in (anchor_stage, pretrain_stage):
         monkeypatch.setattr(stage, "load_params", lambda: All)
         monkeypatch.setattr(stage, "deterministic", lambda threads: None)
     pretrain_stage.main(tmp_path / "clip")
-    anchor_stage.main(tmp_path / "clip/clip.safetensors", tmp_path / "anchor.safetensors")
+    anchor_stage.main(tmp_path / "clip/clip.safetensors", none, none, tmp_path / "anchor.safetensors")
     clip, anchor = load_weights(tmp_path / "clip/clip.safetensors"), load_weights(tmp_path / "anchor.safetensors")
     assert anchor.meta["parents"] == [clip.identity]
     assert anchor.identity == anchor_of(clip, ["cat", "dog"], [lambda n: f"a {n}."]).identity
     assert len(list((tmp_path / "scratch/heads").iterdir())) == 1
     first = (tmp_path / "anchor.safetensors").read_bytes()
-    anchor_stage.main(tmp_path / "clip/clip.safetensors", tmp_path / "anchor.safetensors")
+    anchor_stage.main(tmp_path / "clip/clip.safetensors", none, none, tmp_path / "anchor.safetensors")
     assert (tmp_path / "anchor.safetensors").read_bytes() == first

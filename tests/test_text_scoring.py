@@ -20,7 +20,6 @@ from modelstock.geometry.points import points
 from modelstock.geometry.space import Space, checkpoint_of
 from modelstock.geometry.tables import tensor_rows, unit_rows
 from modelstock.merging.checks import check_parents
-from modelstock.models.adopt import adopt
 from modelstock.models.anchor import text_anchor_of
 from modelstock.models.classify import ImageClassifier, TextClassifier, classifier_of
 from modelstock.models.text_towers import text_side
@@ -356,11 +355,6 @@ def test_another_tokenizer_is_named_by_its_sha256(anchors, tmp_path, monkeypatch
     shown = capsys.readouterr().out
     assert preprocess["tokenizer"]["sha256"] in shown
     assert preprocess["tokenizer"]["json"] not in shown
-
-
-def test_checkpoints_of_other_libraries_are_refused_where_the_anchor_takes_texts(folder, anchors):
-    with pytest.raises(WeightsError, match="got a checkpoint of another library; expected a weight set of ours"):
-        adopt(folder / "model.safetensors", anchors["transformers"])
 
 
 # ---------------------------------------------------------------- geometry

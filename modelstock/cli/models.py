@@ -88,7 +88,6 @@ def anchor(
 
     from modelstock.data.classes import class_names
     from modelstock.data.classes import templates as prompts_of
-    from modelstock.data.dataset import open_dataset
     from modelstock.devices import device_kind
     from modelstock.experiment.anchor import Data, make_anchor
     from modelstock.models.backbone import Published, load_backbone
@@ -96,7 +95,7 @@ def anchor(
 
     names, prompts = class_names(section), prompts_of(section)
     kind = device_kind(device)
-    data = Data(train=open_dataset(train) if train else None, held_out=open_dataset(held_out) if held_out else None)
+    data = Data(train=train, held_out=held_out)
     try:
         checked: Published = TypeAdapter(Published).validate_python(backbone)
     except ValidationError as error:
@@ -161,13 +160,16 @@ def _check_data(head: str, scale: str, *, train: Path | None, held_out: Path | N
 def export(
     weights: Annotated[Path, typer.Argument(help="A weight set, such as the champion.")],
     out: OutFolder,
-    clip: Annotated[Path, typer.Option(help="The CLIP with both towers that its anchor was made of.")],
+    clip: Annotated[
+        Path | None, typer.Option(help="The CLIP with both towers that its anchor was made of; none for timm.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="reports/comparison.json, for the model card.")] = None,
     license: Annotated[str | None, typer.Option(help="An identifier for the card, such as mit.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a weight set as a folder that open_clip loads, with its head and a model card."""
+    """Write a weight set as a folder that open_clip, or timm, loads, with its head and a model card."""
     from modelstock.models.export import export as write
+    from modelstock.models.export_timm import export_timm, is_of_timm
     from modelstock.weights.weight_set import load_weights
 
     comparison = None
@@ -184,5 +186,13 @@ def export(
                 expected="reports/comparison.json, as it was written",
                 cure=cure_of(report, "compare again"),
             )
-    write(load_weights(weights), load_weights(clip), out, report=comparison, licence=license, overwrite=overwrite)
-    print(f'{out}: open_clip.create_model_and_transforms("local-dir:{out}")')
+    loaded = load_weights(weights)
+    if is_of_timm(loaded) != (clip is None):
+        got, expected = ("none", "the CLIP that its anchor was made of") if clip is None else (clip, "none for timm")
+        raise ParamsError("--clip", got=got, expected=expected, cure="name it" if clip is None else "leave it out")
+    if clip is None:
+        export_timm(loaded, out, report=comparison, licence=license, overwrite=overwrite)
+        print(f'{out}: timm.create_model("local-dir:{out}", pretrained=True)')
+    else:
+        write(loaded, load_weights(clip), out, report=comparison, licence=license, overwrite=overwrite)
+        print(f'{out}: open_clip.create_model_and_transforms("local-dir:{out}")')

@@ -68,7 +68,10 @@ def pair(
         elif suffix.lower() in (IMAGES if modality == "image" else (TEXT,)):
             once(key, contents, f"{modality}s")
             contents[key] = place
-    return {key: Example(contents.get(key), labels.get(key)) for key in [*contents, *(labels.keys() - contents.keys())]}
+    return {
+        key: Example(contents.get(key), labels.get(key))
+        for key in [*contents, *(k for k in labels if k not in contents)]
+    }
 
 
 def _content(file: BinaryIO, place: tuple[int, int, int]) -> bytes:

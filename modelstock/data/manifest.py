@@ -141,7 +141,8 @@ _USUAL = {"border": 0, "modality": "image"}
 
 
 def _identity(facts: Mapping[str, Any]) -> str:
-    counted = {name: facts[name] for name in _IDENTIFYING if name not in _USUAL or facts[name] != _USUAL[name]}
+    usual = {name for name, value in _USUAL.items() if facts.get(name, value) == value}
+    counted = {name: facts[name] for name in _IDENTIFYING if name not in usual}
     return hashlib.sha256(dump_json(counted).encode()).hexdigest()
 
 

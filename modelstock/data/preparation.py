@@ -29,7 +29,6 @@ from PIL import Image, ImageOps
 from modelstock.data.classes import class_names
 from modelstock.data.containers import Container, File, TarGz, Tars
 from modelstock.data.decoder import Unreadable, decode, facts_of
-from modelstock.data.examples import TextsInShards
 from modelstock.data.index import TEXT, index_shards
 from modelstock.data.layouts import Item, Source, open_source, subset
 from modelstock.data.manifest import SHARD_NAME, Manifest, Shard, make_manifest, save_manifest
@@ -458,10 +457,15 @@ def _shown(folder: Path, manifest: Manifest) -> NDArray[np.uint8]:
 
 def _shown_texts(folder: Path, manifest: Manifest) -> dict[str, list[str]]:
     """Label -> texts of an even spread over its examples."""
-    texts = TextsInShards(folder, manifest)
-    shown = {}
+    places, labels = index_shards(folder, manifest)
+    files = manifest.paths(folder)
+    shown: dict[str, list[str]] = {}
     for number, label in enumerate(manifest.labels):
-        rows = np.flatnonzero(texts.labels == number)
-        spread = np.linspace(0, len(rows) - 1, min(_SHOWN_TEXTS, len(rows))).astype(int)
-        shown[f"{label} ({len(rows)})"] = [texts.text(row) for row in rows[spread].tolist()]
+        rows = np.flatnonzero(labels == number)
+        texts = shown.setdefault(f"{label} ({len(rows)})", [])
+        for row in rows[np.linspace(0, len(rows) - 1, min(_SHOWN_TEXTS, len(rows))).astype(int)]:
+            shard, start, length = places[row].tolist()
+            with open(files[shard], "rb") as file:
+                file.seek(start)
+                texts.append(text_of(file.read(length)))
     return shown

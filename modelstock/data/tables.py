@@ -164,7 +164,7 @@ def open_table(place: Path, text: str, label: str, columns: Sequence[str] | None
         if names.count(name) != 1:
             raise refuse(
                 f"{place}, line 1",
-                f"{names.count(name)} columns {name} among {few([repr(name) for name in names]) or 'none'}",
+                f"{names.count(name) or 'no'} columns {name!r} among {few([repr(name) for name in names]) or 'none'}",
                 "a line that names the columns, each once",
                 "correct text and label of the split, or give all names as columns where no line has them",
             )

@@ -9,23 +9,23 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from modelstock.data.dataset import Dataset
+from modelstock.data.dataset import Dataset, open_dataset
 from modelstock.errors import ParamsError
 from modelstock.models.anchor import anchor_of, text_anchor_of, with_head, without_head
 from modelstock.models.heads import Prompts
-from modelstock.models.probe import probe_head
 from modelstock.models.towers import kind_of
 from modelstock.params import AnchorParams
 from modelstock.scoring.features import features_of
+from modelstock.scoring.probe import probe_head
 from modelstock.weights.weight_set import WeightSet
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The splits that a head may be made from; None where there is none."""
+    """The folders of the splits that a head may be made from, opened where it is; None where there is none."""
 
-    train: Dataset | None
-    held_out: Dataset | None
+    train: Path | None
+    held_out: Path | None
 
 
 def make_anchor(
@@ -73,10 +73,10 @@ def make_anchor(
     return _fitted(anchor, _given(data.held_out, "held-out"), device=device)
 
 
-def _given(split: Dataset | None, what: str) -> Dataset:
+def _given(split: Path | None, what: str) -> Dataset:
     if split is None:
         raise ParamsError("anchor", got=f"no {what} split", expected="the one its head is made from", cure="name it")
-    return split
+    return open_dataset(split)
 
 
 def _fitted(anchor: WeightSet, held_out: Dataset, *, device: str) -> WeightSet:

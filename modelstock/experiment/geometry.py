@@ -16,7 +16,7 @@ from modelstock.geometry.accuracy_figures import Picture, accuracy_figures, alph
 from modelstock.geometry.claims import Claim, claims_table
 from modelstock.geometry.measure import Geometry
 from modelstock.geometry.page import draw, geometry_json, page, tensors_csv
-from modelstock.geometry.points import points
+from modelstock.geometry.points import AVERAGED, points
 from modelstock.geometry.space import Distance, Space
 from modelstock.geometry.tables import tensor_rows
 from modelstock.geometry.weight_claims import weight_claims
@@ -54,7 +54,8 @@ def point_distances(scores: Scores, space: Space, params: GeometryParams) -> dic
     Raises:
         WeightsError: other weights than those that were scored.
     """
-    identities, distances = {row.name: row.identity for row in scores.rows}, {}
+    identities = {row.name: row.options.get(AVERAGED, row.identity) for row in scores.rows}
+    distances = {}
     for point in points(space, params):
         if point.kind in WITHOUT_DISTANCE:
             continue

@@ -26,8 +26,10 @@ CARD = "README.md"
 
 
 @contextmanager
-def _whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+def whole_folder(folder: Path, overwrite: bool, config: str = CONFIG) -> Iterator[Path]:
     """Yield a sibling folder that takes the place of `folder` when everything in it is written, else vanishes.
+
+    `config`: the file by which an export is known.
 
     Raises:
         ParamsError: the folder exists, and is not to be overwritten or is no export.
@@ -38,9 +40,9 @@ def _whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         raise ParamsError(
             folder, got="something that exists", expected="a new folder", cure="name another, or --overwrite"
         )
-    if exists and not (folder.is_dir() and ((folder / CONFIG).is_file() or not any(folder.iterdir()))):
+    if exists and not (folder.is_dir() and ((folder / config).is_file() or not any(folder.iterdir()))):
         raise ParamsError(
-            folder, got="something that is no export", expected=f"a folder with {CONFIG}", cure="name another"
+            folder, got="something that is no export", expected=f"a folder with {config}", cure="name another"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
@@ -111,7 +113,7 @@ def _check_origin(weights: WeightSet, clip: WeightSet) -> None:
         )
 
 
-def _class_names(weights: WeightSet) -> tuple[str, ...]:
+def names_of_classes(weights: WeightSet) -> tuple[str, ...]:
     """The names of a head's classes, in order.
 
     Raises:
@@ -149,8 +151,8 @@ def export(
         ParamsError: a folder that exists.
     """
     _check_origin(weights, clip)
-    names = _class_names(weights)
-    figures = () if report is None else _figures(report, weights)
+    names = names_of_classes(weights)
+    figures = () if report is None else figures_of(report, weights)
     both = {n: weights.tensors[n] if n.startswith("visual.") else t for n, t in clip.tensors.items()}
     WeightSet(both, {}, weights.source).check_finite()
     preprocess = {"resize_mode": "shortest", **weights.meta["preprocess"]}
@@ -159,7 +161,7 @@ def export(
         "preprocess_cfg": {key: preprocess[key] for key in ("mean", "std", "interpolation", "resize_mode")},
     }
     head = {"weight": weights.tensors["head.weight"], "bias": weights.tensors["head.bias"]}
-    with _whole_folder(folder, overwrite) as new:
+    with whole_folder(folder, overwrite) as new:
         (new / CONFIG).write_text(dump_json(config), encoding="utf-8")
         write_arrays(new / WEIGHTS, both)
         write_arrays(new / HEAD, head)
@@ -182,7 +184,7 @@ class Figure:
     high: float
 
 
-def _figures(report: Mapping[str, Any], weights: WeightSet) -> Sequence[Figure]:
+def figures_of(report: Mapping[str, Any], weights: WeightSet) -> Sequence[Figure]:
     """A comparison's accuracies of a weight set, the mean of the shifts last.
 
     Raises:
@@ -235,12 +237,12 @@ def _card(weights: WeightSet, name: str, *, figures: Sequence[Figure], licence: 
     link = f"[{base}](https://huggingface.co/{base})" if base else parent
     also = f" This folder is published under {licence} as far as that allows." if licence else ""
     lines = [
-        *("---", _front_matter(base, licence, merged="method" in origin), "---"),
+        *("---", front_matter(base, licence, merged="method" in origin), "---"),
         f"# {name}",
         f"An image classifier for {len(weights.tensors['head.weight'])} classes: {parent}, {how} with modelstock.",
         "",
-        *_facts(weights, method),
-        *_accuracies(figures),
+        *facts_of(weights, method),
+        *accuracies_of(figures),
         *("", "## Use", "```python", *_example(name), "```", ""),
         f"`{HEAD}` is the fine-tuned head, over normalised image features; `{CLASSES}` has its classes in order. "
         "The text tower is the backbone's, unchanged, so zero-shot prompts work as well.",
@@ -252,20 +254,22 @@ def _card(weights: WeightSet, name: str, *, figures: Sequence[Figure], licence: 
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(base: str | None, licence: str | None, *, merged: bool) -> str:
+def front_matter(
+    base: str | None, licence: str | None, *, merged: bool, library: str = "open_clip", tags: Sequence[str] = ("clip",)
+) -> str:
     """What the hub reads of a card, as YAML."""
     data = ModelCardData(
         base_model=base,
         base_model_relation=("merge" if merged else "finetune") if base else None,
-        library_name="open_clip",
+        library_name=library,
         license=licence or "other",
         pipeline_tag="image-classification",
-        tags=["clip", "modelstock", *(["merge"] if merged else [])],
+        tags=[*tags, "modelstock", *(["merge"] if merged else [])],
     )
     return str(data.to_yaml())
 
 
-def _facts(weights: WeightSet, method: str) -> list[str]:
+def facts_of(weights: WeightSet, method: str) -> list[str]:
     """The card's table of how the weights were made."""
     origin = weights.meta.get("made_by", {})
     lines = ["| | |", "|---|---|", f"| method | {_cell(method)} |"]
@@ -281,7 +285,7 @@ def _facts(weights: WeightSet, method: str) -> list[str]:
     return lines
 
 
-def _accuracies(figures: Sequence[Figure]) -> list[str]:
+def accuracies_of(figures: Sequence[Figure]) -> list[str]:
     """The card's table of accuracies; nothing where there are none."""
     if not figures:
         return []
