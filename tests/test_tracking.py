@@ -27,7 +27,7 @@ from modelstock.errors import DataError, TrackingError
 from modelstock.files import project
 from modelstock.notices import collected
 from modelstock.provenance import files_of
-from modelstock.scoring.decoding import Pixels
+from modelstock.scoring.decoding import Prepared
 from modelstock.scoring.one_pass import Tower
 from modelstock.tracking import mirror
 from modelstock.tracking.mirror import Mirror
@@ -406,7 +406,7 @@ def served(tmp_path, anchor, pictures):
     tower = Tower(load_weights(path), "cpu", torch.float32)
     with torch.inference_mode():
         images = {Framing.of(anchor.meta["preprocess"]): torch.from_numpy(np.stack(pictures))}
-        logits = tower.logits(Pixels(images, "cpu", torch.float32))
+        logits = tower.logits(Prepared(images, "cpu", torch.float32).of(tower.preprocess))
     return tracker, logits.softmax(dim=1).numpy()
 
 

@@ -163,7 +163,7 @@ def statistics(
     weights: Annotated[Path, typer.Argument(help="A weight set made by modelstock.")],
     data: Annotated[Path, typer.Option(help="Shards of the training set.")],
     out: OutFile,
-    examples: Annotated[int, typer.Option(min=1, help="How many images, drawn at random.")] = 1000,
+    examples: Annotated[int, typer.Option(min=1, help="How many examples, drawn at random.")] = 1000,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure what some methods weigh by, statistics of the training data, for one weight set."""
@@ -175,11 +175,11 @@ def statistics(
     from modelstock.scoring import data_statistics
     from modelstock.weights.weight_set import load_weights
 
-    loaded = load_weights(weights)
-    images, _ = data_statistics.sample(open_dataset(data), loaded, examples=examples)
-    measured = (data_statistics.fisher if what == "fisher" else data_statistics.inner)(loaded, images)
+    loaded, dataset = load_weights(weights), open_dataset(data)
+    drawn, _ = data_statistics.sample(dataset, loaded, examples=examples)
+    measured = (data_statistics.fisher if what == "fisher" else data_statistics.inner)(loaded, drawn)
     measured.save(out)
-    print(f"{out}: {what} of {len(measured.tensors)} tensors on {len(images)} images")
+    print(f"{out}: {what} of {len(measured.tensors)} tensors on {len(drawn)} {dataset.modality}s")
 
 
 def methods(as_json: AsJson = False) -> None:

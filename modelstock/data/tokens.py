@@ -53,6 +53,13 @@ def unpacked_tokenizer(tokenizer: Mapping[str, str]) -> str:
     return content.decode()
 
 
+def repacked(tokenizer: Mapping[str, str]) -> dict[str, str]:
+    """A packed tokenizer, as the installed version of `tokenizers` writes it: to be compared by its sha256."""
+    from tokenizers import Tokenizer
+
+    return packed_tokenizer(Tokenizer.from_str(unpacked_tokenizer(tokenizer)).to_str())
+
+
 @dataclass(frozen=True)
 class Tokenization:
     """How a text becomes tokens: a preprocess of the modality text.

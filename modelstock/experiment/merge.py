@@ -131,9 +131,9 @@ class SubsetMerges:
         if not row.reads_statistics:
             return {}
         measure = data_statistics.fisher if row.needs == "fisher" else data_statistics.inner
-        images, _ = data_statistics.sample(self._training_split, self.anchor, examples=self._fields["examples"])
+        drawn, _ = data_statistics.sample(self._training_split, self.anchor, examples=self._fields["examples"])
         device = self.scoring.device
-        return {seed: measure(weights, images, device=device) for seed, weights in self.seeds.items()}
+        return {seed: measure(weights, drawn, device=device) for seed, weights in self.seeds.items()}
 
     @cached_property
     def _score(self) -> Callable[[Sequence[WeightSet]], list[float]] | None:

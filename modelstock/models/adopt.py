@@ -1,16 +1,18 @@
 """Other people's fine-tuned checkpoints as weight sets that merge with an anchor."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from modelstock.data.tokens import repacked
 from modelstock.errors import WeightsError, few
-from modelstock.models.anchor import head_of
+from modelstock.models.anchor import head_of, text_anchor_of
 from modelstock.models.heads import Prompts
-from modelstock.models.names import prefix_of_tower
-from modelstock.models.towers import build_clip
+from modelstock.models.names import UNUSED, beyond_tower, prefix_of_tower
+from modelstock.models.text_towers import POOLERS, encoder_config, tokenizer_of
+from modelstock.models.towers import TOWERS, build_clip, config_of, kind_of
 from modelstock.notices import collected, notice
 from modelstock.weights.checkpoints import open_checkpoint, weights_in
 from modelstock.weights.differences import differences
@@ -18,6 +20,17 @@ from modelstock.weights.origin import kept_notices, made_by, notices_of
 from modelstock.weights.tensors import FLOATS, Array, Checkpoint, StoredTensor
 from modelstock.weights.weight_set import WeightSet, load_weights
 
+# What two encoders of the same shapes may compute in other ways by.
+_COMPUTES = (
+    "model_type",
+    "num_attention_heads",
+    "hidden_act",
+    "hidden_activation",
+    "layer_norm_eps",
+    "norm_eps",
+    "position_embedding_type",
+    "pad_token_id",
+)
 _HEADS = ("classification_head", "head", "fc", "classifier")
 
 
@@ -48,26 +61,49 @@ def _linear_head(checkpoint: Checkpoint, tower: set[str]) -> str | None:
     return layers[0] if layers else None
 
 
+def _tower_of(checkpoint: Checkpoint, anchor: WeightSet) -> tuple[str, dict[str, str]]:
+    """What stands before the names of the anchor's tower in a checkpoint, and our names -> its names.
+
+    Raises:
+        WeightsError: no such tower in it, or two.
+    """
+    kind = kind_of(anchor)
+    ours, tower = kind.prefix, [name for name in anchor.tensors if name.startswith(kind.prefix)]
+    # An encoder of transformers without projection is all that others have, by its own names.
+    if kind is TOWERS["transformers"] and all(name.startswith(f"{ours}transformer.") for name in tower):
+        ours = f"{ours}transformer."
+    names = [name.removeprefix(ours) for name in tower]
+    prefix = prefix_of_tower(
+        checkpoint, names, f"{kind.modality} tower", default=kind.prefix if ours == kind.prefix else ""
+    )
+    return prefix, {ours + name: prefix + name for name in names}
+
+
 def _check_tower(checkpoint: Checkpoint, prefix: str, names: Mapping[str, str], anchor: WeightSet) -> None:
     """Compare the tensors that are taken from a checkpoint, our name -> its name, with the anchor's.
 
     Raises:
-        WeightsError: other shapes, or more tensors in the image tower: the file is of another architecture.
+        WeightsError: other shapes, or more tensors in the tower: the file is of another architecture.
     """
-    # Beside a tower without a prefix of its own lie the numbers of the CLIP.
-    beside = () if prefix.endswith("visual.") else ("logit_scale", "logit_bias")
-    tower = {
-        name: tensor
-        for name, tensor in checkpoint.tensors.items()
-        if name in names.values() or (name.startswith(prefix) and name.removeprefix(prefix) not in beside)
-    }
+    kind, taken = kind_of(anchor), set(names.values())
+    if kind.modality == "text":
+        tower = {name.removeprefix(prefix) for name in taken if name.startswith(prefix)}
+        more = beyond_tower(checkpoint, prefix, tower)
+    else:
+        # Beside a tower without a prefix of its own lie the numbers of the CLIP.
+        beside = () if prefix.endswith("visual.") else ("logit_scale", "logit_bias")
+        more = [n for n in checkpoint.tensors if n.startswith(prefix) and n.removeprefix(prefix) not in beside]
+    tensors = {name: checkpoint.tensors[name] for name in (*taken, *more)}
     expected = {theirs: anchor.tensors[ours] for ours, theirs in names.items()}
-    if problems := differences(tower, expected, whose="the anchor's"):
+    if problems := differences(tensors, expected, whose="the anchor's"):
+        rows = [n for n in expected if "embeddings.weight" in n or "token_embedding" in n or "tok_embeddings" in n]
+        words = any(tensors[n].shape[0] != expected[n].shape[0] and len(expected[n].shape) == 2 for n in rows)
         raise WeightsError(
             checkpoint.source,
             got=few(problems),
-            expected="the anchor's tensors and no more in its image tower",
-            cure="name a checkpoint of the anchor's architecture and classes",
+            expected=f"the anchor's tensors and no more in its {kind.modality} tower",
+            cure="name a checkpoint of the anchor's architecture and classes"
+            + ("; one with more or fewer tokens cannot be merged: fine-tune with the anchor's tokenizer" * words),
         )
 
 
@@ -103,37 +139,104 @@ def _checked(weights: WeightSet, anchor: WeightSet) -> WeightSet:
     return weights
 
 
-def _check_other_heads(checkpoint: Checkpoint, taken: Collection[str], anchor: WeightSet, *, layer: str | None) -> None:
+def _others(checkpoint: Checkpoint, prefix: str, taken: Collection[str], anchor: WeightSet) -> list[str]:
+    """Tensors beside tower and head that are of no other part that such a checkpoint is known to have.
+
+    Known are a CLIP's other tower and its numbers, and an encoder's own pooler and language head.
+    """
+    rest = sorted(checkpoint.tensors.keys() - set(taken))
+    if "text_cfg" in anchor.meta["architecture"]:
+        with torch.device("meta"):
+            clip = build_clip(anchor.meta["architecture"]).state_dict()
+        # The text tower's, under whatever prefix.
+        ends = tuple(f".{name}" for name in clip if not name.startswith("visual."))
+        return [name for name in rest if not f".{name}".endswith(ends)]
+    if kind_of(anchor).modality == "text":
+        rest = [
+            name for name in rest if ".visual." not in f".{name}" and not name.endswith(("logit_scale", "logit_bias"))
+        ]
+        return [name for name in rest if not name.removeprefix(prefix).startswith(UNUSED)]
+    return rest
+
+
+def _check_other_heads(checkpoint: Checkpoint, others: Sequence[str], anchor: WeightSet, *, layer: str | None) -> None:
     """Refuse, or where a head was taken give a notice of, further tensors of the head's shape: any may be the head.
 
     Raises:
-        WeightsError: such a tensor, and no head by its name.
+        WeightsError: such a tensor, and no head by its name; or, of an encoder, tensors between its tower and its head.
     """
-    with torch.device("meta"):
-        text = [name for name in build_clip(anchor.meta["architecture"]).state_dict() if not name.startswith("visual.")]
-    ends = tuple(f".{name}" for name in text)
-    others = [
-        name
-        for name, tensor in sorted(checkpoint.tensors.items())
-        if tensor.shape == anchor.tensors["head.weight"].shape
-        and name not in taken
-        # The text tower's, under whatever prefix.
-        and not f".{name}".endswith(ends)
-    ]
-    if others and layer is None:
+    alike = [name for name in others if checkpoint.tensors[name].shape == anchor.tensors["head.weight"].shape]
+    if layer is None and alike:
         raise WeightsError(
             checkpoint.source,
-            got=f"{few(others)} of the head's shape, under no name of a head",
+            got=f"{few(alike)} of the head's shape, under no name of a head",
             expected=f"a linear layer named {', '.join(_HEADS)}, or none",
-            cure=f"rename it to head.weight (and head.bias), or leave {'it' if len(others) == 1 else 'them'} out",
+            cure=f"rename it to head.weight (and head.bias), or leave {'it' if len(alike) == 1 else 'them'} out",
         )
-    if others:
-        notice(checkpoint.source, f"the head is {layer}; {few(others)} of the same shape left aside")
+    if layer is not None and others and kind_of(anchor) is TOWERS["transformers"]:
+        raise WeightsError(
+            checkpoint.source,
+            got=f"{few(others)} beside the encoder and its head {layer}",
+            expected="a head that is one linear layer on the encoder's features",
+            cure="leave out what is in no feature; a head of several layers cannot be taken, but the encoder alone",
+        )
+    if alike:
+        notice(checkpoint.source, f"the head is {layer}; {few(alike)} of the same shape left aside")
+
+
+def _check_beside(folder: Path, checkpoint: Checkpoint, anchor: WeightSet, *, layer: str | None) -> bool:
+    """Compare config and tokenizer beside an encoder's checkpoint with the anchor's; whether they say what the head is.
+
+    Raises:
+        WeightsError: another encoder, another tokenizer, or a head over other features than the anchor's.
+        ParamsError: files that are damaged.
+    """
+    architecture = anchor.meta["architecture"]
+    if (folder / "tokenizer.json").is_file():
+        theirs, _ = tokenizer_of(str(folder))
+        ours = repacked(anchor.meta["preprocess"]["tokenizer"])
+        if theirs["sha256"] != ours["sha256"]:
+            raise WeightsError(
+                folder / "tokenizer.json",
+                got=f"another tokenizer ({theirs['sha256'][:12]})",
+                expected=f"the anchor's ({ours['sha256'][:12]})",
+                cure="fine-tune with the anchor's tokenizer, or make the anchor from the encoder of this one",
+            )
+    if not (folder / "config.json").is_file():
+        return False
+    config, expected = encoder_config(folder, str(folder)), config_of(architecture)
+    facts = [(name, getattr(config, name, None), getattr(expected, name, None)) for name in _COMPUTES]
+    if problems := [f"{name} {got!r}, the anchor's {wanted!r}" for name, got, wanted in facts if got != wanted]:
+        raise WeightsError(
+            folder / "config.json",
+            got=few(problems),
+            expected="the encoder of the anchor",
+            cure="name a checkpoint that was fine-tuned from it",
+        )
+    kinds = [name for name in config.architectures or [] if name.endswith("ForSequenceClassification")]
+    if layer is None or not kinds:
+        return False
+    if architecture["pooling"] != POOLERS["pooler"] or architecture.get("normalise", True):
+        raise WeightsError(
+            checkpoint.source,
+            got=f"a head over the encoder's pooler, not normalised ({kinds[0]})",
+            expected=f"one over {_features(anchor)} features, as the anchor's",
+            cure="make the anchor with pretrain.pooling: pooler and normalise: false, or save the encoder without head",
+        )
+    return True
+
+
+def _features(anchor: WeightSet) -> str:
+    """What a head of the anchor's is put on, in words; empty where no other features are usual."""
+    architecture = anchor.meta["architecture"]
+    words = ["normalised"] if architecture.get("normalise", True) else []
+    words += [name for name, pooler in POOLERS.items() if pooler == architecture.get("pooling")]
+    return " ".join(words)
 
 
 def _whole_clip(checkpoint: Checkpoint, prefix: str, anchor: WeightSet) -> WeightSet | None:
     """Both towers of a checkpoint, if it holds the text tower of the anchor's architecture whole."""
-    if not prefix.endswith("visual."):
+    if not prefix.endswith("visual.") or "text_cfg" not in anchor.meta["architecture"]:
         return None
     with torch.device("meta"):
         expected = build_clip(anchor.meta["architecture"]).state_dict()
@@ -148,10 +251,11 @@ def adopt(path: Path, anchor: WeightSet, *, prompts: Prompts | None = None, devi
     """Somebody's fine-tuned checkpoint as a weight set that merges with `anchor`; floats become float32.
 
     Our own files stay as they are. In others (safetensors, folders, state dicts, training checkpoints, with whatever
-    prefix) the image tower is what carries the anchor's names. The head is the file's own linear layer (C, D) over
-    normalised features; else zero-shot from its own text tower, if it has one, the anchor names its classes, and
-    `prompts` are given; else the anchor's. `meta["made_by"]["options"]["head"]` says which: own, zero-shot or anchor.
-    Which of several models or heads was taken, and what is assumed of the head, is a notice, and in the metadata.
+    prefix) the tower is what carries the anchor's names. The head is the file's own linear layer (C, D) over features
+    as the anchor's; else zero-shot from its own text tower, if it is a CLIP, the anchor names its classes, and
+    `prompts` are given; else the anchor's. Config and tokenizer beside an encoder must be the anchor's.
+    `meta["made_by"]["options"]["head"]` says which head: own, zero-shot or anchor. Which of several models or heads was
+    taken, and what is assumed of the head, is a notice, and in the metadata.
 
     Raises:
         WeightsError: a pickle of more than tensors, a tower or a head that does not fit the anchor, a tensor that may
@@ -177,28 +281,54 @@ def _adopted(
     checkpoint: Checkpoint, anchor: WeightSet, *, prompts: Prompts | None, device: str
 ) -> tuple[dict[str, Array], str]:
     """The tensors of a foreign checkpoint by the anchor's names, and whose head is among them; see `adopt`."""
-    tower = [name.removeprefix("visual.") for name in anchor.tensors if name.startswith("visual.")]
-    prefix = prefix_of_tower(checkpoint, tower)
-    names = {f"visual.{name}": prefix + name for name in tower}
+    prefix, names = _tower_of(checkpoint, anchor)
     layer = _linear_head(checkpoint, set(names.values()))
     if layer is not None:
         parameters = ("weight", "bias") if f"{layer}.bias" in checkpoint.tensors else ("weight",)
         names |= {f"head.{parameter}": f"{layer}.{parameter}" for parameter in parameters}
     _check_tower(checkpoint, prefix, names, anchor)
-    _check_other_heads(checkpoint, names.values(), anchor, layer=layer)
+    _check_other_heads(checkpoint, _others(checkpoint, prefix, names.values(), anchor), anchor, layer=layer)
+    certain = False
+    if kind_of(anchor) is TOWERS["transformers"]:
+        certain = _check_beside(Path(checkpoint.source).parent, checkpoint, anchor, layer=layer)
+        if beside := sorted(checkpoint.tensors.keys() - set(names.values())):
+            notice(checkpoint.source, f"{few(beside)} {'is' if len(beside) == 1 else 'are'} in no feature, left aside")
     tensors = {ours: _read(checkpoint.tensors[theirs]) for ours, theirs in names.items()}
     if layer is not None:
         head = "own"
-        notice(checkpoint.source, f"its head {layer} is taken as a layer over normalised features")
+        if not certain and (features := _features(anchor)):
+            notice(checkpoint.source, f"its head {layer} is taken as a layer over {features} features")
         tensors.setdefault("head.bias", np.zeros_like(anchor.tensors["head.bias"]))
-    elif prompts is not None and "classes" in anchor.meta and (clip := _whole_clip(checkpoint, prefix, anchor)):
+    elif prompts is not None and (zero_shot := _zero_shot(checkpoint, prefix, tensors, anchor, prompts, device)):
         head = "zero-shot"
-        tensors |= head_of(clip, anchor.meta["classes"], prompts, device=device)
+        tensors |= zero_shot
     else:
         head = "anchor"
         notice(checkpoint.source, "no head in it that can be used: the anchor's is")
         tensors |= {name: anchor.tensors[name] for name in ("head.weight", "head.bias")}
     return tensors, head
+
+
+def _zero_shot(
+    checkpoint: Checkpoint,
+    prefix: str,
+    tower: Mapping[str, Array],
+    anchor: WeightSet,
+    prompts: Prompts,
+    device: str,
+) -> Mapping[str, Array] | None:
+    """The head that a CLIP's own text tower makes of the anchor's classes; None of a checkpoint that has none whole."""
+    if "classes" not in anchor.meta:
+        return None
+    if kind_of(anchor).modality == "image":
+        clip = _whole_clip(checkpoint, prefix, anchor)
+        return None if clip is None else head_of(clip, anchor.meta["classes"], prompts, device=device)
+    scale = prefix.removesuffix("transformer.").removesuffix("text.") + "logit_scale"
+    if scale not in checkpoint.tensors or "templates" not in anchor.meta.get("made_by", {}).get("options", {}):
+        return None
+    clip = WeightSet({**tower, "logit_scale": _read(checkpoint.tensors[scale])}, anchor.meta, checkpoint.source)
+    made = text_anchor_of(clip, anchor.meta["classes"], prompts, device=device)
+    return {name: made.tensors[name] for name in ("head.weight", "head.bias")}
 
 
 def adopt_seed(

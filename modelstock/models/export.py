@@ -83,6 +83,13 @@ def _check_origin(weights: WeightSet, clip: WeightSet) -> None:
             cure="name the file of the stage pretrain, or of `modelstock anchor --clip-out`",
         )
     tuned, built = weights.meta["architecture"], clip.meta["architecture"]
+    if "kind" in tuned:
+        raise WeightsError(
+            weights.source,
+            got=f"a tower of the kind {tuned['kind']}",
+            expected="an image tower of a CLIP",
+            cure="use the weight set as it is: its metadata say how it is built",
+        )
     if differing := sorted(key for key in tuned.keys() | built.keys() if tuned.get(key) != built.get(key)):
         raise WeightsError(
             clip.source,

@@ -1,5 +1,6 @@
 """Text towers as weight sets that classify texts: the text side of a CLIP, and encoders of the library transformers."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from modelstock.data.tokens import packed_tokenizer
 from modelstock.errors import DataError, ParamsError, WeightsError, few
 from modelstock.models.heads import tokenizer_folder
-from modelstock.models.names import prefix_of_tower
-from modelstock.models.towers import build_encoder, build_text, from_transformers, tensors_of
+from modelstock.models.names import beyond_tower, prefix_of_tower
+from modelstock.models.towers import build_encoder, build_text, check_encoder, from_transformers, tensors_of
 from modelstock.notices import notice
 from modelstock.params import TransformersPretraining
 from modelstock.weights.checkpoints import open_checkpoint, weights_in
@@ -21,9 +22,19 @@ from modelstock.weights.tensors import FLOATS, Array
 from modelstock.weights.weight_set import WeightSet
 
 POOLERS = {"mean": "mean_pooler", "max": "max_pooler", "first": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
-# What is in checkpoints of encoders and in no feature.
-_UNUSED = ("pooler.", "embeddings.position_ids", "cls.", "lm_head.", "embeddings.token_type_ids")
-_FILES = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
+# Whose positions are counted from the token that fills up.
+_COUNTED_FROM_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet")
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_PATTERNS = (
+    "config.json",
+    "*.safetensors",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "*.model",
+    "1_Pooling/*",
+)
 
 
 # ---------------------------------------------------------------- the text side of a CLIP
@@ -105,7 +116,7 @@ def _preprocess_of_clip(clip: WeightSet, text: Mapping[str, Any], length: int) -
     }
     if not name:
         return {**facts, "tokenizer": {"library": "open_clip"}, "pad": int(text.get("pad_id", 0))}
-    packed, pad = _tokenizer_of(str(tokenizer_folder(clip) or name))
+    packed, pad = tokenizer_of(str(tokenizer_folder(clip) or name))
     return {**facts, "tokenizer": packed, "pad": pad}
 
 
@@ -123,26 +134,27 @@ def load_encoder(section: TransformersPretraining) -> WeightSet:
             config, weights or tokenizer.
         WeightsError: weights of another architecture.
     """
-    folder = _folder_of(section.model)
-    with from_transformers(f"pretrain.model {section.model}", "the config of an encoder in config.json"):
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(folder)
-    packed, pad = _tokenizer_of(str(folder))
+    place, folder = f"pretrain.model {section.model}", _folder_of(section.model)
+    _check_files(folder, place, weights=section.weights == "pretrained")
+    config = encoder_config(folder, place)
+    check_encoder(config, place)
+    packed, pad = tokenizer_of(str(folder), vocabulary=config.vocab_size)
     if pad != config.pad_token_id:
         raise ParamsError(
-            f"pretrain.model {section.model}",
+            place,
             got=f"a tokenizer that fills up with {pad} for an encoder that masks {config.pad_token_id}",
             expected="one token",
-            cure="correct pad_token_id in config.json",
+            cure="correct pad_token_id in config.json, or pad_token in tokenizer_config.json",
         )
-    most = int(getattr(config, "max_position_embeddings", section.length)) - (
-        2 if "roberta" in config.model_type else 0
-    )
+    # Where positions are counted from the token that fills up, as many are never reached.
+    most = config.max_position_embeddings - (pad + 1 if config.model_type in _COUNTED_FROM_PAD else 0)
     if section.length > most:
         raise ParamsError(
             "pretrain.length", got=section.length, expected=f"at most {most}, the encoder's", cure="lower it"
         )
+    published = pooling_of(folder)
+    if published not in (None, section.pooling):
+        notice(place, f"published with pooling {published}; it is {section.pooling} here, as params.yaml says")
     architecture = {
         "kind": "transformers",
         "config": _plain_config(config),
@@ -174,6 +186,60 @@ def load_encoder(section: TransformersPretraining) -> WeightSet:
     return encoder
 
 
+def _missing(folder: Path, *, weights: bool) -> list[str]:
+    """Which files of an encoder a folder lacks."""
+    wanted = [("config.json",), ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.bpe.model")]
+    wanted += [("*.safetensors", "*.bin")] if weights else []
+    return [
+        "model.safetensors" if patterns[0].startswith("*") else patterns[0]
+        for patterns in wanted
+        if not any(any(folder.glob(pattern)) for pattern in patterns)
+    ]
+
+
+def _check_files(folder: Path, place: str, *, weights: bool) -> None:
+    """Raise DataError unless a folder has an encoder's files."""
+    if missing := _missing(folder, weights=weights):
+        cure = "copy it there" + (", or set pretrain.weights: random" if missing == ["model.safetensors"] else "")
+        raise DataError(place, got=f"a folder without {few(missing)}", expected=", ".join(FILES), cure=cure)
+
+
+def encoder_config(folder: Path, place: str) -> Any:
+    """The config of transformers in a folder; code that comes with a model is never executed.
+
+    Raises:
+        ParamsError: a damaged config, a type that transformers does not know, or a model that is code of its own.
+    """
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file() and b'"auto_map"' in path.read_bytes():
+            raise ParamsError(
+                place,
+                got=f"a model that brings its own code (auto_map in {name}), which is not executed",
+                expected="one that transformers knows",
+                cure="where its weights are those of such a model, remove auto_map and set model_type",
+            )
+    with from_transformers(place, "the config of an encoder in config.json", cure="copy config.json again"):
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def pooling_of(folder: Path) -> str | None:
+    """The pooling that sentence-transformers' files in a folder ask for; None where they are silent or unknown."""
+    try:
+        content = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+        modes = {
+            "pooling_mode_mean_tokens": "mean",
+            "pooling_mode_max_tokens": "max",
+            "pooling_mode_cls_token": "first",
+        }
+        taken = [name for key, name in modes.items() if content.get(key)]
+    except (OSError, ValueError, AttributeError):
+        return None
+    return taken[0] if len(taken) == 1 else None
+
+
 def _plain_config(config: Any) -> dict[str, Any]:
     """A config of transformers as JSON, without where it came from."""
     values: dict[str, Any] = config.to_diff_dict()
@@ -190,83 +256,93 @@ def _folder_of(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(_FILES), local_files_only=True))
+        folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=list(_PATTERNS), local_files_only=True))
+        if not _missing(folder, weights=True):
+            return folder
     except Exception:  # not in the cache, or no name of a repository
         pass
     try:
         # One request without retries: a machine without a network learns it in seconds, not minutes.
         huggingface_hub.get_session().head(huggingface_hub.hf_hub_url(model, "config.json"), timeout=5.0)
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(_FILES)))
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(_PATTERNS)))
     except Exception as error:  # whatever the network, a proxy or the hub does: the cure is the same
         line = " ".join(str(error).split())[:160]
         raise DataError(
             f"pretrain.model {model}",
             got=f"no such folder, and it cannot be had from the hub ({type(error).__name__}: {line})",
-            expected="config.json, model.safetensors, tokenizer.json and tokenizer_config.json of that repository",
+            expected=f"{', '.join(FILES)} of that repository",
             cure="copy these files to a folder, and set pretrain.model to it",
         ) from error
 
 
-def _tokenizer_of(name: str) -> tuple[dict[str, str], int]:
-    """A tokenizer of transformers, packed, and the token that fills up.
+def tokenizer_of(name: str, *, vocabulary: int | None = None) -> tuple[dict[str, str], int]:
+    """A tokenizer of transformers, packed, and the token that fills up. `vocabulary`: tokens that the encoder has.
 
     Raises:
-        ParamsError: there is none, it is not written as one file, or it fills up with nothing.
+        ParamsError: there is none, it is not written as one file, it fills up with nothing, it has more tokens than the
+            encoder, or texts of it do not end in one token of their own.
     """
-    with from_transformers(f"tokenizer of {name}", "tokenizer.json, or what transformers makes it of"):
+    place = f"tokenizer of {name}"
+    wanted = "tokenizer.json, or what transformers makes it of"
+    with from_transformers(place, wanted, cure="copy tokenizer.json and tokenizer_config.json again"):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or tokenizer.pad_token_id is None:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        pad = tokenizer.pad_token_id
+    problem = None
+    if backend is None:
+        problem = "one that is not a file of `tokenizers`"
+    elif pad is None:
+        problem = "one without a token that fills up"
+    elif vocabulary is not None and (most := max(backend.get_vocab().values(), default=0)) >= vocabulary:
+        problem = f"a token {most} for an encoder of {vocabulary} tokens"
+    else:
+        backend.no_padding()
+        backend.no_truncation()
+        # Texts are cut as transformers cuts them: the beginning is kept, and the last token, which is the text's end.
+        whole, empty = backend.encode("a b c d e f g h").ids, backend.encode("").ids
+        backend.enable_truncation(max(4, len(empty)))
+        cut = backend.encode("a b c d e f g h").ids
+        backend.no_truncation()
+        if not empty or cut != [*whole[: len(cut) - 1], whole[-1]]:
+            problem = "one that does not end a text with one token, such as [SEP]"
+    if problem is not None:
         raise ParamsError(
-            f"tokenizer of {name}",
-            got="one that is not a file of `tokenizers`" if backend is None else "one without a token that fills up",
-            expected="a tokenizer.json with a padding token",
-            cure="name another model",
+            place, got=problem, expected="a tokenizer.json with a padding token", cure="name another model"
         )
-    backend.no_padding()
-    backend.no_truncation()
-    return packed_tokenizer(backend.to_str()), int(tokenizer.pad_token_id)
+    return packed_tokenizer(backend.to_str()), int(pad)
 
 
 def _encoder_weights(folder: Path, place: str, expected: Mapping[str, Array]) -> dict[str, Array]:
     """The encoder's tensors by our names, from the checkpoint in its folder.
 
     Raises:
-        DataError: a folder without weights.
         WeightsError: tensors of another architecture.
     """
-    if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
-        raise DataError(
-            place,
-            got="a folder without weights",
-            expected="model.safetensors",
-            cure="copy it there, or weights: random",
-        )
     checkpoint = open_checkpoint(weights_in(folder))
     names = [name.removeprefix("text.transformer.") for name in expected]
+    poolers = [name for name in names if name.startswith("pooler.")]
+    if poolers and not any(name.endswith(poolers[0]) for name in checkpoint.tensors):
+        raise WeightsError(
+            checkpoint.source, got="no pooler", expected=f"{few(poolers)}", cure="set pretrain.pooling: mean, or first"
+        )
     prefix = prefix_of_tower(checkpoint, names, "encoder")
-    tensors, problems = {}, []
+    strange = beyond_tower(checkpoint, prefix, names)
+    tensors, problems = {}, [f"{name} beside the encoder" for name in strange]
     for name, built in zip(names, expected.values(), strict=True):
         tensor = checkpoint.tensors[prefix + name]
         if tuple(tensor.shape) != built.shape:
             problems.append(f"{prefix}{name} is {tuple(tensor.shape)}, not {built.shape}")
         values = tensor.values() if tensor.dtype in FLOATS else tensor.array()
         tensors[f"text.transformer.{name}"] = values.reshape(tensor.shape).astype(built.dtype)
+    if not problems and poolers and not any(tensors[f"text.transformer.{name}"].any() for name in poolers):
+        problems.append("a pooler of zeros, as exports of encoders without one have")
     if problems:
         raise WeightsError(
             checkpoint.source, got=few(problems), expected="what config.json says", cure="copy both again"
         )
     beside = sorted(checkpoint.tensors.keys() - {prefix + name for name in names})
-    strange = [name for name in beside if not name.removeprefix(prefix).startswith(_UNUSED)]
     if beside:
         notice(place, f"{few(beside)} {'is' if len(beside) == 1 else 'are'} in no feature and left aside")
-    if any(name.startswith(prefix) for name in strange) and prefix:
-        raise WeightsError(
-            checkpoint.source,
-            got=f"{few(strange)} beside the encoder",
-            expected="the tensors of its config",
-            cure="correct config.json",
-        )
     return tensors

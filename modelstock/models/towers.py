@@ -17,13 +17,11 @@ import open_clip
 import timm
 import torch
 from numpy.typing import NDArray
-from open_clip.hf_configs import arch_dict
-from open_clip.hf_model import HFTextEncoder
 from open_clip.model import _build_text_tower, _build_vision_tower
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modelstock.errors import ParamsError, WeightsError, few, nearest
+from modelstock.errors import ModelstockError, ParamsError, WeightsError, few, nearest
 from modelstock.weights.differences import differences
 from modelstock.weights.weight_set import WeightSet
 
@@ -63,8 +61,11 @@ def build_clip(config: Mapping[str, Any]) -> nn.Module:
         return kind(**blank)  # type: ignore[no-any-return]
 
 
+_HUB = "connect to the hub once, or copy its files to the cache or to the folder pretrain.pretrained"
+
+
 @contextmanager
-def from_transformers(place: str, wanted: str) -> Iterator[None]:
+def from_transformers(place: str, wanted: str, *, cure: str = _HUB) -> Iterator[None]:
     """Errors of the library `transformers`, and its absence, as one line."""
     if find_spec("transformers") is None:
         raise ParamsError(
@@ -72,14 +73,11 @@ def from_transformers(place: str, wanted: str) -> Iterator[None]:
         )
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except ModelstockError:
+        raise
+    except Exception as error:  # its errors are of any class; those of `tokenizers` are plain Exceptions
         line = " ".join(str(error).split())[:200]
-        raise ParamsError(
-            place,
-            got=f"{type(error).__name__}: {line}",
-            expected=wanted,
-            cure="connect to the hub once, or copy its files to the cache or to the folder pretrain.pretrained",
-        ) from error
+        raise ParamsError(place, got=f"{type(error).__name__}: {line}", expected=wanted, cure=cure) from error
 
 
 def build_visual(config: Mapping[str, Any]) -> nn.Module:
@@ -95,39 +93,123 @@ def build_text(architecture: Mapping[str, Any]) -> nn.Module:
     `architecture["config"]`: open_clip's, of which `embed_dim`, `text_cfg` and `quick_gelu` count.
     """
     config = _without_downloads(architecture["config"])
-    text: nn.Module = _build_text_tower(config["embed_dim"], config["text_cfg"], config.get("quick_gelu", False))
-    return text
+    text: Any = _build_text_tower(config["embed_dim"], config["text_cfg"], config.get("quick_gelu", False))
+    text.transformer.register_forward_pre_hook(_mask_of_its_length, with_kwargs=True)
+    return text  # type: ignore[no-any-return]
+
+
+def _mask_of_its_length(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Of open_clip's causal mask, which is that of the longest texts, what texts of this length need."""
+    mask, length = kwargs.get("attn_mask"), args[0].shape[1]
+    return args, {**kwargs, "attn_mask": mask[:length, :length] if mask is not None and mask.ndim == 2 else mask}
+
+
+POOLINGS = ("mean_pooler", "max_pooler", "cls_last_hidden_state_pooler", "cls_pooler")
+# Encoders of transformers that are taken: both-sided attention, and a mask for what fills up.
+ENCODERS = (
+    "albert",
+    "bert",
+    "camembert",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "modernbert",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+)
+
+
+class Encoder(nn.Module):
+    """An encoder of the library transformers and a pooling of its states: tokens (B, L) -> features (B, width).
+
+    Tensors are named, and poolings called, as those of open_clip's HFTextEncoder, which takes fewer encoders:
+    `mean_pooler` and `max_pooler` over a text's tokens, `cls_last_hidden_state_pooler` its first token, `cls_pooler`
+    what the encoder itself makes of that. `projection`: open_clip's `hf_proj_type`, None for the encoder's own width.
+    """
+
+    def __init__(self, transformer: nn.Module, *, width: int, pooling: str, projection: str | None = None) -> None:
+        super().__init__()
+        self.transformer, self._pooling = transformer, pooling
+        config: Any = transformer.config
+        self._pad, inner, between = config.pad_token_id, config.hidden_size, (config.hidden_size + width) // 2
+        if projection == "mlp":
+            first, last = nn.Linear(inner, between, bias=False), nn.Linear(between, width, bias=False)
+            self.proj: nn.Module = nn.Sequential(first, nn.GELU(), last)
+        else:
+            self.proj = nn.Linear(inner, width, bias=False) if projection else nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mask = (tokens != self._pad).long()
+        out = self.transformer(input_ids=tokens, attention_mask=mask)
+        pooled: Tensor = self.proj(out.pooler_output if self._pooling == "cls_pooler" else self._pool(out[0], mask))
+        return pooled
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep no activations of the layers for the backward pass, as open_clip's towers can."""
+        transformer: Any = self.transformer
+        (transformer.gradient_checkpointing_enable if enable else transformer.gradient_checkpointing_disable)()
+
+    def _pool(self, states: Tensor, mask: Tensor) -> Tensor:
+        if self._pooling == "mean_pooler":
+            return (states * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        if self._pooling == "max_pooler":
+            return states.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(dim=1)
+        return states[:, 0]
+
+
+def config_of(architecture: Mapping[str, Any]) -> Any:
+    """The config of transformers of an encoder's architecture."""
+    from transformers import AutoConfig
+
+    values = {name: value for name, value in architecture["config"].items() if name != "model_type"}
+    return AutoConfig.for_model(architecture["config"]["model_type"], **values)
 
 
 def build_encoder(architecture: Mapping[str, Any]) -> nn.Module:
-    """open_clip's HFTextEncoder around an encoder of the library transformers, with random weights.
+    """An encoder of the library transformers with random weights: tokens (B, L) -> features (B, D); see Encoder.
 
-    Tokens (B, L) -> features (B, D). `architecture`: `config`, that of transformers; `pooling`, a pooler of open_clip's
-    name; `width`, D; `projection`, open_clip's `hf_proj_type`, None for the encoder's own width.
+    `architecture`: `config`, that of transformers; `pooling`; `width`, D; `projection`.
 
     Raises:
-        ParamsError: `transformers` is not installed, or does not build it; a kind that HFTextEncoder does not take.
+        ParamsError: `transformers` is not installed, or does not build it; none of ENCODERS; a pooling that it lacks.
     """
     place = "an encoder of transformers"
-    with from_transformers(place, "a config that it builds"):
-        from transformers import AutoConfig
+    with from_transformers(place, "a config that it builds", cure="correct its config.json"):
+        from transformers import AutoModel
 
-        values = {name: value for name, value in architecture["config"].items() if name != "model_type"}
-        config = AutoConfig.for_model(architecture["config"]["model_type"], **values)
-    if config.model_type not in arch_dict or config.is_encoder_decoder or config.pad_token_id is None:
+        config = config_of(architecture)
+        check_encoder(config, place)
+        transformer: Any = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    pooling, projection = architecture["pooling"], architecture.get("projection")
+    if pooling == "cls_pooler" and getattr(transformer, "pooler", None) is None:
         raise ParamsError(
-            place,
-            got=f"a model of type {config.model_type}",
-            expected=f"an encoder that masks its padding: {few(sorted(arch_dict))}",
-            cure="name another",
+            place, got=f"pooling pooler for {config.model_type}, which has none", expected="another", cure="set mean"
         )
-    with from_transformers(place, "a config that it builds"):
-        encoder: nn.Module = HFTextEncoder(
-            "", architecture["width"], config, architecture["pooling"], architecture.get("projection")
-        )
-    if architecture["pooling"] != "cls_pooler" and getattr(encoder.transformer, "pooler", None) is not None:
-        encoder.transformer.pooler = None  # type: ignore[union-attr]  # it is in no feature, and no gradient reaches it
-    return encoder
+    if pooling != "cls_pooler" and getattr(transformer, "pooler", None) is not None:
+        transformer.pooler = None  # in no feature, and no gradient reaches it
+    if pooling not in POOLINGS or projection not in (None, "linear", "mlp"):
+        got = f"pooling {str(pooling)[:40]!r}, projection {str(projection)[:40]!r}"
+        raise ParamsError(place, got=got, expected=", ".join(POOLINGS), cure="name another")
+    if projection is None and architecture["width"] != config.hidden_size:
+        got, expected = f"width {architecture['width']} without projection", f"{config.hidden_size}, the encoder's"
+        raise ParamsError(place, got=got, expected=expected, cure="make the weight set again")
+    return Encoder(transformer, width=architecture["width"], pooling=pooling, projection=projection)
+
+
+def check_encoder(config: Any, place: str) -> None:
+    """Raise ParamsError unless a config of transformers is that of one of ENCODERS that masks what fills up."""
+    problem = None
+    if config.model_type not in ENCODERS or config.is_encoder_decoder:
+        problem = f"a model of type {config.model_type}"
+    elif getattr(config, "is_decoder", False):
+        problem = f"a {config.model_type} that is a decoder"
+    elif config.pad_token_id is None:
+        problem = f"a {config.model_type} without pad_token_id"
+    if problem is not None:
+        cure = "set pad_token_id in config.json" if "without" in problem else "name another"
+        expected = f"an encoder that masks what fills up: {', '.join(ENCODERS)}"
+        raise ParamsError(place, got=problem, expected=expected, cure=cure)
 
 
 def build_timm(architecture: Mapping[str, Any]) -> nn.Module:
@@ -317,6 +399,22 @@ def build_classifier(weights: WeightSet) -> Classifier:
     setattr(model, kind_of(weights).prefix.rstrip("."), tower)
     set_tensors(model, weights)
     return model.eval()
+
+
+class Tower:
+    """A weight set's classifier on a device: inputs -> logits (B, C) float32.
+
+    `dtype`: of the tower; the head, and all that follows it, is float32.
+    """
+
+    def __init__(self, weights: WeightSet, device: str, dtype: torch.dtype) -> None:
+        self.identity, self.preprocess = weights.identity, weights.meta["preprocess"]
+        self._model = build_classifier(weights).to(device)
+        self._model.tower.to(dtype)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Class logits of a batch: pixels (B, 3, S, S) in the tower's dtype, or tokens (B, L)."""
+        return self._model.logits(self._model.features(inputs))
 
 
 def set_tensors(model: nn.Module, weights: WeightSet) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from modelstock.data.dataset import Dataset
-from modelstock.data.examples import Examples
+from modelstock.data.examples import Examples, Texts
 from modelstock.files import dump_json
 from modelstock.scoring.batch_norm import Recalibration, has_running_statistics
 from modelstock.weights.weight_set import WeightSet
@@ -19,8 +19,8 @@ class Inputs:
     """
 
     anchor: WeightSet
-    train: Examples
-    held_out: Examples
+    train: Examples | Texts
+    held_out: Examples | Texts
     identities: Mapping[str, str]
     recalibration: Recalibration | None = None
 
@@ -38,10 +38,11 @@ def read_inputs(
     that no training ends with; 0, or a tower without BatchNorm: they are not.
 
     Raises:
-        WeightsError: the anchor's head has other classes.
+        WeightsError: the anchor's tower takes images where these are texts, or the reverse; its head has other classes.
         DataError: shards that do not hold what their manifest says, or labels that are not the head's classes.
     """
     for dataset in (train, held_out):
+        dataset.check_modality(anchor)
         dataset.check_classes(anchor)
         dataset.check_labels()
     identities = {
