@@ -94,6 +94,7 @@ def _recalibration(anchor: Path, shards: Path, examples: int) -> "Recalibration"
 
     Raises:
         MergeError: an anchor without BatchNorm, or without an architecture to run.
+        WeightsError: shards of texts, or of other classes.
     """
     from modelstock.data.dataset import open_dataset
     from modelstock.scoring.batch_norm import Recalibration, has_running_statistics
@@ -109,7 +110,10 @@ def _recalibration(anchor: Path, shards: Path, examples: int) -> "Recalibration"
             expected="a weight set of ours with BatchNorm",
             cure="leave it out",
         )
-    return Recalibration(open_dataset(shards), examples=examples)
+    train = open_dataset(shards)
+    train.check_modality(weights)
+    train.check_classes(weights)
+    return Recalibration(train, examples=examples)
 
 
 def _recalibrate(recalibration: "Recalibration", file: Path) -> None:
