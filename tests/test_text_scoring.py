@@ -23,7 +23,7 @@ from modelstock.merging.checks import check_parents
 from modelstock.models.anchor import text_anchor_of
 from modelstock.models.classify import ImageClassifier, TextClassifier, classifier_of
 from modelstock.models.text_towers import text_side
-from modelstock.models.towers import build_classifier
+from modelstock.models.towers import build_classifier, build_encoder
 from modelstock.params import GeometryParams
 from modelstock.scoring import precision
 from modelstock.scoring.data_statistics import fisher, inner, loss_gradient, sample
@@ -198,6 +198,13 @@ def test_speeds_are_measured_on_tokens_of_the_vocabulary_that_do_not_fill_up(
     assert "texts per second" in capsys.readouterr().out
     (kept,) = tmp_path.iterdir()
     assert set(json.loads(kept.read_text())) == {"precision", "texts per second"}
+
+
+def test_a_vocabulary_may_be_smaller_than_the_number_of_positions(anchors):
+    config = {**anchors["transformers"].meta["architecture"]["config"], "vocab_size": 7, "max_position_embeddings": 64}
+    tower = build_encoder({**anchors["transformers"].meta["architecture"], "config": config})
+    tokens = precision._tokens(anchors["transformers"], tower, 50)
+    assert sorted(tokens.unique().tolist()) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -93,6 +93,6 @@ def _tokens(weights: WeightSet, tower: nn.Module, batch_size: int) -> Tensor:
     preprocess = weights.meta["preprocess"]
     length = preprocess["length"] if preprocess["padding"] == "length" else min(_TYPICAL, preprocess["length"])
     generator = torch.Generator().manual_seed(0)
-    words = max(module.num_embeddings for module in tower.modules() if isinstance(module, nn.Embedding))
-    tokens = torch.randint(words - 1, (batch_size, length), generator=generator)
+    words = tower.token_embedding if hasattr(tower, "token_embedding") else tower.transformer.get_input_embeddings()
+    tokens = torch.randint(words.num_embeddings - 1, (batch_size, length), generator=generator)
     return tokens.add(tokens >= preprocess["pad"])
