@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modelstock.data.preprocess import modality_of
 from modelstock.devices import FORWARD_BATCH, device_kind, device_model
@@ -88,7 +88,7 @@ def speeds(weights: WeightSet, device: str, *, batch_size: int) -> dict[str, flo
     return {name: batch_size * passes[name] / spent[name] for name in towers}
 
 
-def _tokens(weights: WeightSet, tower: nn.Module, batch_size: int) -> Tensor:
+def _tokens(weights: WeightSet, tower: Any, batch_size: int) -> Tensor:
     """Random texts (B, L) of a typical length, without a token that fills up."""
     preprocess = weights.meta["preprocess"]
     length = preprocess["length"] if preprocess["padding"] == "length" else min(_TYPICAL, preprocess["length"])
