@@ -27,6 +27,11 @@ from modelstock.merging.rules import RULES
 
 ROOT = Path(__file__).parent.parent
 DEFAULT = "shapes"  # the preset of params.yaml
+# How to read a run, by preset.
+READINGS = {
+    DEFAULT: "The embedded benchmark is a tower of 0.8M parameters on procedural pictures: read the figures as a test "
+    "of the pipeline, not of the paper at scale.",
+}
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -195,7 +200,7 @@ def from_results(results: Path, preset: str) -> tuple[str, str, dict[str, bytes]
     from modelstock.params import load_params
     from modelstock.scoring.results import load_scores
 
-    params = load_params(ROOT / "params.yaml")
+    params = load_params(results.parent / "params.yaml")
     scores = [load_scores(results / f"{name}.safetensors") for name in params.evaluate.benchmarks]
     report = json.loads((results.parent / "reports/comparison.json").read_text(encoding="utf-8"))
     distances = {
@@ -220,8 +225,7 @@ def from_results(results: Path, preset: str) -> tuple[str, str, dict[str, bytes]
     page = (
         f"# Results of `{command}`\n\nGenerated from the results per example of a run: `{command}`, then "
         f"`.venv/bin/python docs/generate.py --results results{option}`. Methods: [merging](merging.md); error bars: "
-        "[scoring](scoring.md#error-bars). The embedded benchmark is a tower of 0.8M parameters on procedural "
-        f"pictures: read the figures as a test of the pipeline, not of the paper at scale.{other}\n\n"
+        f"[scoring](scoring.md#error-bars). {READINGS.get(preset, READINGS[DEFAULT])}{other}\n\n"
     )
     return headline(comparison) + "\n", page + body, {name: picture for name, (_, picture) in drawn.items()}
 

@@ -205,7 +205,7 @@ def test_a_folder_is_replaced_only_where_it_is_an_export_and_never_half(tmp_path
         def full(*_, **__):
             raise OSError("No space left on device")
 
-        patch.setattr("modelstock.models.export._card", full)
+        patch.setattr("modelstock.models.export.card", full)
         with pytest.raises(OSError, match="No space"):
             export(clip_like(weights), clip, out, overwrite=True)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before

@@ -25,6 +25,7 @@ from modelstock.comparison.report import (
     validation_curve,
     write_report,
 )
+from modelstock.comparison.text import worded
 from modelstock.errors import WeightsError
 from modelstock.experiment.tracked import flat
 from modelstock.scoring.results import Row, save_scores
@@ -178,14 +179,14 @@ def test_the_figure_highlights_anchor_seeds_uniform_soup_model_stock_and_ensembl
     axes, points = drawn(comparison, WITH_SHIFTS["figure.png"][1])
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert [name.partition(" of ")[0] for name in legend] == [
-        "zero-shot anchor",
+        "anchor",
         "mean single seed",
         "Model Stock",
         "uniform soup",
         "ensemble",
         "other methods and averages",
     ]
-    for name, line in (("zero-shot anchor", "zero-shot anchor"), ("mean single seed", "mean single seed")):
+    for name, line in (("anchor", "zero-shot anchor"), ("mean single seed", "mean single seed")):
         expected = next(one for one in comparison.lines if one.name == line)
         place = [100 * expected.accuracy["shapes"].value, 100 * expected.summary["shifts"].value]
         np.testing.assert_allclose(points[name], [place])
@@ -591,3 +592,11 @@ def test_the_report_lists_each_notice_once_with_all_that_it_is_about():
 
 def test_a_report_without_anything_unusual_says_so(comparison):
     assert "## Notices\n\nNothing unusual was found" in as_markdown(comparison, {}, {})
+
+
+def test_a_report_on_texts_speaks_of_texts_but_in_code_and_names(comparison):
+    said = as_markdown(dataclasses.replace(comparison, modality="text"), {}, {"figure.png": "a figure"})
+    assert "images" in as_markdown(comparison, {}, {})
+    assert not re.findall(r"\b[Ii]mages?\b", said)
+    assert "interval over seeds and texts" in said
+    assert worded("Images of `image/x`, an image", "text") == "Texts of `image/x`, a text"

@@ -18,7 +18,7 @@ from modelstock.data.images import Framing, normalise
 from modelstock.errors import ParamsError, TrainingError, WeightsError
 from modelstock.models.adopt import adopt
 from modelstock.models.anchor import with_head, without_head
-from modelstock.models.export_timm import export_timm
+from modelstock.models.export import export
 from modelstock.models.timm_models import load_timm
 from modelstock.models.towers import build_classifier
 from modelstock.notices import Notice
@@ -100,7 +100,7 @@ def test_a_checkpoint_of_other_classes_or_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_timm_loads_an_export_and_predicts_the_same_from_the_image_on(tmp_path, name):
     weights = classifier_of(name)
-    export_timm(weights, tmp_path / "out", licence="mit")
+    export(weights, None, tmp_path / "out", licence="mit")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 100, 3), np.uint8))
     pixels = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(picture)[None]
@@ -121,7 +121,7 @@ def test_timm_loads_an_export_and_predicts_the_same_from_the_image_on(tmp_path, 
 
 def test_an_export_comes_back_as_the_weight_set_it_was_made_of(tmp_path):
     weights = classifier_of("test_efficientnet")
-    export_timm(weights, tmp_path / "out")
+    export(weights, None, tmp_path / "out")
     again = adopt(tmp_path / "out", without_head(backbone_of("test_efficientnet"), NAMES))
     assert again.identity == weights.identity
 
@@ -129,25 +129,24 @@ def test_an_export_comes_back_as_the_weight_set_it_was_made_of(tmp_path):
 def test_exports_repeat_and_say_what_they_are(tmp_path):
     weights = classifier_of("test_efficientnet")
     for place in ("a/out", "b/out"):
-        export_timm(weights, tmp_path / place, licence="mit")
+        export(weights, None, tmp_path / place, licence="mit")
     files = sorted(path.name for path in (tmp_path / "a/out").iterdir())
     assert files == ["README.md", "config.json", "model.safetensors"]
     for file in files:
         assert (tmp_path / "a/out" / file).read_bytes() == (tmp_path / "b/out" / file).read_bytes()
     config = json.loads((tmp_path / "a/out/config.json").read_text())
     assert (config["architecture"], config["num_classes"]) == ("test_efficientnet", 3)
-    assert config["pretrained_cfg"]["license"] == "mit"
     card = (tmp_path / "a/out/README.md").read_text()
     assert "library_name: timm" in card
     assert weights.identity in card
     with pytest.raises(ParamsError, match="something that exists"):
-        export_timm(weights, tmp_path / "a/out")
-    export_timm(weights, tmp_path / "a/out", overwrite=True)
+        export(weights, None, tmp_path / "a/out")
+    export(weights, None, tmp_path / "a/out", overwrite=True)
 
 
 def test_the_example_on_the_card_runs(tmp_path):
     weights = classifier_of("test_efficientnet")
-    export_timm(weights, tmp_path / "out")
+    export(weights, None, tmp_path / "out")
     picture = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 100, 3), np.uint8)).save(picture, "png")
     (tmp_path / "image.png").write_bytes(picture.getvalue())
@@ -160,9 +159,9 @@ def test_what_is_no_classifier_of_timm_is_refused(tmp_path):
     weights = classifier_of("test_efficientnet")
     normalised = {**weights.meta, "architecture": {**weights.meta["architecture"], "normalise": True}}
     with pytest.raises(WeightsError, match="other logits than ours"):
-        export_timm(WeightSet(weights.tensors, normalised, "w"), tmp_path / "out")
-    with pytest.raises(WeightsError, match="without head"):
-        export_timm(backbone_of("test_efficientnet"), tmp_path / "out")
+        export(WeightSet(weights.tensors, normalised, "w"), None, tmp_path / "out")
+    with pytest.raises(WeightsError, match="without architecture or head"):
+        export(backbone_of("test_efficientnet"), None, tmp_path / "out")
     weights.save(tmp_path / "weights.safetensors")
     with pytest.raises(ParamsError, match=r"--clip: got .*expected none for timm"):
         export_on_the_command_line(tmp_path / "weights.safetensors", tmp_path / "out", clip=tmp_path / "clip")

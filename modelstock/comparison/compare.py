@@ -98,6 +98,7 @@ class Comparison:
     resample: str  # what intervals draw of a test set: "images", or "classes" with all their images
     margin: float  # a difference above minus this, a share, is no worse
     precision: str  # of the towers
+    modality: str  # of the examples
     notices: tuple[str, ...]  # "weight set or benchmark: what is unusual about it"
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -228,13 +229,16 @@ class _Comparing:
             resample=self.resample,
             margin=self.margin,
             precision=self.held_out.precision,
+            modality=self.held_out.modality,
             notices=tuple(dict.fromkeys(line for scores in self.results for line in scores.notices)),
         )
 
     def lines(self) -> list[Line]:
         """The anchor, the seeds, then every kind of row by size and name."""
         lines = [
-            self._line("anchor", "zero-shot anchor", [place])
+            self._line(
+                "anchor", "linear-probe anchor" if row.options.get("head") == "probe" else "zero-shot anchor", [place]
+            )
             for place, row in enumerate(self.rows)
             if row.kind == "anchor"
         ]

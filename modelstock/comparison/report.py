@@ -28,7 +28,7 @@ from modelstock.comparison.figures import figures, training_figure
 from modelstock.comparison.intervals import Estimate
 from modelstock.comparison.metrics import METRICS, Metric
 from modelstock.comparison.published import Ours, matching, side_by_side
-from modelstock.comparison.text import percent, signed, table, with_half
+from modelstock.comparison.text import percent, signed, table, with_half, worded
 from modelstock.errors import few
 from modelstock.files import atomic_path, sealed, write_json
 
@@ -371,7 +371,7 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any], pictures: Mapp
     if "cosines" in facts:
         text = ", ".join(f"{name} {value:.2f}" for name, value in facts["cosines"].items())
         parts += ["## Angles", f"Cosine between the updates of two seeds, over tensors and pairs: {text}."]
-    return "\n\n".join(parts) + "\n"
+    return worded("\n\n".join(parts) + "\n", comparison.modality)
 
 
 def as_html(text: str, pictures: Mapping[str, bytes]) -> str:

@@ -15,7 +15,7 @@ from modelstock.tracking.times import times_of
 from modelstock.tracking.tracker import TrackedComparison, TrackedRow, TrackedTraining, params_of
 from modelstock.weights.checkpoints import open_safetensors
 
-KINDS = {"seed": "fine-tuned seed", "anchor": "zero-shot anchor", "ensemble": "logit ensemble"}
+KINDS = {"seed": "fine-tuned seed", "anchor": "anchor", "ensemble": "logit ensemble"}
 
 
 def tracked(

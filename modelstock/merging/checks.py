@@ -95,10 +95,10 @@ def _differing(value: Any, expected: Any) -> str:
 def _named(key: str, value: Any, expected: Any) -> str:
     """An entry that differs: by its sha256, where it has one, as a tokenizer's file does."""
     hashes = [one.get("sha256") if isinstance(one, Mapping) else None for one in (value, expected)]
-    if not any(hashes):
+    if not all(hashes):
         return key
-    one, other = (f"sha256 {str(digest)[:12]}" if digest else "one without sha256" for digest in hashes)
-    return f"{key}: {one}, not {other}"
+    digest, other = (str(one)[:12] for one in hashes)
+    return f"{key} sha256 {digest}, not {other}"
 
 
 def check_measured(tuned: Sequence[WeightSet | Checkpoint], statistics: Sequence[WeightSet | Checkpoint]) -> None:

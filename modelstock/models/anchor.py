@@ -110,10 +110,11 @@ def with_head(
     prefix = kind_of(backbone).prefix
     tower = {name: _single(tensor) for name, tensor in backbone.tensors.items() if name.startswith(prefix)}
     is_clip = "text_cfg" in backbone.meta["architecture"]
+    clip = backbone.identity if is_clip else backbone.meta.get("clip")
     meta = {
         "architecture": backbone.meta["architecture"],
         **({"backbone": backbone.meta["backbone"]} if "backbone" in backbone.meta else {}),
-        **({"clip": backbone.identity} if is_clip else {}),
+        **({"clip": clip} if clip else {}),
         "preprocess": backbone.meta["preprocess"],
         "classes": list(names),
         "classes_sha256": classes_sha256(names),

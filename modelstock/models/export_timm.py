@@ -1,9 +1,8 @@
-"""A weight set whose tower is timm's, as a folder that timm loads: its model with the fine-tuned classifier."""
+"""A tower of timm with its head as a folder that timm loads: its own model, the head as its classifier."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timm
@@ -12,16 +11,6 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from modelstock.errors import WeightsError, few
-from modelstock.models.export import (
-    CARD,
-    Figure,
-    accuracies_of,
-    facts_of,
-    figures_of,
-    front_matter,
-    names_of_classes,
-    whole_folder,
-)
 from modelstock.models.towers import build_classifier
 from modelstock.weights.format import write_arrays
 from modelstock.weights.tensors import Array
@@ -31,41 +20,15 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 
-def is_of_timm(weights: WeightSet) -> bool:
-    """Whether a weight set's tower is a model of timm."""
-    return bool(weights.meta.get("architecture", {}).get("kind") == "timm")
+def write(weights: WeightSet, clip: WeightSet | None, names: Sequence[str], folder: Path) -> None:
+    """Write timm's model by its own names with the head as its classifier, and timm's config.
 
-
-def export_timm(
-    weights: WeightSet,
-    folder: Path,
-    *,
-    report: Mapping[str, Any] | None = None,
-    licence: str | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Write a weight set as a folder of timm's hub: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
-
-    It holds the model by timm's own names with the head as its classifier, timm's config with the classes' names and
-    how images are preprocessed, and a model card; `checkpoint_path` takes the file of weights alone. Before anything is
-    written, timm's model must give our logits. `report`, `licence`: see modelstock.models.export.export. Whole or not
-    at all.
+    The config has the classes' names and how images are preprocessed; `checkpoint_path` takes the file of weights
+    alone. Before anything is written, timm's model must give our logits.
 
     Raises:
-        WeightsError: weights that are no model of timm with a classifier, or do not name their classes.
-        DataError: a report without these weights.
-        ParamsError: a folder that exists.
+        WeightsError: it does not.
     """
-    if not is_of_timm(weights) or not {"head.weight", "head.bias"} <= weights.tensors.keys():
-        raise WeightsError(
-            weights.source,
-            got="a file without head, or without a tower of timm",
-            expected="a weight set made by modelstock from a model of timm",
-            cure="for a CLIP, name it with --clip",
-        )
-    names = names_of_classes(weights)
-    figures = () if report is None else figures_of(report, weights)
-    weights.check_finite()
     model = _model(weights)
     preprocess = weights.meta["preprocess"]
     config = {
@@ -80,15 +43,11 @@ def export_timm(
                 preprocess.get("resize_mode", "shortest")
             ],
             "tag": "modelstock",
-            "license": licence or "other",
         },
     }
     tensors: dict[str, Array] = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    with whole_folder(folder, overwrite, CONFIG) as new:
-        save_config_for_hf(model, str(new / CONFIG), config)
-        write_arrays(new / WEIGHTS, tensors)
-        card = _card(weights, Path(folder).absolute().name, figures=figures, licence=licence)
-        (new / CARD).write_text(card, encoding="utf-8")
+    save_config_for_hf(model, str(folder / CONFIG), config)
+    write_arrays(folder / WEIGHTS, tensors)
 
 
 def _model(weights: WeightSet) -> nn.Module:
@@ -126,31 +85,8 @@ def _model(weights: WeightSet) -> nn.Module:
     return model
 
 
-def _card(weights: WeightSet, name: str, *, figures: Sequence[Figure], licence: str | None) -> str:
-    """The model card: front matter for the hub, then what it is, how good, and how to use it."""
-    origin, backbone = weights.meta.get("made_by", {}), weights.meta.get("backbone", {})
-    method = str(origin.get("method", origin.get("stage", "not recorded")))
-    how = "fine-tuned and merged" if "method" in origin else method
-    # A local file or folder is named without the place where it lay.
-    parent = f"{backbone.get('name', 'a model')} ({Path(str(backbone.get('pretrained', 'not recorded'))).name}) of timm"
-    also = f" This folder is published under {licence} as far as that allows." if licence else ""
-    head = front_matter(None, licence, merged="method" in origin, library="timm", tags=["timm"])
-    lines = [
-        *("---", head, "---"),
-        f"# {name}",
-        f"An image classifier for {len(weights.tensors['head.bias'])} classes: {parent}, {how} with modelstock.",
-        "",
-        *facts_of(weights, method),
-        *accuracies_of(figures),
-        *("", "## Use", "```python", *_example(name), "```"),
-        *("", "## Licence"),
-        f"The weights derive from those of {parent}, whose licence governs them; the terms of the training images may "
-        f"add to it.{also}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _example(name: str) -> list[str]:
+def example(weights: WeightSet, name: str) -> list[str]:
+    """Lines of Python that classify an image."""
     return [
         "import timm, torch",
         "from PIL import Image",
@@ -161,3 +97,8 @@ def _example(name: str) -> list[str]:
         '    logits = model(preprocess(Image.open("image.png").convert("RGB")).unsqueeze(0))[0]',
         'print(model.pretrained_cfg["label_names"][logits.argmax().item()])',
     ]
+
+
+def notes(weights: WeightSet) -> list[str]:
+    """Lines about the files."""
+    return [f"`{WEIGHTS}` is timm's model with its classifier; `{CONFIG}` has its classes in order, as `label_names`."]

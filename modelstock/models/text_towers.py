@@ -71,6 +71,7 @@ def text_side(clip: WeightSet, *, length: int | None = None) -> WeightSet:
         **{name: value for name, value in clip.meta.items() if name != "preprocess"},
         "architecture": architecture,
         "preprocess": preprocess,
+        "clip": clip.identity,
     }
     return WeightSet({**tensors, "logit_scale": clip.tensors["logit_scale"]}, meta, clip.source)
 

@@ -306,5 +306,6 @@ def collect(
         truth=dataset.labels.astype(np.int32),
         notices=tuple(dict.fromkeys(notices)),
         precision=precision,
+        modality=dataset.modality,
         **{name: np.stack([getattr(outcome, name) for outcome in chosen]) for name in COLUMNS},
     )
