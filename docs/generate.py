@@ -5,6 +5,7 @@
                                                     # with the distances to the anchor of reports/comparison.json
     python docs/generate.py --results results --preset methods    # a run of a preset: its page results-methods.md
     python docs/generate.py --geometry geometry     # a run of preset=geometry: geometry.md and its pictures
+    python docs/generate.py --geometry geometry --preset reviews    # of another preset: geometry-reviews.md
     python docs/generate.py --check                 # write nothing; fail where a page is not current
 
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
@@ -239,10 +240,11 @@ def main() -> int:
     parser.add_argument("--geometry", type=Path)
     options = parser.parse_args()
     if options.geometry:
-        from geometry_page import geometry_page
+        from geometry_page import OWN, geometry_page
 
-        text, images = geometry_page(options.geometry)
-        FILES["docs/geometry.md"] = lambda: text
+        preset = OWN if options.preset == DEFAULT else options.preset
+        text, images = geometry_page(options.geometry, preset)
+        FILES["docs/geometry.md" if preset == OWN else f"docs/geometry-{preset}.md"] = lambda: text
         for name, picture in images.items():
             (ROOT / "docs" / name).write_bytes(picture)
     if options.results:

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import update_bn
 from modelstock.cli.merging import merge as merge_on_the_command_line
 from modelstock.data.dataset import open_dataset
 from modelstock.data.images import Framing, normalise
-from modelstock.errors import MergeError
+from modelstock.errors import MergeError, WeightsError
 from modelstock.experiment.geometry import point_distances
 from modelstock.experiment.merge import SubsetMerges
 from modelstock.experiment.points import score_points
@@ -38,6 +38,7 @@ from modelstock.weights.layout import is_counter, is_running_statistic
 from modelstock.weights.weight_set import LazyArrays, WeightSet, classes_sha256, load_weights
 from tests.support.models import CONFIGS, clip_of
 from tests.support.splits import make_split
+from tests.support.text_shards import make_texts
 from tests.support.training import RECIPE, arm
 
 pytestmark = pytest.mark.filterwarnings("ignore::modelstock.notices.Notice")
@@ -286,6 +287,13 @@ def test_a_tower_without_running_statistics_is_refused(train, tmp_path):
         WeightSet({"w": np.full(3, number, np.float32)}).save(path)
     with pytest.raises(MergeError, match="without running statistics of BatchNorm and an architecture"):
         merge_on_the_command_line(paths[1:], paths[0], tmp_path / "out.safetensors", recalibrate=train.folder)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_shards_of_texts_are_refused_before_anything_is_merged(files, tmp_path):
+    make_texts(tmp_path / "texts", ["good", "bad"], [1, 0])
+    with pytest.raises(WeightsError, match="got a tower for images; expected one for the texts"):
+        merge_on_the_command_line(files[1:], files[0], tmp_path / "out.safetensors", recalibrate=tmp_path / "texts")
     assert not (tmp_path / "out.safetensors").exists()
 
 

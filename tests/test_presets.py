@@ -35,6 +35,7 @@ def test_the_default_preset_is_params_yaml(tmp_path):
         "methods",
         "own-checkpoints",
         "pools",
+        "reviews",
         "shapes",
         "vit-b-16",
         "vit-b-32",

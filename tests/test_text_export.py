@@ -11,13 +11,14 @@ from typer.testing import CliRunner
 from modelstock.cli.app import app
 from modelstock.data.tokens import Tokenization
 from modelstock.errors import WeightsError
+from modelstock.models.adopt import adopt
 from modelstock.models.anchor import text_anchor_of, with_head
 from modelstock.models.export import export
 from modelstock.models.text_towers import text_side
 from modelstock.models.towers import build_classifier
 from modelstock.weights.weight_set import WeightSet
 from tests.support.models import clip_of
-from tests.support.texts import LENGTH, SMALL_CLIP, encoder, encoder_folder
+from tests.support.texts import LENGTH, SMALL_CLIP, encoder, encoder_folder, text_anchor
 
 pytestmark = pytest.mark.filterwarnings("ignore::modelstock.notices.Notice")
 TEXTS = [
@@ -110,6 +111,15 @@ def test_an_exported_folder_is_an_encoder_to_start_from(tmp_path, folder):
         np.testing.assert_array_equal(tensor, weights.tensors[name])
     with pytest.raises(WeightsError, match="a pooler of zeros"):
         encoder(tmp_path / "out", pooling="pooler")
+
+
+def test_an_exported_folder_is_adopted_with_its_head(tmp_path, folder):
+    anchor = text_anchor(folder, ["bad", "good", "so so"])
+    weights = WeightSet({n: t + 1 for n, t in anchor.tensors.items()}, anchor.meta, "tuned")
+    export(weights, None, tmp_path / "out")
+    assert adopt(tmp_path / "out", anchor).identity == weights.identity
+    with pytest.raises(WeightsError, match="got other classes"):
+        adopt(tmp_path / "out", text_anchor(folder, ["good", "bad", "so so"]))
 
 
 def test_the_files_are_those_of_transformers_and_sentence_transformers(tmp_path, folder):

@@ -1,11 +1,8 @@
 """Encoders of transformers as they are published, and what is wrong with some: one line each, and nothing executed."""
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -224,28 +221,24 @@ def test_nothing_that_comes_with_a_model_is_executed(tmp_path, folder):
 
 
 @pytest.mark.parametrize(
-    "environment",
-    [{"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "*"}],
+    ("setting", "value", "said"),
+    [
+        ("HF_HUB_OFFLINE", True, "OfflineModeIsEnabled"),
+        (
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}",
+            "Connection refused",
+        ),
+    ],
 )
-def test_a_name_on_the_hub_without_network_says_which_files_to_put_where(tmp_path, environment):
-    script = (
-        "from modelstock.errors import DataError\n"
-        "from modelstock.models.text_towers import _folder_of\n"
-        "try: _folder_of('nobody/no-such-encoder')\n"
-        "except DataError as error: print(error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "HF_HOME": str(tmp_path), **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    assert done.stdout.count("\n") == 1
-    assert "pretrain.model nobody/no-such-encoder: got no such folder, and it cannot be had from the hub" in done.stdout
-    assert "expected config.json, model.safetensors, tokenizer.json, tokenizer_config.json" in done.stdout
-    assert "copy these files to a folder, and set pretrain.model to it" in done.stdout
+def test_a_name_on_the_hub_without_network_says_which_files_to_put_where(monkeypatch, setting, value, said):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, setting, value)
+    line = refused(DataError, "nobody/no-such-encoder", said)
+    assert "pretrain.model nobody/no-such-encoder: got no such folder, and it cannot be had from the hub" in line
+    assert "expected config.json, model.safetensors, tokenizer.json, tokenizer_config.json" in line
+    assert "copy these files to a folder, and set pretrain.model to it" in line
 
 
 def test_of_the_cache_a_snapshot_without_weights_is_not_enough(tmp_path, folder, monkeypatch):

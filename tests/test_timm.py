@@ -244,4 +244,14 @@ def test_batches_that_are_divided_are_named_and_a_division_by_memory_is_refused(
         run_of("test_efficientnet", micro_batch="auto")
     with pytest.warns(Notice, match="BatchNorm normalises 4 images at a time"):
         run_of("test_efficientnet", micro_batch=4)
+    with pytest.warns(Notice, match="running statistics change too while the head learns alone"):
+        run = run_of("test_efficientnet", head_first_epochs=1)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    run.train(until=1)
+    changed = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.rpartition(".")[2] for name in changed - {"head.weight", "head.bias"}} == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
     run_of("test_convnext", micro_batch="auto")

@@ -1,6 +1,8 @@
 """Other people's fine-tuned checkpoints as weight sets that merge with an anchor."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +11,12 @@ import torch
 from modelstock.data.tokens import repacked
 from modelstock.errors import WeightsError, few
 from modelstock.models.anchor import head_of, text_anchor_of
+from modelstock.models.encoders import POOLERS, encoder_config, tokenizer_of
 from modelstock.models.heads import Prompts
-from modelstock.models.names import UNUSED, beyond_tower, prefix_of_tower
-from modelstock.models.text_towers import POOLERS, encoder_config, tokenizer_of
+from modelstock.models.names import CLASSES, HEAD, UNUSED, beyond_tower, prefix_of_tower
 from modelstock.models.towers import TOWERS, build_clip, config_of, kind_of
 from modelstock.notices import collected, notice
-from modelstock.weights.checkpoints import open_checkpoint, weights_in
+from modelstock.weights.checkpoints import open_checkpoint, open_safetensors, weights_in
 from modelstock.weights.differences import differences
 from modelstock.weights.origin import kept_notices, made_by, notices_of
 from modelstock.weights.tensors import FLOATS, Array, Checkpoint, StoredTensor
@@ -159,6 +161,29 @@ def _others(checkpoint: Checkpoint, prefix: str, taken: Collection[str], anchor:
     return rest
 
 
+def _head_beside(checkpoint: Checkpoint, anchor: WeightSet) -> Mapping[str, StoredTensor]:
+    """The head that an export of modelstock has in a file of its own; nothing where the checkpoint is none.
+
+    Raises:
+        WeightsError: it is for other classes than the anchor's.
+    """
+    folder = Path(checkpoint.source).parent
+    if not (folder / HEAD).is_file() or not (folder / CLASSES).is_file() or Path(checkpoint.source).name == HEAD:
+        return {}
+    try:
+        names = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        names = None
+    if names != anchor.meta.get("classes", names):
+        raise WeightsError(
+            folder / CLASSES,
+            got="other classes",
+            expected="the anchor's, in their order",
+            cure="export a weight set of the same classes",
+        )
+    return {f"head.{name}": tensor for name, tensor in open_safetensors(folder / HEAD).tensors.items()}
+
+
 def _check_other_heads(checkpoint: Checkpoint, others: Sequence[str], anchor: WeightSet, *, layer: str | None) -> None:
     """Refuse, or where a head was taken give a notice of, further tensors of the head's shape: any may be the head.
 
@@ -252,7 +277,7 @@ def adopt(path: Path, anchor: WeightSet, *, prompts: Prompts | None = None, devi
 
     Our own files stay as they are. In others (safetensors, folders, state dicts, training checkpoints, with whatever
     prefix) the tower is what carries the anchor's names. The head is the file's own linear layer (C, D) over features
-    as the anchor's; else zero-shot from its own text tower, if it is a CLIP, the anchor names its classes, and
+    as the anchor's, or beside it in an export; else zero-shot from its own text tower, if it is a CLIP, the anchor names its classes, and
     `prompts` are given; else the anchor's. Config and tokenizer beside an encoder must be the anchor's.
     `meta["made_by"]["options"]["head"]` says which head: own, zero-shot or anchor. Which of several models or heads was
     taken, and what is assumed of the head, is a notice, and in the metadata.
@@ -283,6 +308,8 @@ def _adopted(
     """The tensors of a foreign checkpoint by the anchor's names, and whose head is among them; see `adopt`."""
     prefix, names = _tower_of(checkpoint, anchor)
     layer = _linear_head(checkpoint, set(names.values()))
+    if layer is None and (beside := _head_beside(checkpoint, anchor)):
+        layer, checkpoint = "head", replace(checkpoint, tensors={**checkpoint.tensors, **beside})
     if layer is not None:
         parameters = ("weight", "bias") if f"{layer}.bias" in checkpoint.tensors else ("weight",)
         names |= {f"head.{parameter}": f"{layer}.{parameter}" for parameter in parameters}

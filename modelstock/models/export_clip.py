@@ -8,6 +8,7 @@ import numpy as np
 
 from modelstock.errors import WeightsError, few
 from modelstock.files import dump_json
+from modelstock.models.names import CLASSES, HEAD
 from modelstock.models.pretrained import CONFIG
 from modelstock.models.towers import kind_of
 from modelstock.weights.differences import differences
@@ -16,8 +17,6 @@ from modelstock.weights.tensors import Array
 from modelstock.weights.weight_set import WeightSet
 
 WEIGHTS = "open_clip_model.safetensors"
-HEAD = "head.safetensors"
-CLASSES = "classes.json"
 _TEXT = ("embed_dim", "text_cfg", "quick_gelu")  # of a CLIP's config, what its text tower is built from
 _NONE = np.empty(0)
 

@@ -11,7 +11,8 @@ import torch
 from modelstock.data.tokens import unpacked_tokenizer
 from modelstock.errors import WeightsError, few
 from modelstock.files import dump_json
-from modelstock.models.export_clip import CLASSES, HEAD, write_head
+from modelstock.models.export_clip import write_head
+from modelstock.models.names import CLASSES, HEAD
 from modelstock.models.towers import config_of, from_transformers
 from modelstock.weights.format import write_arrays
 from modelstock.weights.weight_set import WeightSet

@@ -1,10 +1,14 @@
-"""By which names a checkpoint has a tower's tensors."""
+"""By which names a checkpoint has a tower's tensors, and an export its head."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
 
 from modelstock.errors import WeightsError, few
 from modelstock.weights.tensors import Checkpoint
+
+# An export's files of the head and of its classes' names.
+HEAD = "head.safetensors"
+CLASSES = "classes.json"
 
 
 def prefix_of_tower(checkpoint: Checkpoint, tower: Sequence[str], what: str, *, default: str = "") -> str:

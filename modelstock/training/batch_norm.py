@@ -11,7 +11,8 @@ from modelstock.training.distributed import World
 def check_batch_norm(model: nn.Module, recipe: FinetuneParams, world: World) -> None:
     """Refuse settings under which BatchNorm counts an image twice, or depends on how much memory there is.
 
-    Batches that are divided, into micro-batches or among devices, are normalised in parts, which is a notice.
+    Batches that are divided, into micro-batches or among devices, are normalised in parts, which is a notice; so is
+    that running statistics follow the batches also while the rest of the tower is kept as it is.
 
     Raises:
         TrainingError: such a setting.
@@ -34,6 +35,8 @@ def check_batch_norm(model: nn.Module, recipe: FinetuneParams, world: World) -> 
         )
     if recipe.micro_batch is not None and recipe.micro_batch < recipe.batch_size // world.size:
         notice("finetune.micro_batch", f"BatchNorm normalises {recipe.micro_batch} images at a time, not the batch")
+    if recipe.head_first_epochs:
+        notice("finetune.head_first_epochs", "BatchNorm's running statistics change too while the head learns alone")
     if world.size > 1:
         share = recipe.batch_size // world.size
         notice("finetune.devices", f"BatchNorm normalises each device's {share} images by themselves, not the batch")
