@@ -5,6 +5,7 @@
                                                     # with the distances to the anchor of reports/comparison.json
     python docs/generate.py --results results --preset methods    # a run of a preset: its page results-methods.md
     python docs/generate.py --geometry geometry     # a run of preset=geometry: geometry.md and its pictures
+    python docs/generate.py --geometry geometry --preset reviews    # of another preset: geometry-reviews.md
     python docs/generate.py --check                 # write nothing; fail where a page is not current
 
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
@@ -27,6 +28,11 @@ from modelstock.merging.rules import RULES
 
 ROOT = Path(__file__).parent.parent
 DEFAULT = "shapes"  # the preset of params.yaml
+# How to read a run, by preset.
+READINGS = {
+    DEFAULT: "The embedded benchmark is a tower of 0.8M parameters on procedural pictures: read the figures as a test "
+    "of the pipeline, not of the paper at scale.",
+}
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -195,7 +201,7 @@ def from_results(results: Path, preset: str) -> tuple[str, str, dict[str, bytes]
     from modelstock.params import load_params
     from modelstock.scoring.results import load_scores
 
-    params = load_params(ROOT / "params.yaml")
+    params = load_params(results.parent / "params.yaml")
     scores = [load_scores(results / f"{name}.safetensors") for name in params.evaluate.benchmarks]
     report = json.loads((results.parent / "reports/comparison.json").read_text(encoding="utf-8"))
     distances = {
@@ -220,8 +226,7 @@ def from_results(results: Path, preset: str) -> tuple[str, str, dict[str, bytes]
     page = (
         f"# Results of `{command}`\n\nGenerated from the results per example of a run: `{command}`, then "
         f"`.venv/bin/python docs/generate.py --results results{option}`. Methods: [merging](merging.md); error bars: "
-        "[scoring](scoring.md#error-bars). The embedded benchmark is a tower of 0.8M parameters on procedural "
-        f"pictures: read the figures as a test of the pipeline, not of the paper at scale.{other}\n\n"
+        f"[scoring](scoring.md#error-bars). {READINGS.get(preset, READINGS[DEFAULT])}{other}\n\n"
     )
     return headline(comparison) + "\n", page + body, {name: picture for name, (_, picture) in drawn.items()}
 
@@ -235,10 +240,11 @@ def main() -> int:
     parser.add_argument("--geometry", type=Path)
     options = parser.parse_args()
     if options.geometry:
-        from geometry_page import geometry_page
+        from geometry_page import OWN, geometry_page
 
-        text, images = geometry_page(options.geometry)
-        FILES["docs/geometry.md"] = lambda: text
+        preset = OWN if options.preset == DEFAULT else options.preset
+        text, images = geometry_page(options.geometry, preset)
+        FILES["docs/geometry.md" if preset == OWN else f"docs/geometry-{preset}.md"] = lambda: text
         for name, picture in images.items():
             (ROOT / "docs" / name).write_bytes(picture)
     if options.results:

@@ -43,9 +43,9 @@ def repeat(lines: Iterable[str]) -> None:
 
 
 @contextmanager
-def collected() -> Iterator[list[str]]:
-    """The notices that this thread gives in the block, each once; blocks around it collect them too."""
-    lines: list[str] = []
+def collected(lines: list[str] | None = None) -> Iterator[list[str]]:
+    """The notices that this thread gives in the block, each once, in `lines`; blocks around it collect them too."""
+    lines = [] if lines is None else lines
     token = _collecting.set((*_collecting.get(), lines))
     try:
         yield lines

@@ -8,6 +8,7 @@ import reprlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
 
@@ -149,6 +150,9 @@ PretrainParams = Annotated[
 ]
 
 
+TEXT_SOURCES = ("open_clip-text", "transformers")  # pre-trainings of towers that take texts
+
+
 class AnchorParams(Section):
     """The anchor's head, where training starts.
 
@@ -166,11 +170,11 @@ class ClassesParams(Section):
 
     `names`: the class names of `shapes` or of ImageNet, a list of names (which are the folders' names too), or a
     mapping of folder to name; the order is that of the head. `templates`: those of `shapes`, OpenAI's 80 for
-    ImageNet, or a list of texts with {} for the name.
+    ImageNet, a list of texts with {} for the name, or for each name its own texts, as many for each.
     """
 
     names: Literal["shapes", "imagenet"] | list[str] | dict[str, str]
-    templates: Literal["shapes", "openai"] | list[str]
+    templates: Literal["shapes", "openai"] | list[str] | dict[str, list[str]]
 
     @field_validator("names")
     @classmethod
@@ -190,7 +194,19 @@ class ClassesParams(Section):
     def _placed(cls, templates: Any) -> Any:
         if isinstance(templates, list) and (not templates or any(t.count("{}") != 1 for t in templates)):
             raise ValueError("one template or more, each with one {} for the class name")
+        if isinstance(templates, dict) and (
+            len({len(texts) for texts in templates.values()}) != 1 or not all(templates.values())
+        ):
+            raise ValueError("as many texts for each name, one or more")
         return templates
+
+    @model_validator(mode="after")
+    def _of_these_names(self) -> Self:
+        if isinstance(self.templates, dict):
+            names = list(self.names.values()) if isinstance(self.names, dict) else self.names
+            if isinstance(names, str) or sorted(names) != sorted(self.templates):
+                raise ValueError(f"templates are texts of {few(list(self.templates))}, which are not the names")
+        return self
 
 
 class FinetuneParams(Optimization):
@@ -252,6 +268,23 @@ class FinetuneParams(Optimization):
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError("two numbers with 0 < low <= high <= 1")
         return scale
+
+
+# What is done to images alone, and its value in a recipe for texts. What compiling gives depends on the length of the
+# first batch, and a run that goes on begins with another.
+IMAGES_ALONE: dict[str, Any] = {
+    "crop_scale": [1.0, 1.0],
+    "flip": False,
+    "rand_augment_operations": 0,
+    "mixup": 0.0,
+    "compile": False,
+}
+
+
+def images_alone(recipe: FinetuneParams) -> dict[str, Any]:
+    """The settings of a recipe that texts cannot have."""
+    values = recipe.model_dump(mode="json")
+    return {name: values[name] for name, none in IMAGES_ALONE.items() if values[name] != none}
 
 
 class VariantParams(Section):
@@ -321,15 +354,70 @@ class FilesSplit(Section):
     password: str | None = None
 
 
-Split = Annotated[DrawnSplit | FilesSplit, Field(discriminator="source")]
+class TextsSplit(Section):
+    """Texts on disk, in UTF-8.
+
+    `path`: a table (.tsv, .csv or .jsonl), a folder or archive with a folder of .txt files per class, a folder of
+    webdataset shards of key.txt and key.cls (used where they are) or a folder of the library `datasets`. `text` and
+    `label`: the columns of a table or of `datasets`; null for the others. `columns`: a table's columns in their order;
+    null: its first line names them. `ranges`: null: a label is a class's folder or name, as classes.names has them; or
+    class -> [low, high], both ends included, for a column of numbers; rows outside all ranges are left out. `labels`:
+    see `FilesSplit`, and so for `role` and `part`. `duplicates`: keep all, or of texts with the same words the first by
+    name, and none where their labels differ.
+    """
+
+    source: Literal["texts"]
+    path: str = Field(min_length=1)
+    labels: Literal["classes"] = "classes"
+    text: Annotated[str, Field(min_length=1)] | None = None
+    label: Annotated[str, Field(min_length=1)] | None = None
+    columns: Annotated[list[str], Field(min_length=2), Once] | None = None
+    ranges: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] | None = None
+    role: Literal["in-distribution", "shift", "held-out-shift"] | None = None
+    part: Literal["all", "train", "held-out"] = "all"
+    duplicates: Literal["keep", "first"] = "keep"
+
+    @field_validator("ranges")
+    @classmethod
+    def _apart(cls, ranges: dict[str, list[float]] | None) -> dict[str, list[float]] | None:
+        """A number belongs to one class at most."""
+        ordered = sorted((ranges or {}).items(), key=lambda item: item[1])
+        wrong = [name for name, (low, high) in ordered if not low <= high]
+        if wrong or (ranges is not None and len(ranges) < 2):
+            raise ValueError("two classes or more, each with [low, high] and low <= high")
+        for (one, (_, high)), (other, (low, _)) in pairwise(ordered):
+            if low <= high:
+                raise ValueError(f"the ranges of {one} and {other} overlap at {low:g}")
+        return ranges
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if (self.text is None) != (self.label is None) or (self.text is not None and self.text == self.label):
+            raise ValueError("text and label name two columns, or are both null for folders and shards")
+        if self.text is None and (self.columns or self.ranges):
+            raise ValueError("columns and ranges are for tables: name text and label too")
+        missing = [name for name in (self.text, self.label) if self.columns and name not in self.columns]
+        if missing:
+            raise ValueError(f"columns lacks {', '.join(map(str, missing))}")
+        return self
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """Everything that decides which texts a path gives, and with what labels."""
+        return self.model_dump(include={"labels", "text", "label", "columns", "ranges", "duplicates"})
+
+
+OnDisk = FilesSplit | TextsSplit
+Split = Annotated[DrawnSplit | FilesSplit | TextsSplit, Field(discriminator="source")]
 
 
 class PrepareParams(Section):
     """Every split's source, and how it becomes shards.
 
     `workers`: processes; they change no byte. `short_side`: null keeps files as they are; a number re-encodes images
-    whose shorter side is longer than that, as JPEG of `quality`. `held_out_per_class`: see `FilesSplit.part`.
-    `unreadable`: the share of a split's images that may be left out because they cannot be read.
+    whose shorter side is longer than that, as JPEG of `quality`; texts are kept as they are. `held_out_per_class`: see
+    `FilesSplit.part`.
+    `unreadable`: the share of a split's images or texts that may be left out because they cannot be read.
     """
 
     seed: Seed
@@ -348,7 +436,7 @@ class PrepareParams(Section):
         if split in ("train", "held-out"):
             return split
         source = self.splits[split]
-        if isinstance(source, FilesSplit):
+        if not isinstance(source, DrawnSplit):
             return source.role or "none"
         return SHAPES_ROLES[split]
 
@@ -459,17 +547,29 @@ else:
 class _Merge(Section):
     """The methods that run, and a section for each; one that is not named may have its section too.
 
-    `batch_norm`: training images on which a merge's BatchNorm statistics are estimated again; 0: they are averaged.
+    `batch_norm`: training images on which BatchNorm's running statistics are estimated again for every weight set that
+    no training ended with: merges, also those that are only tried, averages along a run, periodic runs, the geometry's
+    points; 0: they are averaged.
     """
 
     methods: Annotated[list[str], Once] = Field(min_length=1)
     batch_norm: int = Field(default=0, ge=0)
+
+    @field_validator("batch_norm")
+    @classmethod
+    def _enough(cls, batch_norm: int) -> int:
+        if batch_norm == 1:
+            raise ValueError("takes 0, or 2 images or more: one alone has no variance")
+        return batch_norm
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         missing = [name for name in self.methods if getattr(self, name) is None]
         if missing:
             raise ValueError(f"no section for {few(missing)}")
+        plain = [name for name in self.methods if METHODS[name].recalibrates]
+        if plain and not self.batch_norm:
+            raise ValueError(f"{few(plain)} needs batch_norm, a number of training images")
         return self
 
     def section(self, method: str) -> MethodParams:
@@ -637,10 +737,15 @@ class Params(Section):
         problems += [f"evaluate.benchmarks names {_hint(n, list(splits))}" for n in wanted if n not in splits]
         problems += [f"prepare.splits lacks {n}" for n in ("train", "held-out") if n not in splits]
         for name, split in splits.items():
-            if isinstance(split, FilesSplit) and (name in ("train", "held-out")) != (split.role is None):
+            if not isinstance(split, DrawnSplit) and (name in ("train", "held-out")) != (split.role is None):
                 problems.append(f"prepare.splits.{name}.role: say it for all sets but train and held-out")
+        texts = [name for name, split in splits.items() if isinstance(split, TextsSplit)]
+        if 0 < len(texts) < len(splits):
+            problems.append(f"prepare.splits has texts ({few(texts)}) and images: an experiment has one of them")
+        if texts and self.prepare.short_side is not None:
+            problems.append("prepare.short_side: null for texts")
         if not problems:
-            problems += self._shared_images()
+            problems += self._shared_examples()
             roles = [self.prepare.role(name) for name in wanted]
             if roles.count("held-out") != 1 or roles.count("in-distribution") != 1 or "train" in roles:
                 problems.append("evaluate.benchmarks needs held-out and one in-distribution set, and no training set")
@@ -678,6 +783,29 @@ class Params(Section):
                 self.recipe_of(name)
             except ValidationError as error:
                 problems += [f"variants.{name}.recipe: {text}" for text in _problems(error)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _modality(self) -> "Params":
+        """All anchors take what the data are, and no recipe does to texts what is done to images alone."""
+        of_texts = self.pretrain.source in TEXT_SOURCES
+        others = [name for name, section in self.anchors.items() if (section.source in TEXT_SOURCES) != of_texts]
+        wanted = "texts" if of_texts else "images"
+        problems = [f"anchors.{name}.source: for {wanted}, as pretrain.source is" for name in others]
+        if any(isinstance(split, TextsSplit) for split in self.prepare.splits.values()) != of_texts:
+            problems.append(f"pretrain.source {self.pretrain.source} takes {wanted}, which prepare.splits are not")
+        if of_texts and not self.checkpoints:
+            recipes = {"finetune": self.finetune}
+            recipes |= {f"variants.{name}.recipe": self.recipe_of(name) for name in self.variants}
+            first = images_alone(self.finetune)
+            problems += [
+                f"{place}.{name}: {IMAGES_ALONE[name]} for texts (got {value})"
+                for place, recipe in recipes.items()
+                for name, value in images_alone(recipe).items()
+                if place == "finetune" or first.get(name) != value
+            ]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -720,23 +848,33 @@ class Params(Section):
         problems += [f"geometry.{name} wants {n} of {seeds} seeds" for name, n in most.items() if n > seeds]
         return problems
 
-    def _shared_images(self) -> list[str]:
-        """Test sets and the held-out split with training images in them, by whatever path; so far as paths tell."""
+    def _shared_examples(self) -> list[str]:
+        """Test sets and the held-out split with training examples in them, by whatever path; so far as paths tell."""
         train = self.prepare.splits["train"]
-        if self.checkpoints or not isinstance(train, FilesSplit):
+        if self.checkpoints or isinstance(train, DrawnSplit):
             return []
-        others = {n: s for n, s in self.prepare.splits.items() if n != "train" and isinstance(s, FilesSplit)}
-        return [
-            f"prepare.splits: train and {name} share a path, so each must say its part"
-            for name, split in others.items()
-            if os.path.realpath(split.path) == os.path.realpath(train.path)
-            and (train.part, split.part) != ("train", "held-out")
-        ]
+        problems = []
+        for name, split in self.prepare.splits.items():
+            if name == "train" or isinstance(split, DrawnSplit):
+                continue
+            if os.path.realpath(split.path) != os.path.realpath(train.path):
+                continue
+            if (train.part, split.part) != ("train", "held-out"):
+                problems.append(f"prepare.splits: train and {name} share a path, so each must say its part")
+            elif isinstance(train, TextsSplit) and isinstance(split, TextsSplit) and split.rules != train.rules:
+                problems.append(
+                    f"prepare.splits: train and {name} are parts of one path, so only role and part may differ"
+                )
+        return problems
 
     def named_files(self) -> list[Path]:
-        """What the file names on disk: images with what belongs to them, and checkpoints."""
-        splits = [split for split in self.prepare.splits.values() if isinstance(split, FilesSplit)]
-        names = [name for split in splits for name in (split.path, split.devkit, split.mappings) if name]
+        """What the file names on disk: images or texts with what belongs to them, and checkpoints."""
+        names = []
+        for split in self.prepare.splits.values():
+            if not isinstance(split, DrawnSplit):
+                names.append(split.path)
+            if isinstance(split, FilesSplit):
+                names += [name for name in (split.devkit, split.mappings) if name]
         if isinstance(self.pretrain, OpenClipPretraining | TimmPretraining):
             names.append(self.pretrain.pretrained)  # or a tag, which is no file
         elif isinstance(self.pretrain, TransformersPretraining):

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from modelstock.data.classes import class_names, templates
-from modelstock.data.dataset import open_dataset
 from modelstock.devices import deterministic, device_kind
 from modelstock.experiment.anchor import Data, make_anchor
 from modelstock.params import Params, load_params
@@ -18,7 +17,7 @@ def anchor_from(clip: WeightSet, params: Params, train: Path, held_out: Path) ->
         class_names(params.classes),
         templates(params.classes),
         params.anchor,
-        data=Data(train=open_dataset(train), held_out=open_dataset(held_out)),
+        data=Data(train=train, held_out=held_out),
         cache=Path("scratch/heads"),
         device=device_kind(params.device),
     )

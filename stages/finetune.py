@@ -35,7 +35,14 @@ def main(seed: int, anchor: Path, train: Path, held_out: Path, out: Path) -> Non
             identity = weights.identity[:12]
             print(f"seed-{seed}: {checkpoint} adopted with the {head} head, identity {identity}; no training")
             return
-        inputs = read_inputs(start, open_dataset(train), open_dataset(held_out), in_memory=params.loading.in_memory)
+        inputs = read_inputs(
+            start,
+            open_dataset(train),
+            open_dataset(held_out),
+            in_memory=params.loading.in_memory,
+            batch_norm=params.merge.batch_norm,
+            device=where.device,
+        )
         made_by = {"stage": "finetune", "seed": seed}
         accuracy = finetune_seed(inputs, recipe, name=f"seed-{seed}", made_by=made_by, setting=where, out=out)
         if accuracy is not None:

@@ -10,14 +10,15 @@ from modelstock.experiment.points import score_points
 from modelstock.experiment.pools import load_pools
 from modelstock.experiment.space import load_space
 from modelstock.params import load_params
+from modelstock.scoring.batch_norm import Recalibration, has_running_statistics
 from modelstock.scoring.precision import scoring_options
 from modelstock.scoring.results import save_scores
 from modelstock.weights.weight_set import load_weights
 from stages import run
 
 
-def main(data: Path, held_out: Path, models: Path, out: Path) -> None:
-    """DATA: shards; HELD_OUT: those that a greedy soup is chosen on; MODELS: all weight sets; OUT: the results."""
+def main(data: Path, train: Path, held_out: Path, models: Path, out: Path) -> None:
+    """DATA, TRAIN, HELD_OUT: shards, to score, estimate BatchNorm and choose on; MODELS: all weight sets; OUT."""
     params = load_params()
     deterministic(params.threads)
     remove_left_over_models(models, params)
@@ -27,6 +28,7 @@ def main(data: Path, held_out: Path, models: Path, out: Path) -> None:
     )
     space = load_space(models, params)
     seeds = {checkpoint.identity for checkpoint in space.seeds.values()}
+    estimates = params.merge.batch_norm > 0 and has_running_statistics(anchor)
     results = score_points(
         open_dataset(data),
         anchor,
@@ -35,6 +37,9 @@ def main(data: Path, held_out: Path, models: Path, out: Path) -> None:
         options,
         held_out=open_dataset(held_out),
         pools=load_pools(params.variants, models, seeds=seeds),
+        recalibration=Recalibration(open_dataset(train), examples=params.merge.batch_norm, device=options.device)
+        if estimates
+        else None,
     )
     save_scores(out, results)
     print(f"{data}: {len(results.rows)} points scored in one pass, towers in {results.precision}")

@@ -14,7 +14,7 @@ def main(split: str, out: Path) -> None:
     missing = [f"{len(manifest.unreadable)} unreadable"] if manifest.unreadable else []
     missing += [f"left out: {count} {what}" for what, count in sorted(manifest.left_out.items())]
     print(
-        f"{split}: {manifest.count} images, {len(manifest.labels)} labels, "
+        f"{split}: {manifest.count} {manifest.modality}s, {len(manifest.labels)} labels, "
         + "".join(f"{text}, " for text in missing)
         + f"sha256 {manifest.sha256[:12]}"
     )

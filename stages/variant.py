@@ -24,8 +24,14 @@ def main(name: str, anchor: Path, train: Path, held_out: Path, out: Path) -> Non
         loading=params.loading,
         tracking=params.tracking,
     ) as where:
-        in_memory = params.loading.in_memory
-        inputs = read_inputs(load_weights(anchor), open_dataset(train), open_dataset(held_out), in_memory=in_memory)
+        inputs = read_inputs(
+            load_weights(anchor),
+            open_dataset(train),
+            open_dataset(held_out),
+            in_memory=params.loading.in_memory,
+            batch_norm=params.merge.batch_norm,
+            device=where.device,
+        )
         accuracy = finetune_seed(inputs, recipe, name=f"{variant.pool}/{name}", made_by=made_by, setting=where, out=out)
     if accuracy is not None:
         print(f"{variant.pool}/{name}: held-out accuracy {100 * accuracy:.1f} %")

@@ -138,7 +138,7 @@ def test_an_anchor_that_is_chosen_is_named_as_what_it_is():
     close = [[*half(72), *half(6, 80)], half(70), half(80), half(60)]
     comparison = compare(small(close), champion=NEAREST, distances=DISTANCES)
     *_, advised = paragraphs(comparison)
-    assert "sets that are; it is the zero-shot anchor: nothing fine-tuned is measurably better there." in advised
+    assert "sets that are; it is the anchor: nothing fine-tuned is measurably better there." in advised
     assert advised.endswith("Training it takes nothing.")
 
 

@@ -23,7 +23,7 @@ from modelstock.models.adopt import adopt, adopt_seed
 from modelstock.models.anchor import anchor_of
 from modelstock.models.pretrained import load_clip
 from modelstock.notices import Notice
-from modelstock.params import ClassesParams, OpenClipPretraining
+from modelstock.params import AnchorParams, ClassesParams, OpenClipPretraining
 from modelstock.weights.origin import made_by
 from modelstock.weights.weight_set import WeightSet, classes_sha256, load_weights
 from tests.support.merging import merge_with
@@ -666,17 +666,19 @@ def test_the_stages_make_a_clip_of_open_clip_and_its_anchor(tmp_path, monkeypatc
         threads, device = torch.get_num_threads(), "cpu"
         pretrain = OpenClipPretraining(source="open_clip", architecture=tiny, pretrained="random", seed=2)
         classes = ClassesParams(names=["cat", "dog"], templates=["a {}."])
+        anchor = AnchorParams(head="prompts", scale="model")
 
+    none = tmp_path / "no data"  # nothing is made from them
     monkeypatch.chdir(tmp_path)
     for stage in (anchor_stage, pretrain_stage):
         monkeypatch.setattr(stage, "load_params", lambda: All)
         monkeypatch.setattr(stage, "deterministic", lambda threads: None)
     pretrain_stage.main(tmp_path / "clip")
-    anchor_stage.main(tmp_path / "clip/clip.safetensors", tmp_path / "anchor.safetensors")
+    anchor_stage.main(tmp_path / "clip/clip.safetensors", none, none, tmp_path / "anchor.safetensors")
     clip, anchor = load_weights(tmp_path / "clip/clip.safetensors"), load_weights(tmp_path / "anchor.safetensors")
     assert anchor.meta["parents"] == [clip.identity]
     assert anchor.identity == anchor_of(clip, ["cat", "dog"], [lambda n: f"a {n}."]).identity
     assert len(list((tmp_path / "scratch/heads").iterdir())) == 1
     first = (tmp_path / "anchor.safetensors").read_bytes()
-    anchor_stage.main(tmp_path / "clip/clip.safetensors", tmp_path / "anchor.safetensors")
+    anchor_stage.main(tmp_path / "clip/clip.safetensors", none, none, tmp_path / "anchor.safetensors")
     assert (tmp_path / "anchor.safetensors").read_bytes() == first

@@ -6,12 +6,14 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.metrics import balanced_accuracy_score
+from statsmodels.stats.multitest import multipletests
 
 from modelstock.comparison.compare import compare, per_class
 from modelstock.comparison.differences import Difference
-from modelstock.comparison.intervals import wilson
+from modelstock.comparison.intervals import BalancedAccuracies, wilson
 from modelstock.comparison.metrics import METRICS, Metric, metrics
-from modelstock.comparison.paired_tests import mcnemar
+from modelstock.comparison.paired_tests import holm, mcnemar
 from modelstock.comparison.report import write_report
 from modelstock.errors import DataError
 from modelstock.scoring.results import Row, Scores
@@ -64,6 +66,13 @@ def made(name: str, accuracies: list[float], count: int = 400, rows: tuple[Row, 
         np.float32(0.9) - number / 100,
         1 + number / 10,
     )
+
+
+def unbalanced(scores: Scores) -> Scores:
+    """The same right and wrong, with the first label for half of the examples."""
+    truth = np.where(np.arange(scores.truth.size) % 16 < 7, 0, scores.truth).astype(np.int32)
+    prediction = np.where(scores.correct, truth, (truth + 1) % len(LABELS)).astype(np.int32)
+    return dataclasses.replace(scores, truth=truth, prediction=prediction)
 
 
 def without_shifts(results):
@@ -146,7 +155,105 @@ def test_of_a_methods_options_the_one_best_on_the_held_out_cut_is_shown(comparis
 
 def test_top5_and_nll_are_means_over_examples():
     found = metrics(few([0.5] * 4, [True, False, False, True], [True, True, False, True]), 0)
-    assert found == {"top1": 0.5, "top5": 0.75, "nll": 1.5, "ece": 0.0}
+    assert found == {"top1": 0.5, "balanced_accuracy": 0.5, "top5": 0.75, "nll": 1.5, "ece": 0.0}
+
+
+THREE = ("ant", "bee", "cat", "dog")  # of which none is a dog
+TRUTH = np.array([0, 0, 0, 0, 0, 1, 1, 1, 2, 2])
+FIRST = np.array([1, 1, 1, 1, 0, 1, 0, 0, 1, 0], bool)  # recalls 4/5, 1/3, 1/2
+OTHER = np.array([1, 0, 1, 0, 0, 1, 1, 0, 1, 1], bool)  # recalls 2/5, 2/3, 1
+
+
+def balanced(correct, truth=TRUTH, labels=THREE):
+    return metrics(few([0.5] * len(truth), correct, truth=truth, labels=labels), 0)["balanced_accuracy"]
+
+
+def balanced_difference(first, other, truth, clusters=None):
+    """Of two rows that have no seeds in common with others, so over images alone."""
+    return BalancedAccuracies(ROWS[:2], [np.stack([first, other])], [truth], clusters).paired([0], [1])
+
+
+def test_balanced_accuracy_is_the_mean_of_the_recalls_of_the_labels_that_occur():
+    assert balanced(FIRST) == pytest.approx((4 / 5 + 1 / 3 + 1 / 2) / 3)
+    assert metrics(few([0.5] * 10, FIRST, truth=TRUTH, labels=THREE), 0)["top1"] == pytest.approx(6 / 10)
+
+
+def test_balanced_accuracy_is_accuracy_where_labels_have_equally_many_examples():
+    truth = np.arange(400) % 8
+    for seed in range(5):
+        correct = np.random.default_rng(seed).random(400) < 0.2 + 0.1 * truth
+        assert balanced(correct, truth, LABELS) == pytest.approx(correct.mean(), abs=1e-14)
+
+
+def test_balanced_accuracy_is_that_of_scikit_learn():
+    random = np.random.default_rng(0)
+    truth = random.choice(8, 500, p=np.arange(1, 9) / 36)
+    prediction = np.where(random.random(500) < 0.1 * truth, truth, random.integers(0, 8, 500))
+    expected = balanced_accuracy_score(truth, prediction)
+    assert balanced(prediction == truth, truth, LABELS) == pytest.approx(expected)
+    assert abs(expected - (prediction == truth).mean()) > 0.05
+
+
+def test_the_variance_of_a_difference_in_balanced_accuracy_by_hand():
+    # The differences are 0 1 0 1 0 of ant, 0 -1 0 of bee, 0 -1 of cat, with variances 3/10, 1/3 and 1/2.
+    found = balanced_difference(FIRST, OTHER, TRUTH)
+    assert found.value == pytest.approx((2 / 5 - 1 / 3 - 1 / 2) / 3)
+    assert found.variance == pytest.approx((0.3 / 5 + 1 / 3 / 3 + 0.5 / 2) / 9)
+    assert found.over == "images"
+
+
+def test_with_classes_drawn_the_variance_of_balanced_accuracy_is_that_of_the_labels_recalls():
+    found = balanced_difference(FIRST, OTHER, TRUTH, [TRUTH])
+    recalls = np.array([2 / 5, -1 / 3, -1 / 2])
+    assert found.value == pytest.approx(recalls.mean())
+    assert found.variance == pytest.approx(recalls.var(ddof=1) / 3)
+
+
+def test_what_every_image_of_a_label_does_alike_is_sure_whatever_the_labels_shares():
+    truth = np.array([0] * 90 + [1] * 10)
+    found = balanced_difference(truth < 2, truth == 0, truth)
+    assert (found.value, found.variance) == (pytest.approx(0.5), pytest.approx(0, abs=1e-20))
+
+
+def test_labels_of_a_single_image_are_together_or_with_the_next_rarest_for_one_has_no_variance():
+    # "bee" and "cat" have one image each: weights 1/3, differences 1 and 0, as two images of one label of weight 2/3.
+    truth = np.array([0, 0, 0, 0, 1, 2])
+    first, other = np.array([1, 1, 0, 0, 1, 0], bool), np.array([1, 0, 0, 0, 0, 0], bool)
+    found = balanced_difference(first, other, truth)
+    assert found.value == pytest.approx((1 / 4 + 1 + 0) / 3)
+    assert found.variance == pytest.approx(0.25 / 4 / 9 + 0.5 / 2 * 4 / 9)
+    # One alone is with "cat", of two: what they add to the difference is 1/3, 0 and 0, with the variance 1/27.
+    found = balanced_difference(first[[0, 1, 2, 3, 4, 5, 5]], other[[0, 1, 2, 3, 4, 5, 5]], np.array([*truth, 2]))
+    assert found.value == pytest.approx((1 / 4 + 1 + 0) / 3)
+    assert found.variance == pytest.approx(0.25 / 4 / 9 + 3 / 27)
+
+
+def test_differences_in_balanced_accuracy_are_those_of_the_metric_and_over_what_those_in_accuracy_are(results):
+    found = compare([unbalanced(scores) for scores in results])
+
+    def mean(rows, benchmark):
+        return np.mean([found.metrics[row][benchmark]["balanced_accuracy"] for row in rows])
+
+    of = line(found, "model_stock of 2")
+    seeds, twins = ("seed-0", "seed-1", "seed-2"), ("uniform/0-1", "uniform/1-2")
+    for others, differences in ((seeds, of.balanced_over_seed), (twins, of.balanced_over_uniform)):
+        gap = {b: mean(of.rows, b) - mean(others, b) for b in ("shapes", "shift-a", "shift-b")}
+        assert differences["in-distribution"].value == pytest.approx(gap["shapes"])
+        assert differences["shifts"].value == pytest.approx((gap["shift-a"] + gap["shift-b"]) / 2)
+    for one in found.lines:
+        assert {s: d.over for s, d in one.balanced_over_seed.items()} == {s: d.over for s, d in one.over_seed.items()}
+        assert one.balanced_over_uniform.keys() == one.over_uniform.keys()
+    # Holm's correction is over a family of its own.
+    every = [d for one in found.lines for d in one.balanced_over_uniform.values()]
+    least = min(every, key=lambda d: d.p)
+    assert least.holm == pytest.approx(min(1, len(every) * least.p))
+
+
+def test_where_labels_have_equal_shares_differences_in_balanced_accuracy_are_those_in_accuracy(comparison):
+    for one in comparison.lines:
+        for kind in ("over_seed", "over_uniform"):
+            for summary, expected in getattr(one, kind).items():
+                assert getattr(one, f"balanced_{kind}")[summary].value == pytest.approx(expected.value, abs=1e-12)
 
 
 def test_calibration_error_by_hand_on_ten_examples():
@@ -241,7 +348,7 @@ def test_without_shifts_everything_about_them_is_absent_and_the_rest_is_as_with_
     for found, full in zip(alone.lines, comparison.lines, strict=True):
         assert found.name == full.name
         assert found.accuracy == {b: full.accuracy[b] for b in found.accuracy}
-        for part in ("summary", "spread", "over_seed", "over_uniform"):
+        for part in ("summary", "spread", "over_seed", "over_uniform", "balanced_over_seed", "balanced_over_uniform"):
             with_shifts = {k: v for k, v in getattr(full, part).items() if k == "in-distribution"}
             assert without_holm(getattr(found, part)) == without_holm(with_shifts), part
     test = alone.tests["uniform"]["model_stock/0-1"]
@@ -270,6 +377,13 @@ def test_holms_correction_by_hand(comparison):
         running = max(running, min(1.0, (len(ranked) - rank) * test.p))
         expected.append(running)
     np.testing.assert_allclose([t.holm for t in ranked], expected)
+
+
+def test_holms_correction_is_that_of_statsmodels_with_ties_and_of_nothing_nothing():
+    for seed in range(20):
+        p = np.random.default_rng(seed).random(9).round(1) / 3
+        np.testing.assert_array_equal(holm(p), multipletests(p, method="holm")[1])
+    assert holm([]) == []
 
 
 def test_the_same_results_give_the_same_comparison(results, comparison):

@@ -151,7 +151,7 @@ TABLE = {
         {"prepare", *TRAINING, "merge", "evaluate", "compare"},
         set(),
     ),
-    "a layout of a published data set": (["modelstock/data/layouts.py"], {"prepare"}, {"pretrain", "anchor"}),
+    "a layout of a published data set": (["modelstock/data/layouts.py"], {"prepare"}, {"pretrain"}),
     "scoring code": (["modelstock/scoring/one_pass.py"], BELOW, EVERYTHING - BELOW),
     "a point that is scored for the geometry": (
         ["modelstock/geometry/points.py"],

@@ -78,6 +78,15 @@ def test_blocks_by_hand():
         "visual.trunk.norm.weight": 3,
     }
     assert blocks(list(timm)) == {name: (i, 3) for name, i in timm.items()}
+    efficientnet = {
+        "visual.conv_stem.weight": -1,
+        "visual.bn1.weight": -1,
+        "visual.blocks.0.0.bn2.weight": 0,
+        "visual.blocks.6.0.conv_dw.weight": 6,
+        "visual.conv_head.weight": 7,
+        "visual.bn2.weight": 7,
+    }
+    assert blocks(list(efficientnet)) == {name: (i, 7) for name, i in efficientnet.items()}
     assert blocks(["fc.weight"]) == {"fc.weight": (0, 0)}
 
 

@@ -183,14 +183,14 @@ def test_dvc_shows_a_short_line_each_for_champion_seeds_and_merges(project):
     shown = run(project, "dvc", "metrics", "show").stdout.splitlines()
     lines = ["champion", "mean-seed", "model_stock", "uniform"]
     assert [line.split()[0] for line in shown[1:]] == [f"metrics/{name}.json" for name in lines]
-    assert shown[0].split() == ["Path", "held-out", "in-distribution", "seeds", "shifts"]
-    assert max(map(len, shown)) < 100
+    assert shown[0].split() == ["Path", "balanced", "balanced-shifts", "held-out", "in-distribution", "seeds", "shifts"]
+    assert max(map(len, shown)) < 110
     full = json.loads((project / "reports/metrics.json").read_text())
     for line, name in zip(
         shown[2:], ("mean single seed", "model_stock of 2, mean of 3", "uniform of 2, mean of 3"), strict=True
     ):
-        assert float(line.split()[2]) == pytest.approx(full[name]["shapes"], abs=0.01)
-        assert float(line.split()[4]) == pytest.approx(full[name]["shift-mean"], abs=0.01)
+        assert float(line.split()[4]) == pytest.approx(full[name]["shapes"], abs=0.01)
+        assert float(line.split()[6]) == pytest.approx(full[name]["shift-mean"], abs=0.01)
 
 
 def test_dvcs_page_of_plots_needs_no_network(project):

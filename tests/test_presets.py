@@ -28,7 +28,19 @@ def composed(folder: Path, *overrides: str) -> Path:
 
 
 def test_the_default_preset_is_params_yaml(tmp_path):
-    own = ["digits", "geometry", "methods", "own-checkpoints", "pools", "shapes", "vit-b-16", "vit-b-32", "vit-l-14"]
+    own = [
+        "digits",
+        "emoji",
+        "geometry",
+        "methods",
+        "own-checkpoints",
+        "pools",
+        "reviews",
+        "shapes",
+        "vit-b-16",
+        "vit-b-32",
+        "vit-l-14",
+    ]
     assert own == PRESETS
     read = YAML(typ="safe").load
     assert read(composed(tmp_path).read_text()) == read((ROOT / "params.yaml").read_text())

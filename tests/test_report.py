@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ruamel.yaml import YAML
+from sklearn.metrics import balanced_accuracy_score
 
 from modelstock.comparison.compare import compare
 from modelstock.comparison.figures import WITH_SHIFTS, WITHOUT_SHIFTS, draw, style_of, title_of, training_figure
@@ -24,6 +25,7 @@ from modelstock.comparison.report import (
     validation_curve,
     write_report,
 )
+from modelstock.comparison.text import worded
 from modelstock.errors import WeightsError
 from modelstock.experiment.tracked import flat
 from modelstock.scoring.results import Row, save_scores
@@ -32,7 +34,7 @@ from modelstock.tracking.tracker import TRACKERS
 from modelstock.weights.weight_set import WeightSet
 from stages.compare import main as compare_stage
 from tests.support.tracker import Recorder
-from tests.test_comparison import ACCURACY, LABELS, ROWS, made, without_shifts
+from tests.test_comparison import ACCURACY, LABELS, ROWS, made, unbalanced, without_shifts
 
 
 def results():
@@ -108,15 +110,55 @@ def test_table_metrics_and_csv_agree(comparison, folder):
 
 def test_the_lines_for_dvc_are_the_champion_the_mean_seed_and_the_highlighted_merges_of_fewest_seeds(comparison):
     assert comparison.champion == "model_stock/0-1"
-    figures = ("seeds", "held-out", "in-distribution", "shifts")
+    figures = ("seeds", "held-out", "in-distribution", "shifts", "balanced", "balanced-shifts")
     assert as_summary(comparison) == {
-        "champion": dict(zip(figures, (2, 78, 76, 48), strict=True)),
-        "mean-seed": dict(zip(figures, (1, 70, 70, 40), strict=True)),
-        "model_stock": dict(zip(figures, (2, 77, 76, 48), strict=True)),
-        "uniform": dict(zip(figures, (2, 74, 74, 44), strict=True)),
+        "champion": dict(zip(figures, (2, 78, 76, 48, 76, 48), strict=True)),
+        "mean-seed": dict(zip(figures, (1, 70, 70, 40, 70, 40), strict=True)),
+        "model_stock": dict(zip(figures, (2, 77, 76, 48, 76, 48), strict=True)),
+        "uniform": dict(zip(figures, (2, 74, 74, 44, 74, 44), strict=True)),
     }
     alone = as_summary(compare(without_shifts(results())))
-    assert alone["champion"] == {"seeds": 2, "held-out": 78, "in-distribution": 76}
+    assert alone["champion"] == {"seeds": 2, "held-out": 78, "in-distribution": 76, "balanced": 76}
+
+
+def test_where_labels_have_equal_shares_one_sentence_says_that_balanced_accuracy_is_accuracy(comparison, folder):
+    section = (folder / "comparison.md").read_text().split("## Balanced accuracy\n")[1].split("\n## ")[0]
+    assert "equals accuracy, to within 0.05 points for every weight set on every benchmark" in section
+    assert "12.5 % (shapes, shift-a, shift-b)" in section
+    assert "|" not in section
+    assert "Balanced accuracy equals accuracy." in summary_lines(comparison)
+
+
+def test_where_labels_have_unequal_shares_balanced_accuracy_has_the_lines_and_columns_of_accuracy():
+    parts = [unbalanced(scores) for scores in results()]
+    found = compare(parts)
+    text = as_markdown(found, {}, {})
+    rows, main = table(text, "## Balanced accuracy"), table(text, "# Comparison of merges")
+    assert rows[0] == main[0][:-1]
+    assert [cells[0] for cells in rows] == [cells[0] for cells in main]
+    # The mean single seed is the mean of rows 1 to 3.
+    by_set = [
+        [balanced_accuracy_score(s.truth, s.prediction[row]) for row in (1, 2, 3)]
+        for s in parts
+        if s.role != "held-out"
+    ]
+    expected = [100 * np.mean(values) for values in by_set]
+    np.testing.assert_allclose([float(c) for c in rows[2][1:]], [*expected, np.mean(expected[1:])], atol=0.0501)
+    assert rows[2][1:] != [cell.split(" ")[0] for cell in main[2][1:-1]]
+    assert "6.2 to 50.0 % (shapes, shift-a, shift-b)" in text
+    for heading, kind in (("mean single seed", "over_seed"), ("uniform soup of the same seeds", "over_uniform")):
+        rows = table(text, f"### Balanced accuracy over the {heading}")
+        shown = [d for one in found.lines for d in getattr(one, f"balanced_{kind}").values()]
+        assert [cells[2] for cells in rows[1:]] == [
+            f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]" for d in shown
+        ]
+    assert "balanced accuracy in %" in summary_lines(found)
+    page = text.split("## Other metrics")[1]
+    assert "balanced" not in page
+    summary = as_summary(found)["champion"]
+    assert summary["balanced"] == pytest.approx(
+        100 * found.metrics[found.champion]["shapes"]["balanced_accuracy"], abs=0.005
+    )
 
 
 def test_the_page_needs_no_other_file_and_no_network(folder):
@@ -137,14 +179,14 @@ def test_the_figure_highlights_anchor_seeds_uniform_soup_model_stock_and_ensembl
     axes, points = drawn(comparison, WITH_SHIFTS["figure.png"][1])
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert [name.partition(" of ")[0] for name in legend] == [
-        "zero-shot anchor",
+        "anchor",
         "mean single seed",
         "Model Stock",
         "uniform soup",
         "ensemble",
         "other methods and averages",
     ]
-    for name, line in (("zero-shot anchor", "zero-shot anchor"), ("mean single seed", "mean single seed")):
+    for name, line in (("anchor", "zero-shot anchor"), ("mean single seed", "mean single seed")):
         expected = next(one for one in comparison.lines if one.name == line)
         place = [100 * expected.accuracy["shapes"].value, 100 * expected.summary["shifts"].value]
         np.testing.assert_allclose(points[name], [place])
@@ -271,8 +313,20 @@ def test_calibration_is_the_mean_over_a_lines_weight_sets_and_over_the_shifts(co
     # and on 0.50, 0.52, 0.48 and 0.30, 0.32, 0.28 of the shifts: 0.88 - 0.70 and 0.88 - 0.40 in the mean.
     assert rows[2] == ["mean single seed", "90.0", "1.200", "18.0", "90.0", "1.200", "48.0"]
     quality = json.loads((folder / "quality.json").read_text())
-    assert quality["lines"]["mean single seed"]["shift-a"] == {"top1": 0.5, "top5": 0.9, "nll": 1.2, "ece": 0.38}
-    assert quality["rows"]["seed-1"]["shapes"] == {"top1": 0.72, "top5": 0.9, "nll": 1.2, "ece": 0.16}
+    assert quality["lines"]["mean single seed"]["shift-a"] == {
+        "top1": 0.5,
+        "balanced_accuracy": 0.5,
+        "top5": 0.9,
+        "nll": 1.2,
+        "ece": 0.38,
+    }
+    assert quality["rows"]["seed-1"]["shapes"] == {
+        "top1": 0.72,
+        "balanced_accuracy": 0.72,
+        "top5": 0.9,
+        "nll": 1.2,
+        "ece": 0.16,
+    }
 
 
 def test_top5_is_left_out_where_no_benchmark_has_more_than_five_labels():
@@ -462,15 +516,16 @@ def test_the_stage_compares_somebodys_own_checkpoints_on_one_test_set(own, capsy
     tracker = MlflowTracker(own)
     runs = {run.info.run_name: run for run in tracker.client.search_runs([tracker.experiment])}
     assert set(runs) == {"comparison", "anchor", "seed-0", "seed-1", "uniform/0-1"}
-    values = {b: [0.7, 0.9, 1.2, 0.18] for b in ("held-out", "shapes")}
+    values = {b: [0.7, 0.7, 0.9, 1.2, 0.18] for b in ("held-out", "shapes")}
     expected = {
         f"{b}/{key}": pytest.approx(value, abs=1e-6)
         for b, found in values.items()
-        for key, value in zip(("top1", "top5", "nll", "ece"), found, strict=True)
+        for key, value in zip(("top1", "balanced_accuracy", "top5", "nll", "ece"), found, strict=True)
     }
     seen = runs["seed-1"].data.metrics
     assert {name: seen[name] for name in expected} == expected
     assert seen["in_distribution"] == seen["held_out"] == 0.7
+    assert (seen["in_distribution_balanced"], seen["held_out_balanced"]) == pytest.approx((0.7, 0.7))
     assert seen["in_distribution_low"] < 0.7 < seen["in_distribution_high"]
     client = tracker.client
     for alias, row in (("champion", "uniform/0-1"), ("uniform", "uniform/0-1"), ("seed", "seed-1")):
@@ -537,3 +592,11 @@ def test_the_report_lists_each_notice_once_with_all_that_it_is_about():
 
 def test_a_report_without_anything_unusual_says_so(comparison):
     assert "## Notices\n\nNothing unusual was found" in as_markdown(comparison, {}, {})
+
+
+def test_a_report_on_texts_speaks_of_texts_but_in_code_and_names(comparison):
+    said = as_markdown(dataclasses.replace(comparison, modality="text"), {}, {"figure.png": "a figure"})
+    assert "images" in as_markdown(comparison, {}, {})
+    assert not re.findall(r"\b[Ii]mages?\b", said)
+    assert "interval over seeds and texts" in said
+    assert worded("Images of `image/x`, an image", "text") == "Texts of `image/x`, a text"

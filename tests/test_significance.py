@@ -15,9 +15,10 @@ from modelstock.cli.app import app
 from modelstock.comparison.crossed import Crossed, Sample, Subsets, crossed
 from modelstock.comparison.differences import chance, difference, holm, shift_at
 from modelstock.comparison.intervals import Accuracies, share, wilson
+from modelstock.comparison.metrics import metrics
 from modelstock.errors import ModelstockError
-from modelstock.scoring.results import Row, save_scores
-from tests.test_comparison import ACCURACY, ROWS, made
+from modelstock.scoring.results import Row, load_scores, save_scores
+from tests.test_comparison import ACCURACY, ROWS, made, unbalanced
 
 RING = Subsets(tuple((seed, (seed + 1) % 8) for seed in range(8)))
 SINGLE = Subsets(tuple((seed,) for seed in range(8)))
@@ -263,6 +264,29 @@ def test_rows_of_our_results_by_name_kind_and_pattern(folder):
     assert shown["difference"]["over"] == "classes"
     turned = found("shapes.safetensors", "--row-a", "seed", "--row-b", "model_stock")
     assert turned["difference"]["value"] == pytest.approx(-0.06)
+
+
+def test_balanced_accuracies_where_labels_are_known(folder):
+    assert found("a0.jsonl", "b0.jsonl")["balanced"] is None
+    same = ("shapes.safetensors", "--row-a", "model_stock", "--row-b", "uniform")
+    assert found(*same)["balanced"]["difference"]["value"] == pytest.approx(0.02)
+    assert "balanced" not in call(*same)
+    save_scores(folder / "shapes.safetensors", unbalanced(made("shapes", ACCURACY["shapes"])))
+    for a, b, seeds in (("model_stock", "uniform", "paired"), ("seed", "greedy", "unrelated")):
+        shown = found("shapes.safetensors", "--row-a", a, "--row-b", b)
+        scores = load_scores(folder / "shapes.safetensors")
+        one, other = (
+            np.mean([metrics(scores, place)["balanced_accuracy"] for place, row in enumerate(ROWS) if row.kind == kind])
+            for kind in (a, b)
+        )
+        assert (shown["balanced"]["a"], shown["balanced"]["b"]) == pytest.approx((one, other))
+        assert shown["balanced"]["difference"]["value"] == pytest.approx(one - other)
+        assert shown["seeds"] == seeds
+        text = call("shapes.safetensors", "--row-a", a, "--row-b", b)
+        assert (
+            f"balanced accuracy: A {100 * one:.2f} %, B {100 * other:.2f} %, A - B: {100 * (one - other):+.2f} ["
+            in text
+        )
 
 
 def test_classes_of_a_column_are_drawn_together(folder):

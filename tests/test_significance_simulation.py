@@ -10,8 +10,9 @@ from scipy.stats import binom, norm
 
 from modelstock.comparison.crossed import Sample, Subsets, crossed
 from modelstock.comparison.differences import difference, holm
-from modelstock.comparison.intervals import Accuracies
+from modelstock.comparison.intervals import Accuracies, BalancedAccuracies
 from modelstock.comparison.paired_tests import mcnemar
+from modelstock.scoring.results import Row
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import coverage as simulation
@@ -133,6 +134,22 @@ def test_the_detectable_difference_is_found_in_four_experiments_of_five():
     typical = np.sqrt(np.mean(np.square(every)))
     found = [difference(crossed([normal(random, typical, 1.0)]), margin=0).p < 0.05 for _ in range(EXPERIMENTS)]
     assert 0.7 < np.mean(found) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("shares", "images", "low", "high"), [((0.69, 0.31), 400, 93, 97), ((0.95, 0.05), 200, 84, 93)]
+)
+def test_intervals_of_balanced_accuracy_cover_unless_a_label_has_few_images(shares, images, low, high):
+    """Two weight sets that are equally unsure on seven images of ten; the second example has ten of the rare label."""
+    random, covers, recalls = np.random.default_rng(9), [], np.array([[0.95, 0.5], [0.85, 0.7]])
+    rows = (Row("a", "", "a", (0,), {}), Row("b", "", "b", (1,), {}))
+    for _ in range(1000):
+        truth = random.choice(2, images, p=shares)
+        ease = np.stack([random.random(images)] * 2)
+        ease[1] = np.where(random.random(images) < 0.7, ease[0], random.random(images))
+        found = difference(BalancedAccuracies(rows, [ease < recalls[:, truth]], [truth]).paired([0], [1]), margin=0)
+        covers.append(found.low <= -0.05 <= found.high)
+    assert low / 100 < np.mean(covers) < high / 100
 
 
 def test_seeds_that_test_sets_share_are_drawn_once_for_all_of_them():

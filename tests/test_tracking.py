@@ -27,7 +27,7 @@ from modelstock.errors import DataError, TrackingError
 from modelstock.files import project
 from modelstock.notices import collected
 from modelstock.provenance import files_of
-from modelstock.scoring.decoding import Pixels
+from modelstock.scoring.decoding import Prepared
 from modelstock.scoring.one_pass import Tower
 from modelstock.tracking import mirror
 from modelstock.tracking.mirror import Mirror
@@ -37,6 +37,7 @@ from modelstock.tracking.mlflow.tracker import SHOWN_AT_MOST
 from modelstock.tracking.tracker import Times, TrackedComparison, TrackedRow, TrackedTraining, params_of
 from modelstock.weights.weight_set import WeightSet, load_weights
 from tests.support.ports import free_port
+from tests.support.texts import encoder_folder, text_anchor
 
 ROOT = Path(__file__).parent.parent
 METRICS = {"held-out": {"top1": 0.5}, "shapes": {"top1": 0.25, "nll": 1.5}}
@@ -406,7 +407,7 @@ def served(tmp_path, anchor, pictures):
     tower = Tower(load_weights(path), "cpu", torch.float32)
     with torch.inference_mode():
         images = {Framing.of(anchor.meta["preprocess"]): torch.from_numpy(np.stack(pictures))}
-        logits = tower.logits(Pixels(images, "cpu", torch.float32))
+        logits = tower.logits(Prepared(images, "cpu", torch.float32).of(tower.preprocess))
     return tracker, logits.softmax(dim=1).numpy()
 
 
@@ -464,7 +465,44 @@ def test_a_logged_model_runs_no_pickle_and_names_what_it_needs(tmp_path, anchor)
     }
     distributions = {"PIL": "pillow", "open_clip": "open_clip_torch"}
     others = {distributions.get(name, name) for name in imported} - set(sys.stdlib_module_names) - {"modelstock"}
-    assert others - {"tqdm"} <= needed  # which open_clip brings
+    # open_clip brings two of them; a classifier of images reaches what is transformers' in no call.
+    assert others - {"tqdm", "ftfy", "transformers", "tokenizers"} <= needed
+    assert not {"transformers", "tokenizers"} & needed
+
+
+def test_mlflow_loads_a_classifier_of_texts(tmp_path, monkeypatch):
+    import mlflow
+    import pandas
+
+    from modelstock.models.classify import TextClassifier
+
+    anchor, path = text_anchor(encoder_folder(tmp_path / "bert")), tmp_path / "0-1.safetensors"
+    anchor.save(path)
+    tracker = MlflowTracker(tmp_path, "e")
+    tracker.record(comparison(weighted(path, "uniform/0-1", aliases=["champion"])))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
+    model = mlflow.pyfunc.load_model("models:/small@champion")
+    texts = ["a good film", "dull", "we like it: a very clever plot in this lovely book of the dark and the cold"]
+    expected = TextClassifier(anchor).probabilities(texts)
+    tables = [pandas.DataFrame({name: texts}) for name in ("text", "anything")]
+    for given in (texts, np.array(texts), *tables):
+        check_predictions(model.predict(given).to_dict("records"), expected, ("bad", "good"))
+    assert len(model.predict(model.input_example)) == 1
+    assert [str(column.type) for column in model.metadata.signature.inputs] == ["DataType.string"]
+    with pytest.raises(mlflow.exceptions.MlflowException):
+        model.predict([1, 2])
+    assert "takes a list of texts" in tracker.client.get_registered_model("small").description
+    (logged,) = tracker.client.search_logged_models([tracker.client.get_experiment_by_name("e").experiment_id])
+    assert logged.model_type == "text classifier"
+    (folder,) = {marker.parent for marker in (tmp_path / "mlruns").rglob("MLmodel")}
+    needed = {line.split("==")[0] for line in (folder / "requirements.txt").read_text().split()}
+    assert {"transformers", "tokenizers", "torch", "open_clip_torch"} <= needed
+    packed = anchor.meta["preprocess"]["tokenizer"]["json"].encode()
+    assert not [
+        file
+        for file in tmp_path.rglob("*")
+        if file.is_file() and file.suffix != ".safetensors" and packed in file.read_bytes()
+    ]
 
 
 def test_mlflows_own_server_answers_with_what_scoring_predicts(tmp_path, anchor):

@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_rate_and_resume_point
 
 
 def test_fewer_examples_than_a_batch_are_refused(tmp_path, anchor):
-    with pytest.raises(TrainingError, match=r"finetune\.batch_size: got 8; expected at most the 4 training images"):
+    with pytest.raises(TrainingError, match=r"finetune\.batch_size: got 8; expected at most the 4 training examples"):
         train(anchor, tmp_path, data=examples(4))
 
 

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 def inspect(file: Path, as_json: AsJson = False) -> None:
     """What a checkpoint holds: tensors, norms, whether they are finite and as written, and what its metadata says."""
     from modelstock.weights.checkpoints import open_checkpoint
+    from modelstock.weights.metadata import readable
     from modelstock.weights.origin import notices_of
 
     checkpoint = open_checkpoint(file)
     rows = [_facts(name, tensor) for name, tensor in sorted(checkpoint.tensors.items())]
     repeat(notices_of(checkpoint.meta))
     if as_json:
-        facts = {"file": str(file), "meta": checkpoint.meta, "tensors": rows, "notices": so_far()}
+        facts = {"file": str(file), "meta": readable(checkpoint.meta), "tensors": rows, "notices": so_far()}
         print(json.dumps(facts, indent=1))
         checkpoint.check_whole()
         return

@@ -68,6 +68,7 @@ def compare(
     _check_enough(len(weights), benchmarks, sections, has_train=train is not None, batch_norm=batch_norm)
     origin = load_weights(anchor)
     for dataset in datasets.values():
+        dataset.check_modality(origin)
         dataset.check_classes(origin)
     seeds = _numbered(weights, origin)
     settings = {"precision": precision, "batch_size": batch_size, "workers": workers}

@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 
 TRAINING = ("train", "held-out")  # roles that are also the names of their sets
 OTHERS = ("held-out-shift", "in-distribution", "shift")
-ONLY_DRAWN: dict[str, Any] = {"seed": 0, "reference_draws": 1, "reference_epochs": 1}  # not read for images on disk
+TABLES = (".tsv", ".csv", ".jsonl")
+ONLY_DRAWN: dict[str, Any] = {"seed": 0, "reference_draws": 1, "reference_epochs": 1}  # not read for what is on disk
 
 
 def prepare(
-    source: Annotated[str, typer.Argument(help="A folder, archive, webdataset shards, or folder of `datasets`.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, archive, webdataset shards, folder of `datasets`, or .tsv, .csv or .jsonl file."
+        ),
+    ],
     out: OutFolder,
     role: Annotated[str, typer.Option(help="train, held-out, held-out-shift, in-distribution or shift.")],
     labels: Annotated[
@@ -30,18 +36,32 @@ def prepare(
         str | None, typer.Option(help="a,b,c, or a file with a folder per line (then a tab and its name), or imagenet.")
     ] = None,
     part: Annotated[str, typer.Option(help="all, or train or held-out of a training set.")] = "all",
-    held_out_per_class: Annotated[int, typer.Option(min=1, help="Images per class that are held out.")] = 26,
+    held_out_per_class: Annotated[int, typer.Option(min=1, help="Examples per class that are held out.")] = 26,
     short_side: Annotated[int | None, typer.Option(min=1, help="Make larger images this small.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEGs that are made smaller.")] = 95,
-    shard_size: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 1000,
-    unreadable: Annotated[float, typer.Option(min=0, max=1, help="Share of images that may be left out.")] = 0.001,
+    shard_size: Annotated[int, typer.Option(min=1, help="Examples per shard.")] = 1000,
+    unreadable: Annotated[float, typer.Option(min=0, max=1, help="Share of examples that may be left out.")] = 0.001,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     devkit: Annotated[str | None, typer.Option(help="ILSVRC2012_devkit_t12.tar.gz, for flat validation sets.")] = None,
     mappings: Annotated[str | None, typer.Option(help="ObjectNet's folder of that name.")] = None,
     password: Annotated[str | None, typer.Option(help="Of a zip archive.")] = None,
+    texts: Annotated[
+        bool, typer.Option("--texts", help="The source holds texts; a table or --text says so too.")
+    ] = False,
+    text: Annotated[str | None, typer.Option(help="Of a table: the column of texts.")] = None,
+    label: Annotated[str | None, typer.Option(help="Of a table: the column of labels.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="a,b,c: a table's columns, where its first line lacks them.")
+    ] = None,
+    ranges: Annotated[
+        str | None, typer.Option(help="CLASS=LOW:HIGH,...: what numbers in the column of labels stand for.")
+    ] = None,
+    duplicates: Annotated[
+        str | None, typer.Option(help="Texts of the same words: keep (the default), or the first of them.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make webdataset shards and a manifest of images on disk."""
+    """Make webdataset shards and a manifest of images or texts on disk."""
     from pydantic import ValidationError
 
     from modelstock.data.preparation import prepare as prepare_split
@@ -54,16 +74,28 @@ def prepare(
         raise ParamsError(
             "--classes", got="none", expected="names, a file or imagenet", cure="say what the folders are"
         )
-    split = {
-        "source": "files",
-        "path": source,
-        "labels": labels,
-        "role": None if role in TRAINING else role,
-        "part": part,
-        "devkit": devkit,
-        "mappings": mappings,
-        "password": password,
+    split: dict[str, Any] = {"path": source, "labels": labels, "role": None if role in TRAINING else role, "part": part}
+    of_texts: dict[str, Any] = {
+        "text": text,
+        "label": label,
+        "columns": None if columns is None else [name.strip() for name in columns.split(",")],
+        "ranges": None if ranges is None else _ranges(ranges),
+        "duplicates": duplicates,
     }
+    of_images: dict[str, Any] = {"devkit": devkit, "mappings": mappings, "password": password}
+    if texts or text is not None or Path(source).suffix.lower() in TABLES:
+        kind, split, others = (
+            "texts",
+            split | of_texts | {"duplicates": duplicates or "keep"},
+            of_images | {"short-side": short_side},
+        )
+    else:
+        kind, split, others = "images", split | of_images, of_texts
+    given = [f"--{name}" for name, value in others.items() if value is not None]
+    if given:
+        cure = "leave it out" + ("" if kind == "texts" else ", or say --texts")
+        raise ParamsError(given[0], got=f"a source of {kind}", expected="one that it is an option of", cure=cure)
+    split["source"] = "texts" if kind == "texts" else "files"
     try:
         params = PrepareParams(
             shard_size=shard_size,
@@ -115,8 +147,29 @@ def _benchmark_name(name: str | None, role: str, labels: str, source: str) -> st
     return name
 
 
+def _ranges(text: str) -> dict[str, list[float]]:
+    """`negative=-4:-0.5,positive=0.5:4` as a split has it.
+
+    Raises:
+        ParamsError: another form, or a class that comes twice.
+    """
+    ranges: dict[str, list[float]] = {}
+    for part in text.split(","):
+        name, _, ends = part.rpartition("=")
+        low, _, high = ends.partition(":")
+        try:
+            numbers = [float(low), float(high)]
+        except ValueError:
+            numbers = []
+        if not numbers or not name.strip() or name.strip() in ranges:
+            expected = "CLASS=LOW:HIGH,..., each class once"
+            raise ParamsError("--ranges", got=repr(part), expected=expected, cure="write it so")
+        ranges[name.strip()] = numbers
+    return ranges
+
+
 def _summary(manifest: "Manifest") -> str:
-    counts: dict[str, Any] = {"images": manifest.count, "labels": len(manifest.labels)}
+    counts: dict[str, Any] = {f"{manifest.modality}s": manifest.count, "labels": len(manifest.labels)}
     if manifest.unreadable:
         counts["unreadable"] = len(manifest.unreadable)
     counts |= manifest.left_out

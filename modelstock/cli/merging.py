@@ -3,16 +3,20 @@
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modelstock.cli.options import AsJson, OutFile, Overwrite, check_choice, method_options
 from modelstock.cli.output import progress_of, show
 from modelstock.errors import MergeError
+
+if TYPE_CHECKING:
+    from modelstock.scoring.batch_norm import Recalibration
+    from modelstock.weights.weight_set import WeightSet
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -33,9 +37,15 @@ def merge(
     held_out: Annotated[
         Path | None, typer.Option(help="Held-out shards that merges are scored on, for methods that search.")
     ] = None,
-    batch_norm: Annotated[
-        Path | None, typer.Option(help="Training shards on which BatchNorm's statistics are estimated again.")
+    recalibrate: Annotated[
+        Path | None,
+        typer.Option(
+            "--recalibrate",
+            "--batch-norm",
+            help="Training shards on which BatchNorm's running statistics are estimated again.",
+        ),
     ] = None,
+    examples: Annotated[int, typer.Option(min=2, help="Images of --recalibrate, drawn at random.")] = 1000,
     report: Annotated[Path | None, typer.Option(help="Write each tensor's cosine, ratio, norms and flags.")] = None,
     overwrite: Overwrite = False,
     identify: Annotated[bool, typer.Option("--identify", help="Record the inputs' sha256 in the output.")] = False,
@@ -50,8 +60,7 @@ def merge(
         check_choice("--dtype", dtype, list(DTYPES))
     options = method_options(settings or [])
     find_method(method, options)  # before an option could be taken for something else
-    if batch_norm is not None:
-        _check_batch_norm(anchor)
+    recalibration = None if recalibrate is None else _recalibration(anchor, recalibrate, examples)
     with progress_of("merging") as progress:
         plan = merge_files(
             method,
@@ -68,39 +77,50 @@ def merge(
             identify=identify,
             progress=progress,
             options=options,
-            **_search_inputs(method, anchor, held_out),
+            recalibrate=None if recalibration is None else partial(_recalibrate, recalibration),
+            **_search_inputs(method, anchor, held_out, recalibration),
         )
-    if batch_norm is not None:
-        _estimate_batch_norm(out, batch_norm)
     summary = {"out": str(out), "method": method, "checkpoints": len(weights), "tensors": len(plan.report)}
     summary["dtype"] = ", ".join(
         name for name, stored in DTYPES.items() if stored in set(map(plan.dtype_of, plan.report))
     )
+    if recalibration is not None:
+        summary["BatchNorm"] = f"estimated on {recalibration.count} images"
     show("merged", [{**summary, **_flag_counts(plan.report)}], as_json)
 
 
-def _check_batch_norm(anchor: Path) -> None:
-    """Refuse what has no BatchNorm, or no architecture to run; needs torch."""
-    from modelstock.scoring.batch_norm import has_running_statistics
+def _recalibration(anchor: Path, shards: Path, examples: int) -> "Recalibration":
+    """What estimates the running statistics of merges again; needs torch.
+
+    Raises:
+        MergeError: an anchor without BatchNorm, or without an architecture to run.
+        WeightsError: shards of texts, or of other classes.
+    """
+    from modelstock.data.dataset import open_dataset
+    from modelstock.scoring.batch_norm import Recalibration, has_running_statistics
     from modelstock.weights.weight_set import load_weights
 
     weights = load_weights(anchor, lazy=True)
-    if "architecture" not in weights.meta or not has_running_statistics(weights):
+    missing = [] if has_running_statistics(weights) else ["running statistics of BatchNorm"]
+    missing += [] if "architecture" in weights.meta else ["an architecture"]
+    if missing:
         raise MergeError(
-            "--batch-norm",
-            got=f"{anchor}, without architecture or running statistics",
+            "--recalibrate",
+            got=f"{anchor}, without {' and '.join(missing)}",
             expected="a weight set of ours with BatchNorm",
             cure="leave it out",
         )
+    train = open_dataset(shards)
+    train.check_modality(weights)
+    train.check_classes(weights)
+    return Recalibration(train, examples=examples)
 
 
-def _estimate_batch_norm(out: Path, shards: Path) -> None:
-    """Estimate the running statistics of the merge in `out` again."""
-    from modelstock.data.dataset import open_dataset
-    from modelstock.scoring.batch_norm import estimated
+def _recalibrate(recalibration: "Recalibration", file: Path) -> None:
+    """Estimate the running statistics of the merge in a file again."""
     from modelstock.weights.weight_set import load_weights
 
-    estimated(load_weights(out), open_dataset(shards), examples=1000).save(out)
+    recalibration(load_weights(file)).save(file)
 
 
 def _flag_counts(report: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
@@ -111,8 +131,13 @@ def _flag_counts(report: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _search_inputs(method: str, anchor: Path, shards: Path | None) -> dict[str, Any]:
-    """The score or the gradient that a searching method asks for, on held-out shards; needs torch."""
+def _search_inputs(
+    method: str, anchor: Path, shards: Path | None, recalibration: "Recalibration | None"
+) -> dict[str, Any]:
+    """The score or the gradient that a searching method asks for, on held-out shards; needs torch.
+
+    `recalibration`: of the merges that are tried.
+    """
     from modelstock.merging.methods.table import METHODS
 
     needs = METHODS[method].needs
@@ -126,14 +151,15 @@ def _search_inputs(method: str, anchor: Path, shards: Path | None) -> dict[str, 
     from modelstock.weights.weight_set import load_weights
 
     held_out = open_dataset(shards)
+    tried: Callable[[WeightSet], WeightSet] = recalibration or (lambda weights: weights)
     if needs == "score":
-        return {"score": partial(accuracies, held_out)}
+        return {"score": lambda weights: accuracies(held_out, list(map(tried, weights)))}
 
     @cache
     def loss() -> Any:
         return loss_gradient(*sample(held_out, load_weights(anchor, lazy=True), examples=10**6))
 
-    return {"gradient": lambda weights: loss()(weights)}
+    return {"gradient": lambda weights: loss()(tried(weights))}
 
 
 def statistics(
@@ -141,7 +167,7 @@ def statistics(
     weights: Annotated[Path, typer.Argument(help="A weight set made by modelstock.")],
     data: Annotated[Path, typer.Option(help="Shards of the training set.")],
     out: OutFile,
-    examples: Annotated[int, typer.Option(min=1, help="How many images, drawn at random.")] = 1000,
+    examples: Annotated[int, typer.Option(min=1, help="How many examples, drawn at random.")] = 1000,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure what some methods weigh by, statistics of the training data, for one weight set."""
@@ -153,11 +179,11 @@ def statistics(
     from modelstock.scoring import data_statistics
     from modelstock.weights.weight_set import load_weights
 
-    loaded = load_weights(weights)
-    images, _ = data_statistics.sample(open_dataset(data), loaded, examples=examples)
-    measured = (data_statistics.fisher if what == "fisher" else data_statistics.inner)(loaded, images)
+    loaded, dataset = load_weights(weights), open_dataset(data)
+    drawn, _ = data_statistics.sample(dataset, loaded, examples=examples)
+    measured = (data_statistics.fisher if what == "fisher" else data_statistics.inner)(loaded, drawn)
     measured.save(out)
-    print(f"{out}: {what} of {len(measured.tensors)} tensors on {len(images)} images")
+    print(f"{out}: {what} of {len(measured.tensors)} tensors on {len(drawn)} {dataset.modality}s")
 
 
 def methods(as_json: AsJson = False) -> None:

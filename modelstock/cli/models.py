@@ -60,7 +60,7 @@ def export(
     license: Annotated[str | None, typer.Option(help="An identifier for the card, such as mit.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a weight set as a folder that open_clip or transformers loads, with its head and a model card."""
+    """Write a weight set as a folder that open_clip, transformers or timm loads, with its head and a model card."""
     from modelstock.models.export import export as write
     from modelstock.weights.weight_set import load_weights
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from modelstock.params import ClassesParams
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON rather than a table.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples per batch.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 OutFile = Annotated[Path, typer.Option("-o", "--out", help="The safetensors file to write.")]
 OutFolder = Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")]

@@ -49,6 +49,7 @@ def evaluate(
     datasets = open_benchmarks(benchmark)
     for dataset in datasets:
         for one in candidates:  # of all benchmarks, before the first is scored
+            dataset.check_modality(one)
             dataset.check_classes(one)
         repeat(f"{dataset.manifest.benchmark}: {line}" for line in dataset.manifest.notices)
     for one in candidates:
@@ -68,15 +69,17 @@ def evaluate(
     for dataset in datasets:
         outcomes = score(dataset, candidates, identities, options)
         results.append(collect(dataset, rows, outcomes, candidates, options.precision))
+        repeat(line for line in results[-1].notices if line.startswith(f"{results[-1].benchmark}: "))
         if out is not None:
             save_scores(out / f"{results[-1].benchmark}.safetensors", results[-1])
+    counted = [(scores, f"{dataset.modality}s") for scores, dataset in zip(results, datasets, strict=True)]
     if per_class:
-        show("accuracy by class", [row for scores in results for row in _class_rows(scores)], as_json)
+        show("accuracy by class", [row for scores, what in counted for row in _class_rows(scores, what)], as_json)
     elif as_json:
-        show("scores", [row for scores in results for row in _metric_rows(scores)], True)
+        show("scores", [row for scores, what in counted for row in _metric_rows(scores, what)], True)
     else:
-        for scores in results:
-            title = f"{scores.benchmark}: {len(scores.truth)} images; 95 % interval of top-1 by Wilson"
+        for scores, what in counted:
+            title = f"{scores.benchmark}: {len(scores.truth)} {what}; 95 % interval of top-1 by Wilson"
             show(title, _for_people(scores, len(weights)), False)
 
 
@@ -96,36 +99,36 @@ def _members(text: str, count: int) -> list[int]:
     return places
 
 
-def _metric_rows(scores: "Scores") -> list[dict[str, Any]]:
-    """Every metric of every row, and the interval of its accuracy."""
+def _metric_rows(scores: "Scores", what: str = "images") -> list[dict[str, Any]]:
+    """Every metric of every row, and the interval of its accuracy. `what`: the examples are."""
     from modelstock.comparison.intervals import wilson
     from modelstock.comparison.metrics import metrics
 
     rows = []
     for number, row in enumerate(scores.rows):
         interval = wilson(scores.correct[number])
-        facts: dict[str, Any] = {"weights": row.name, "benchmark": scores.benchmark, "images": len(scores.truth)}
+        facts: dict[str, Any] = {"weights": row.name, "benchmark": scores.benchmark, what: len(scores.truth)}
         rows.append({**facts, **metrics(scores, number), "low": interval.low, "high": interval.high})
     return rows
 
 
-def _class_rows(scores: "Scores") -> list[dict[str, Any]]:
-    """The accuracy of every row on every class; none where a class has no images."""
+def _class_rows(scores: "Scores", what: str) -> list[dict[str, Any]]:
+    """The accuracy of every row on every class; none where a class has no examples. `what`: the examples are."""
     import numpy as np
 
     from modelstock.comparison.compare import per_class
 
-    images = np.bincount(scores.truth, minlength=len(scores.labels))
+    examples = np.bincount(scores.truth, minlength=len(scores.labels))
     return [
         {
             "weights": row.name,
             "benchmark": scores.benchmark,
             "class": name,
-            "images": int(count),
+            what: int(count),
             "top1": None if np.isnan(share) else float(share),
         }
         for row, accuracies in zip(scores.rows, per_class(scores), strict=True)
-        for name, count, share in zip(scores.labels, images, accuracies, strict=True)
+        for name, count, share in zip(scores.labels, examples, accuracies, strict=True)
     ]
 
 

@@ -74,6 +74,13 @@ def lines(found: "Significance", source_a: str, source_b: str) -> list[str]:
         f"A - B: {_with_ends(one.value, one.low, one.high, sign='+')} points over {one.over}, p = {one.p:.3g} "
         f"({found.examples:,} examples{f'; seeds {found.seeds}' if several else ''})",
     ]
+    if found.balanced is not None and found.balanced.differs(found):
+        balanced = found.balanced.difference
+        shown.append(
+            f"balanced accuracy: A {100 * found.balanced.a:.2f} %, B {100 * found.balanced.b:.2f} %, "
+            f"A - B: {_with_ends(balanced.value, balanced.low, balanced.high, sign='+')} points over {balanced.over}, "
+            f"p = {balanced.p:.3g}"
+        )
     if found.mcnemar is not None:
         shown.append(
             f"McNemar, exact: {found.wins:,} examples that only A gets right, {found.losses:,} that only B does, "

@@ -10,7 +10,7 @@ from modelstock.comparison.choice import Candidate, Choice
 from modelstock.comparison.compare import Comparison, Line
 from modelstock.comparison.cost import passes
 from modelstock.comparison.differences import LEVEL, Difference
-from modelstock.comparison.text import half, percent, signed, table
+from modelstock.comparison.text import half, percent, signed, table, worded
 from modelstock.errors import few
 from modelstock.merging.methods.table import METHODS
 from modelstock.params import STANDARD_ERROR
@@ -35,7 +35,7 @@ def advice(comparison: Comparison) -> str:
         "Not known": "; ".join(unknown) or f"nothing: every difference has a p below {LEVEL} (Holm)",
         "Advised": _advised(comparison),
     }
-    return "\n\n".join(f"**{name}:** {text}." for name, text in parts.items())
+    return worded("\n\n".join(f"**{name}:** {text}." for name, text in parts.items()), comparison.modality)
 
 
 def chosen_merges(comparison: Comparison) -> list[Line]:
@@ -118,9 +118,7 @@ def _advised(comparison: Comparison) -> str:
         )
     figures = [f"{half(comparison.summary[choice.chosen][s])} {WHERE[s]}" for s in comparison.summaries]
     row = next(row for row in comparison.rows if row.name == choice.chosen)
-    anchor = (
-        "; it is the zero-shot anchor: nothing fine-tuned is measurably better there" if row.kind == "anchor" else ""
-    )
+    anchor = "; it is the anchor: nothing fine-tuned is measurably better there" if row.kind == "anchor" else ""
     cost = _seeds(comparison.cost[choice.chosen])
     return (
         f"ship **{choice.chosen}**: {reason}{anchor}. The test sets, which nothing was chosen on, give it "
@@ -177,7 +175,7 @@ def rule_in_words(choice: Choice) -> str:
     )
     return (
         f"The rule is `{choice.rule}`, by {looked_at}: {rule}.{paired} Rows with the same tensors count once; logit "
-        "ensembles are several models and no candidates; the zero-shot anchor is a candidate like any other. Ties go "
+        "ensembles are several models and no candidates; the anchor is a candidate like any other. Ties go "
         "to fewer seeds. Test sets were not looked at: their columns are for reporting. Distance: |w - w0| over the "
         "mean single seed's."
     )

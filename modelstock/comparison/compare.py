@@ -20,7 +20,7 @@ from modelstock.comparison.choice import SPLITS, Choice, choose, distinct
 from modelstock.comparison.cost import costs
 from modelstock.comparison.crossed import Crossed
 from modelstock.comparison.differences import Difference, difference, holm
-from modelstock.comparison.intervals import Accuracies, Estimate, Float
+from modelstock.comparison.intervals import Accuracies, BalancedAccuracies, Clusters, Estimate, Float
 from modelstock.comparison.metrics import metrics
 from modelstock.comparison.paired_tests import Test, family
 from modelstock.comparison.pareto import front
@@ -40,7 +40,8 @@ class Line:
     `key`: "anchor", "mean-seed", "best-seed", or the kind of its rows; with `size`, the seeds in each row (0 for the
     anchor), it is unique. `accuracy`: by benchmark. By summary: `summary`; `spread`, the standard deviation over the
     rows, empty for one row; `over_seed`, minus the mean single seed, empty for the anchor and seeds; `over_uniform`,
-    minus the uniform soups of the same members, empty where there is none.
+    minus the uniform soups of the same members, empty where there is none; `balanced_over_seed` and
+    `balanced_over_uniform`, the same two in balanced accuracy.
     """
 
     key: str
@@ -53,6 +54,8 @@ class Line:
     spread: Mapping[str, float]
     over_seed: Mapping[str, Difference]
     over_uniform: Mapping[str, Difference]
+    balanced_over_seed: Mapping[str, Difference]
+    balanced_over_uniform: Mapping[str, Difference]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,7 @@ class Comparison:
     resample: str  # what intervals draw of a test set: "images", or "classes" with all their images
     margin: float  # a difference above minus this, a share, is no worse
     precision: str  # of the towers
+    modality: str  # of the examples
     notices: tuple[str, ...]  # "weight set or benchmark: what is unusual about it"
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -188,6 +192,7 @@ class _Comparing:
         self.summaries = {"in-distribution": [self.inside], **({"shifts": self.shifts} if self.shifts else {})}
         self.by_benchmark = {scores.benchmark: self._accuracies([scores]) for scores in results}
         self.by_summary = {name: self._accuracies(sets) for name, sets in self.summaries.items()}
+        self.balanced_by_summary = {name: self._balanced(sets) for name, sets in self.summaries.items()}
         self.held_out_accuracy = self.by_benchmark[self.held_out.benchmark].measured
         self.seeds = [place for place, row in enumerate(self.rows) if row.kind == "seed"]
         self.uniform = {row.members: place for place, row in enumerate(self.rows) if row.kind == "uniform"}
@@ -224,13 +229,16 @@ class _Comparing:
             resample=self.resample,
             margin=self.margin,
             precision=self.held_out.precision,
+            modality=self.held_out.modality,
             notices=tuple(dict.fromkeys(line for scores in self.results for line in scores.notices)),
         )
 
     def lines(self) -> list[Line]:
         """The anchor, the seeds, then every kind of row by size and name."""
         lines = [
-            self._line("anchor", "zero-shot anchor", [place])
+            self._line(
+                "anchor", "linear-probe anchor" if row.options.get("head") == "probe" else "zero-shot anchor", [place]
+            )
             for place, row in enumerate(self.rows)
             if row.kind == "anchor"
         ]
@@ -267,9 +275,17 @@ class _Comparing:
         return tuple(self.rows[places[i]].name for i in on_it)
 
     def _accuracies(self, sets: Sequence[Scores]) -> Accuracies:
+        return Accuracies(self.rows, [s.correct for s in sets], self._clusters(sets))
+
+    def _balanced(self, sets: Sequence[Scores]) -> BalancedAccuracies:
+        truths = [scores.truth for scores in sets]
+        return BalancedAccuracies(self.rows, [s.correct for s in sets], truths, self._clusters(sets))
+
+    def _clusters(self, sets: Sequence[Scores]) -> Clusters:
+        if self.resample != "classes":
+            return None
         number = {label: place for place, label in enumerate(sorted({label for s in sets for label in s.labels}))}
-        classes = [np.array([number[label] for label in scores.labels])[scores.truth] for scores in sets]
-        return Accuracies(self.rows, [s.correct for s in sets], classes if self.resample == "classes" else None)
+        return [np.array([number[label] for label in scores.labels])[scores.truth] for scores in sets]
 
     def _per_benchmark(self, place: int) -> dict[str, Estimate]:
         return {benchmark: accuracies.mean([place]) for benchmark, accuracies in self.by_benchmark.items()}
@@ -286,7 +302,7 @@ class _Comparing:
         twins = [self.uniform[members] for place in places if (members := self.rows[place].members) in self.uniform]
         paired = first.kind != "uniform" and len(twins) == len(places) and len(first.members) > 1
         trained = first.kind not in ("anchor", "seed")
-        summaries = self.by_summary.items()
+        summaries, balanced = self.by_summary.items(), self.balanced_by_summary.items()
         return Line(
             key=key,
             name=name,
@@ -298,6 +314,10 @@ class _Comparing:
             spread={s: accuracies.spread(places) for s, accuracies in summaries} if several else {},
             over_seed={s: self._difference(a.over_members(places, self.seeds)) for s, a in summaries if trained},
             over_uniform={s: self._difference(a.paired(places, twins)) for s, a in summaries if paired},
+            balanced_over_seed={
+                s: self._difference(a.over_members(places, self.seeds)) for s, a in balanced if trained
+            },
+            balanced_over_uniform={s: self._difference(a.paired(places, twins)) for s, a in balanced if paired},
         )
 
     def _difference(self, moments: Crossed) -> Difference:
@@ -305,12 +325,12 @@ class _Comparing:
 
 
 def corrected(lines: Sequence[Line]) -> list[Line]:
-    """The lines with Holm's correction over all differences from the mean seed, and over all from uniform soups."""
-    over_seed = _corrected([line.over_seed for line in lines])
-    over_uniform = _corrected([line.over_uniform for line in lines])
+    """The lines with Holm's correction over all differences of a kind, as over all those from the mean seed."""
+    kinds = ("over_seed", "over_uniform", "balanced_over_seed", "balanced_over_uniform")
+    families = [_corrected([getattr(line, kind) for line in lines]) for kind in kinds]
     return [
-        dataclasses.replace(line, over_seed=first, over_uniform=second)
-        for line, first, second in zip(lines, over_seed, over_uniform, strict=True)
+        dataclasses.replace(line, **dict(zip(kinds, of_line, strict=True)))
+        for line, *of_line in zip(lines, *families, strict=True)
     ]
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize, special, stats
-from statsmodels.stats.multitest import multipletests
 
+from modelstock.comparison import paired_tests
 from modelstock.comparison.crossed import Crossed
 from modelstock.comparison.intervals import Estimate
 
@@ -59,10 +59,8 @@ def difference(moments: Crossed, *, margin: float) -> Difference:
 
 def holm(differences: Sequence[Difference]) -> list[Difference]:
     """The differences of a family with Holm's correction over all of them."""
-    if not differences:
-        return []
-    corrected = multipletests([one.p for one in differences], method="holm")[1]
-    return [dataclasses.replace(one, holm=float(p)) for one, p in zip(differences, corrected, strict=True)]
+    corrected = paired_tests.holm([one.p for one in differences])
+    return [dataclasses.replace(one, holm=p) for one, p in zip(differences, corrected, strict=True)]
 
 
 def chance(moments: Crossed) -> Estimate:

@@ -42,7 +42,7 @@ def title_of(kind: str) -> str:
     """A kind as a legend names it."""
     if kind in METHODS:
         return METHODS[kind].title or kind
-    return {"seed": "single seeds", "anchor": "zero-shot anchor"}.get(kind, kind)
+    return {"seed": "single seeds", "anchor": "anchor"}.get(kind, kind)
 
 
 def _bars(axes: Axes, x: Estimate, y: Estimate | float, *, colour: str, alpha: float = 0.5) -> None:
@@ -94,7 +94,7 @@ def _highlight(comparison: Comparison, axes: Axes, kind: str, lines: Sequence[Li
     points = [(line.accuracy[comparison.in_distribution], line.summary["shifts"]) for line in lines]
     x, y = ([100 * estimate.value for estimate in axis] for axis in zip(*points, strict=True))
     sizes = ", ".join(str(line.size) for line in lines)
-    label = {"seed": "mean single seed", "anchor": "zero-shot anchor"}.get(kind, f"{title_of(kind)} of {sizes}")
+    label = {"seed": "mean single seed", "anchor": "anchor"}.get(kind, f"{title_of(kind)} of {sizes}")
     axes.plot(x, y, "-", color=style.colour, alpha=0.5, zorder=2)
     axes.scatter(x, y, marker=style.marker, color=style.colour, s=90, label=label, zorder=3)
     for inside, outside in points:

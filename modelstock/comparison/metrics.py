@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from modelstock.comparison.intervals import label_weights
 from modelstock.scoring.results import Scores
 
 BINS = 15
@@ -37,6 +38,14 @@ def top1(scores: Scores, row: int) -> float:
     return float(scores.correct[row].mean())
 
 
+def balanced_accuracy(scores: Scores, row: int) -> float:
+    """The mean over the labels that occur of the accuracy on each label's own examples, which is the label's recall.
+
+    Source: Brodersen et al., ICPR 2010; for more than two labels scikit-learn's balanced_accuracy_score.
+    """
+    return float(label_weights(scores.truth) @ scores.correct[row])
+
+
 def top5(scores: Scores, row: int) -> float:
     """The share of the examples whose label is among the five most probable ones."""
     return float(scores.correct5[row].mean())
@@ -63,6 +72,14 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric(name="top1", title="top-1", measure=top1, unit="percent", better="higher", about="accuracy"),
+        Metric(
+            name="balanced_accuracy",
+            title="balanced accuracy",
+            measure=balanced_accuracy,
+            unit="percent",
+            better="higher",
+            about="accuracy with the same weight for each label: the mean of the labels' recalls",
+        ),
         Metric(
             name="top5",
             title="top-5",

@@ -28,7 +28,7 @@ from modelstock.comparison.figures import figures, training_figure
 from modelstock.comparison.intervals import Estimate
 from modelstock.comparison.metrics import METRICS, Metric
 from modelstock.comparison.published import Ours, matching, side_by_side
-from modelstock.comparison.text import percent, signed, table, with_half
+from modelstock.comparison.text import percent, signed, table, with_half, worded
 from modelstock.errors import few
 from modelstock.files import atomic_path, sealed, write_json
 
@@ -43,6 +43,8 @@ MEANS = {"shifts": "mean of shifts"}  # a column of tables that have the in-dist
 FIELDS = {"shifts": "shift-mean"}  # the same, in files
 BEFORE = {"in-distribution": "", "shifts": "shifts, "}  # a summary, before the name of a column
 CLASS_LINES = 50_000  # of per_class.csv; beyond them it has one weight set for each line of the main table
+BALANCED = "balanced_accuracy"
+SEEN = 0.0005  # a share; below it balanced accuracy is accuracy to the digits shown
 CHANGED = 5  # classes shown that gain most, and that lose most
 
 
@@ -123,22 +125,71 @@ def _mcnemar(comparison: Comparison, family: str) -> str:
     return table(head, body)
 
 
-def _mean_metric(comparison: Comparison, line: Line, metric: str, benchmarks: Sequence[str]) -> float:
-    values = [comparison.metrics[row][benchmark][metric] for row in line.rows for benchmark in benchmarks]
+def _label_shares(comparison: Comparison) -> str:
+    """The least and the largest share of a label that occurs, by test set, in percent."""
+    parts: dict[str, list[str]] = {}
+    for benchmark in (comparison.in_distribution, *comparison.shifts):
+        images = [count for count in comparison.classes[benchmark].images if count]
+        low, high = (percent(end / comparison.examples[benchmark]) for end in (min(images), max(images)))
+        parts.setdefault(low if low == high else f"{low} to {high}", []).append(benchmark)
+    return "; ".join(f"{shares} % ({_literal(few(names, 6))})" for shares, names in parts.items())
+
+
+def balanced_differs(comparison: Comparison) -> bool:
+    """Whether balanced accuracy is other than accuracy by SEEN or more anywhere: not where labels have equal shares."""
+    values = [values for by_benchmark in comparison.metrics.values() for values in by_benchmark.values()]
+    return any(abs(one[BALANCED] - one["top1"]) >= SEEN for one in values)
+
+
+def _balanced(comparison: Comparison) -> list[str]:
+    """The section on balanced accuracy: the main table's lines and columns, and the differences; or one sentence."""
+    about = "Balanced accuracy gives each label the same weight: it is the mean of the labels' recalls."
+    shares = f"Shares of the labels that occur: {_label_shares(comparison)}."
+    if not balanced_differs(comparison):
+        same = f"Here it equals accuracy, to within {100 * SEEN:g} points for every weight set on every benchmark."
+        return ["## Balanced accuracy", f"{about} {same} {shares}"]
+    sets = {one: [one] for one in (comparison.in_distribution, *comparison.shifts)}
+    sets |= {MEANS[s]: benchmarks_of(comparison, s) for s in comparison.summaries[1:]}
+    body = [
+        [line.name, *(percent(mean_metric(comparison, line.rows, BALANCED, names)) for names in sets.values())]
+        for line in comparison.lines
+    ]
+    return [
+        "## Balanced accuracy",
+        f"{about} {shares} In percent, the lines of the first table; nothing is chosen by it.",
+        table(["weights", *sets], body),
+        "Differences in balanced accuracy, in points, over what those in accuracy are over. p as there.",
+        "### Balanced accuracy over the mean single seed",
+        _differences(comparison, lambda line: line.balanced_over_seed),
+        "### Balanced accuracy over the uniform soup of the same seeds",
+        _differences(comparison, lambda line: line.balanced_over_uniform),
+    ]
+
+
+def mean_metric(comparison: Comparison, rows: Sequence[str], metric: str, benchmarks: Sequence[str]) -> float:
+    """A metric's mean over weight sets and benchmarks."""
+    values = [comparison.metrics[row][benchmark][metric] for row in rows for benchmark in benchmarks]
     return sum(values) / len(values)
 
 
+def benchmarks_of(comparison: Comparison, summary: str) -> list[str]:
+    """The benchmarks whose mean a summary is."""
+    return list(comparison.shifts) if summary == "shifts" else [comparison.in_distribution]
+
+
 def _shown_metrics(comparison: Comparison) -> list[Metric]:
-    """All but the accuracy that everything else is about, where some benchmark has labels enough for them."""
+    """All but accuracy and balanced accuracy, which have tables of their own, where labels are enough for them."""
     most = max(len(classes.labels) for classes in comparison.classes.values())
-    return [metric for name, metric in METRICS.items() if name != "top1" and most > metric.labels]
+    return [metric for name, metric in METRICS.items() if name not in ("top1", BALANCED) and most > metric.labels]
 
 
 def _quality(comparison: Comparison) -> str:
-    sets = {"in-distribution": [comparison.in_distribution], "shifts": list(comparison.shifts)}
     columns = [(metric, summary) for summary in comparison.summaries for metric in _shown_metrics(comparison)]
     body = [
-        [line.name, *(m.text(_mean_metric(comparison, line, m.name, sets[summary])) for m, summary in columns)]
+        [
+            line.name,
+            *(m.text(mean_metric(comparison, line.rows, m.name, benchmarks_of(comparison, s))) for m, s in columns),
+        ]
         for line in comparison.lines
     ]
     return table(["weights", *(f"{BEFORE[summary]}{metric.title}" for metric, summary in columns)], body)
@@ -270,6 +321,7 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any], pictures: Mapp
         _differences(comparison, lambda line: line.over_seed),
         "### Over the uniform soup of the same seeds",
         _differences(comparison, lambda line: line.over_uniform),
+        *_balanced(comparison),
         "## Spread over seeds and subsets of seeds",
         _spreads(comparison),
         "## McNemar's exact test against the uniform soup of the same seeds",
@@ -319,7 +371,7 @@ def as_markdown(comparison: Comparison, facts: Mapping[str, Any], pictures: Mapp
     if "cosines" in facts:
         text = ", ".join(f"{name} {value:.2f}" for name, value in facts["cosines"].items())
         parts += ["## Angles", f"Cosine between the updates of two seeds, over tensors and pairs: {text}."]
-    return "\n\n".join(parts) + "\n"
+    return worded("\n\n".join(parts) + "\n", comparison.modality)
 
 
 def as_html(text: str, pictures: Mapping[str, bytes]) -> str:
@@ -345,7 +397,7 @@ def as_metrics(comparison: Comparison) -> dict[str, dict[str, float]]:
 
 
 def as_summary(comparison: Comparison) -> dict[str, dict[str, float]]:
-    """The rows of `dvc metrics show`: top-1 in percent, and how many seeds are in each weight set.
+    """The rows of `dvc metrics show`: accuracy in percent, balanced accuracy too, and the seeds in each weight set.
 
     The champion, the mean single seed, and of each highlighted method the mean over its weight sets of fewest seeds.
     """
@@ -357,6 +409,9 @@ def as_summary(comparison: Comparison) -> dict[str, dict[str, float]]:
     def percent(names: Sequence[str], summary: Mapping[str, Estimate]) -> dict[str, float]:
         held_out = float(np.mean([comparison.accuracy[name][comparison.held_out].value for name in names]))
         values = {"held-out": held_out} | {name: estimate.value for name, estimate in summary.items()}
+        for name, key in (("in-distribution", "balanced"), ("shifts", "balanced-shifts")):
+            if name in summary:
+                values[key] = mean_metric(comparison, names, BALANCED, benchmarks_of(comparison, name))
         return {name: round(100 * value, 2) for name, value in values.items()}
 
     return {key: {"seeds": size, **percent(names, summary)} for key, (size, names, summary) in rows.items()}
@@ -376,7 +431,8 @@ def as_quality(comparison: Comparison) -> dict[str, dict[str, dict[str, dict[str
     return {
         "lines": {
             line.name: {
-                b: {k: round(_mean_metric(comparison, line, k, [b]), 6) for k in keys} for b in comparison.benchmarks
+                b: {k: round(mean_metric(comparison, line.rows, k, [b]), 6) for k in keys}
+                for b in comparison.benchmarks
             }
             for line in comparison.lines
         },
@@ -485,18 +541,28 @@ def summary_lines(comparison: Comparison) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="top-1 accuracy in %, with half a 95 % interval", title_justify="left")
-    table.add_column("weights", no_wrap=True)
-    means = comparison.summaries[1:]
-    differences = [f"{BEFORE[s]}over mean seed" for s in comparison.summaries]
-    for head in (comparison.in_distribution, *(MEANS[s] for s in means), *differences):
-        table.add_column(head, justify="right", no_wrap=True)
-    for line in comparison.lines:
-        summaries = [with_half(line.summary[s]) for s in comparison.summaries]
-        over = [signed(line.over_seed[s]) if line.over_seed else "" for s in comparison.summaries]
-        table.add_row(line.name, *summaries, *over)
+    def lines(title: str, cell: Callable[[Line, str], str], over: Callable[[Line], Mapping[str, Difference]]) -> Table:
+        table = Table(title=title, title_justify="left")
+        table.add_column("weights", no_wrap=True)
+        means = [MEANS[s] for s in comparison.summaries[1:]]
+        differences = [f"{BEFORE[s]}over mean seed" for s in comparison.summaries]
+        for head in (comparison.in_distribution, *means, *differences):
+            table.add_column(head, justify="right", no_wrap=True)
+        for line in comparison.lines:
+            points = [signed(over(line)[s]) if over(line) else "" for s in comparison.summaries]
+            table.add_row(line.name, *(cell(line, s) for s in comparison.summaries), *points)
+        return table
+
+    def balanced(line: Line, summary: str) -> str:
+        return percent(mean_metric(comparison, line.rows, BALANCED, benchmarks_of(comparison, summary)))
+
     console = Console(width=130, file=io.StringIO(), force_terminal=False)
-    console.print(table)
+    accuracy = "top-1 accuracy in %, with half a 95 % interval"
+    console.print(lines(accuracy, lambda line, s: with_half(line.summary[s]), lambda line: line.over_seed))
+    if balanced_differs(comparison):
+        console.print(lines("balanced accuracy in %", balanced, lambda line: line.balanced_over_seed))
+    else:
+        console.print("Balanced accuracy equals accuracy.")
     shown = console.file
     assert isinstance(shown, io.StringIO)
     words = [textwrap.fill(part.replace("**", ""), 130) for part in advice(comparison).split("\n\n")]

@@ -1,7 +1,7 @@
 """What a head tells apart: class names, the folders they stand in on disk, and the prompts of a zero-shot start."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,8 +48,15 @@ def templates(params: ClassesParams) -> Sequence[Callable[[str], str]]:
 
         found: Sequence[Callable[[str], str]] = open_clip.OPENAI_IMAGENET_TEMPLATES
         return found
+    if isinstance(params.templates, dict):
+        own = params.templates
+        return [partial(_own_text, own, place) for place in range(len(next(iter(own.values()))))]
     texts = TEMPLATES if params.templates == "shapes" else params.templates
     return [partial(str.format, text) for text in texts]
+
+
+def _own_text(texts: Mapping[str, Sequence[str]], place: int, name: str) -> str:
+    return texts[name][place]
 
 
 def prompts_key(names: Sequence[str], prompts: Sequence[Callable[[str], str]]) -> str:

@@ -285,7 +285,8 @@ class Zip:
 
 
 @lru_cache(maxsize=2)
-def _rows(path: Path, column: str | None) -> Any:
+def rows_of(path: Path, column: str | None) -> Any:
+    """The rows of a folder of the library `datasets`; `column`: one of images, which are then bytes."""
     library = import_module("datasets")
     rows = library.load_from_disk(str(path))
     # The bytes as they were stored, rather than a decoded picture.
@@ -313,7 +314,7 @@ class Rows:
         Raises:
             DataError: none or several of either.
         """
-        features = _rows(self.place, None).features
+        features = rows_of(self.place, None).features
         images = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
         labels = [name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"]
         labels = labels or [name for name, kind in features.items() if "int" in str(getattr(kind, "dtype", ""))]
@@ -328,17 +329,17 @@ class Rows:
 
     def labels(self) -> tuple[list[int], list[str] | None]:
         """Each row's label, and the labels' names where they have some."""
-        rows, (_, column) = _rows(self.place, None), self.columns()
+        rows, (_, column) = rows_of(self.place, None), self.columns()
         return list(rows[column]), getattr(rows.features[column], "names", None)
 
     def files(self) -> list[File]:
         """Every row; sizes are not known."""
-        return [File(f"{row:08d}", 0, (row,)) for row in range(len(_rows(self.place, None)))]
+        return [File(f"{row:08d}", 0, (row,)) for row in range(len(rows_of(self.place, None)))]
 
     def read(self, file: File) -> bytes:
         """The bytes of a row's image, as they were stored."""
         image, _ = self.columns()
-        found = _rows(self.place, image)[file.place[0]][image]
+        found = rows_of(self.place, image)[file.place[0]][image]
         content: bytes = found["bytes"] if found["bytes"] is not None else Path(found["path"]).read_bytes()
         return content
 

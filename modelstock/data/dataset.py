@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from modelstock.data.examples import Examples, InMemory, InShards
-from modelstock.data.manifest import FILE_NAME, Manifest, read_manifest, verify_shards
+from modelstock.data.examples import InMemory, InShards, TextsInMemory, TextsInShards
+from modelstock.data.manifest import FILE_NAME, Manifest, Modality, read_manifest, verify_shards
 from modelstock.errors import DataError, WeightsError
 from modelstock.notices import notice
 from modelstock.weights.weight_set import WeightSet, classes_sha256
@@ -18,36 +19,77 @@ from modelstock.weights.weight_set import WeightSet, classes_sha256
 
 @dataclass(frozen=True)
 class Dataset:
-    """A split: its folder, its verified manifest, and its images by row in the shards' order."""
+    """A split: its folder, its verified manifest, and its images or texts by row in the shards' order."""
 
     folder: Path
     manifest: Manifest
 
+    @property
+    def modality(self) -> Modality:
+        """What the examples are: image or text."""
+        return self.manifest.modality
+
     @cached_property
     def images(self) -> InShards:
-        """The images, read from the shards whenever they are asked for."""
-        return InShards(self.folder, self.manifest)
-
-    def decoded(self, row: int) -> Image.Image | str:
-        """An example as it comes from its file.
+        """The images, read from the shards whenever they are asked for.
 
         Raises:
-            DataError: it does not decode.
+            DataError: the examples are texts.
         """
-        return self.images.cut(row)
+        self._check("image")
+        return InShards(self.folder, self.manifest)
+
+    @cached_property
+    def texts(self) -> TextsInShards:
+        """The texts, read from the shards whenever they are asked for.
+
+        Raises:
+            DataError: the examples are images.
+        """
+        self._check("text")
+        return TextsInShards(self.folder, self.manifest)
+
+    def _check(self, wanted: Modality) -> None:
+        if self.modality != wanted:
+            raise DataError(
+                self.folder, got=f"{self.modality}s", expected=f"{wanted}s", cure=f"name a data set of {wanted}s"
+            )
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """Labels (N,): places in `manifest.labels`."""
-        return self.images.labels
+        return self.texts.labels if self.modality == "text" else self.images.labels
 
-    def examples(self, *, in_memory: bool) -> Examples:
-        """The images with their labels, for training: decoded once, or read whenever they are asked for.
+    def decoded(self, row: int) -> Image.Image | str:
+        """An image in RGB without its border, or a text.
 
         Raises:
-            DataError: images of several sizes, which cannot be kept in memory, or one that does not decode.
+            DataError: it does not decode.
         """
+        return self.texts.text(row) if self.modality == "text" else self.images.cut(row)
+
+    def examples(self, *, in_memory: bool) -> Any:
+        """`Examples` or `Texts` with their labels, for training: decoded once, or read whenever they are asked for.
+
+        Raises:
+            DataError: images of several sizes, which cannot be kept in memory, or an example that does not decode.
+        """
+        if self.modality == "text":
+            texts = self.texts
+            rows = range(len(texts.labels))
+            return TextsInMemory([texts.text(row) for row in rows], texts.labels) if in_memory else texts
         return InMemory(*read_all(self)) if in_memory else self.images
+
+    def check_modality(self, weights: WeightSet) -> None:
+        """Raise WeightsError unless a weight set's tower takes what this split holds."""
+        taken = (weights.meta.get("preprocess") or {}).get("modality", "image")
+        if taken != self.modality:
+            raise WeightsError(
+                weights.source,
+                got=f"a tower for {taken}s",
+                expected=f"one for the {self.modality}s of {self.folder}",
+                cure=f"evaluate it on a benchmark of {taken}s, or name weights with a tower for {self.modality}s",
+            )
 
     def check_classes(self, weights: WeightSet) -> None:
         """Raise WeightsError unless a weight set's head has the classes that this split's label groups point to."""
@@ -87,7 +129,7 @@ def open_benchmarks(folders: Sequence[Path]) -> list[Dataset]:
     """The splits that are scored together; results go by their names.
 
     Raises:
-        DataError: as `open_dataset`; two of one name. The same images under two names are a notice.
+        DataError: as `open_dataset`; two of one name. The same examples under two names are a notice.
     """
     datasets = [open_dataset(folder) for folder in folders]
     names: dict[str, Dataset] = {}
@@ -102,7 +144,7 @@ def open_benchmarks(folders: Sequence[Path]) -> list[Dataset]:
                 cure="prepare one of them with another --name, and name each folder once",
             )
         if content in shards:
-            notice(name, f"the same images as {shards[content].manifest.benchmark}")
+            notice(name, f"the same {dataset.modality}s as {shards[content].manifest.benchmark}")
         names[name], shards[content] = dataset, dataset
     return datasets
 

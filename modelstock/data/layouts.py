@@ -1,6 +1,6 @@
-"""Data sets as they are published: which files are images, and what label each has.
+"""Data sets as they are published: which files are images or texts, and what label each has.
 
-A source is listed before anything is read from it: (label, name, file) for every image, ordered by label and then by
+A source is listed before anything is read from it: (label, name, file) for every example, ordered by label and then by
 name as text, so that a folder, an archive and an archive of archives of the same data give the same list. The class of
 an image is the folder that it is in, at any depth below leading folders such as `imagenet-r/`; a name is
 `<class folder>/<file>`. What is left out is counted, and what cannot be placed is an error.
@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 from modelstock.data.classes import class_names, folder_names, wnids
 from modelstock.data.containers import Container, File, Folder, Rows, TarGz, Tars, open_container
 from modelstock.data.decoder import SUFFIXES
-from modelstock.data.index import Example, pair
+from modelstock.data.index import TEXT, Example, pair
+from modelstock.data.manifest import Modality
 from modelstock.errors import DataError, ParamsError, few, nearest
 from modelstock.notices import notice
-from modelstock.params import ClassesParams, FilesSplit, PrepareParams
+from modelstock.params import ClassesParams, FilesSplit, OnDisk, PrepareParams, TextsSplit
 from modelstock.progress import progress_bar
 
 # What lies beside images and is none.
@@ -40,6 +41,7 @@ _TEXTS = frozenset(
 _JUNK = frozenset(("thumbs.db", "desktop.ini", "license", "readme"))
 # What no name may have: control characters, and bytes that are no UTF-8.
 _STRANGE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+TEXT_SUFFIX = f".{TEXT}"
 _FLAT = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")
 OBJECTNET_BORDER = 2  # pixels of red around every image of ObjectNet, there to find it in training sets
 _MAPPINGS = (
@@ -51,7 +53,7 @@ _MAPPINGS = (
 
 
 class Item(NamedTuple):
-    """An image: its label, its name and its file."""
+    """An image or text: its label, its name and its file."""
 
     label: int
     name: str
@@ -76,10 +78,11 @@ class Meaning:
 
 @dataclass(frozen=True)
 class Source:
-    """Images of a split, in their order.
+    """Images or texts of a split, in their order.
 
     `left_out`: what of the container is none of them on purpose, counted. `shards`: they are webdataset shards, which
-    can be used where they are.
+    can be used where they are. `unreadable`: rows of a table that are no examples, by what names them. `rules`: how
+    texts were chosen and labelled, for the manifest.
     """
 
     container: Container
@@ -87,6 +90,9 @@ class Source:
     meaning: Meaning
     left_out: Mapping[str, int] = field(default_factory=dict)
     shards: bool = False
+    modality: Modality = "image"
+    unreadable: Sequence[str] = ()
+    rules: Mapping[str, str] = field(default_factory=dict)
 
 
 def _different(names: Sequence[str], folders: Iterable[str]) -> list[str]:
@@ -116,7 +122,7 @@ class Layout:
     mappings: Sequence[str] = ()
 
 
-def layout_of(split: FilesSplit) -> Layout:
+def layout_of(split: OnDisk) -> Layout:
     """The layout that a split names.
 
     Raises:
@@ -128,7 +134,7 @@ def layout_of(split: FilesSplit) -> Layout:
     return LAYOUTS[split.labels]
 
 
-def meaning(split: FilesSplit, classes: ClassesParams, mappings: Mapping[str, bytes], *, whole: bool) -> Meaning:
+def meaning(split: OnDisk, classes: ClassesParams, mappings: Mapping[str, bytes], *, whole: bool) -> Meaning:
     """What the folders or integers of a layout mean to the head.
 
     `mappings`: the contents of the files that the layout needs. `whole`: whether a set with the head's own classes
@@ -146,7 +152,8 @@ def meaning(split: FilesSplit, classes: ClassesParams, mappings: Mapping[str, by
             cure="set it, or use labels: classes for folders named by your own classes",
         )
     head = Head(folders, _different(class_names(classes), folders))
-    meant = layout.meaning(head, Path(split.mappings or split.path), mappings)
+    place = (isinstance(split, FilesSplit) and split.mappings) or split.path
+    meant = layout.meaning(head, Path(place), mappings)
     return meant if layout.imagenet else replace(meant, whole=whole)
 
 
@@ -266,29 +273,35 @@ def read_devkit(path: Path) -> list[str]:
         ) from error
 
 
-def _is_junk(path: str) -> bool:
+def modality_of(split: OnDisk) -> Modality:
+    """What the examples of a split are."""
+    return "text" if isinstance(split, TextsSplit) else "image"
+
+
+def _is_junk(path: str, modality: Modality) -> bool:
     parts = path.lower().split("/")
+    stem, suffix = splitext(parts[-1])
     hidden = any(part.startswith(".") or part == "__macosx" for part in parts)
-    return hidden or parts[-1] in _JUNK or splitext(parts[-1])[1] in _TEXTS
+    if modality == "text" and suffix == TEXT_SUFFIX:
+        return hidden or stem in _JUNK
+    return hidden or parts[-1] in _JUNK or suffix in _TEXTS
 
 
-def _is_image(path: str) -> bool:
-    return splitext(path)[1].lower() in SUFFIXES
-
-
-def _by_folder(split: FilesSplit, files: Sequence[File], meaning: Meaning) -> tuple[list[Item], dict[str, int]]:
-    """Every image with the label of its class folder, and what is left out, counted.
+def by_folder(split: OnDisk, files: Sequence[File], meaning: Meaning) -> tuple[list[Item], dict[str, int]]:
+    """Every image or text with the label of its class folder, and what is left out, counted.
 
     Raises:
-        DataError: folders that are not those of the layout, or files that are no images by their names.
+        DataError: folders that are not those of the layout, or files that are no examples by their names.
     """
-    rest = [file for file in files if not _is_junk(file.path)]
-    images = [(file, file.path.split("/")) for file in rest if _is_image(file.path)]
+    modality = modality_of(split)
+    suffixes = SUFFIXES if modality == "image" else (TEXT_SUFFIX,)
+    rest = [file for file in files if not _is_junk(file.path, modality)]
+    images = [(file, file.path.split("/")) for file in rest if splitext(file.path)[1].lower() in suffixes]
     known = meaning.folders.keys() | meaning.unmapped
     # Class folders are at one depth: where most of their names are.
     depth = max(range(4), key=lambda d: len({p[d] for _, p in images if len(p) > d + 1 and p[d] in known}))
     placed = [(file, parts) for file, parts in images if len(parts) > depth + 1 and parts[depth] in known]
-    if images and not placed:
+    if images and not placed and isinstance(split, FilesSplit):
         flat = [(match, file) for file, _ in images if (match := _FLAT.fullmatch(file.path))]
         if len(flat) == len(images):
             return _flat(split, flat, meaning), {}
@@ -312,21 +325,21 @@ def _by_folder(split: FilesSplit, files: Sequence[File], meaning: Meaning) -> tu
         if len(parts) <= depth + 1 or parts[depth] not in known
     )
     problems = [f"{len(meaning.folders) - len(missing)} of {len(meaning.folders)} class folders"] if missing else []
-    problems += [f"{few(missing)} without images"] if missing else []
-    problems += [f"{sum(others.values())} images in {few(sorted(others))}"] if others else []
+    problems += [f"{few(missing)} without {modality}s"] if missing else []
+    problems += [f"{sum(others.values())} {modality}s in {few(sorted(others))}"] if others else []
     if problems:
         raise DataError(split.path, got=", ".join(problems), expected=expected, cure=cure)
-    other = [file.path for file in rest if not _is_image(file.path)]
+    other = [file.path for file in rest if splitext(file.path)[1].lower() not in suffixes]
     names = [path for path in other if (parts := path.split("/"))[:-1][depth : depth + 1] and parts[depth] in known]
     if names:
         raise DataError(
             split.path,
-            got=f"{few(names)}, no images by their names",
-            expected=" ".join(sorted(SUFFIXES)),
+            got=f"{few(names)}, no {modality}s by their names",
+            expected=" ".join(sorted(suffixes)),
             cure="convert, rename or remove them",
         )
     counts = {
-        "files that are not images": len(files) - len(images),
+        f"files that are not {modality}s": len(files) - len(images),
         "folders without a class": len(have.keys() & meaning.unmapped),
         "images in folders without a class": sum(have[folder] for folder in meaning.unmapped),
     }
@@ -371,54 +384,57 @@ def _flat(split: FilesSplit, flat: Sequence[tuple[re.Match[str], File]], meaning
     return items
 
 
-def _check_keys(split: FilesSplit, container: Tars, examples: Mapping[str, Example[File]]) -> None:
-    """Give a notice of keys that come in several shards; where their images are the same too, a shard is a copy.
+def _check_keys(split: OnDisk, container: Tars, examples: Mapping[str, Example[File]]) -> None:
+    """Give a notice of keys that come in several shards; where their contents are the same too, a shard is a copy.
 
     Raises:
-        DataError: the same image under the same key in two shards.
+        DataError: the same image or text under the same key in two shards.
     """
+    modality = modality_of(split)
     by_key: defaultdict[str, list[File]] = defaultdict(list)
-    for key, (image, _) in examples.items() if len(container.paths) > 1 else ():
-        if image is not None:
-            by_key[key.partition("/")[2]].append(image)
-    repeated = {key: images for key, images in by_key.items() if len(images) > 1}
-    for key, images in repeated.items():
+    for key, (content, _) in examples.items() if len(container.paths) > 1 else ():
+        if content is not None:
+            by_key[key.partition("/")[2]].append(content)
+    repeated = {key: files for key, files in by_key.items() if len(files) > 1}
+    for key, files in repeated.items():
         equal = defaultdict(list)
-        for image in images:
-            if sum(other.size == image.size for other in images) > 1:
-                equal[container.read(image)].append(image.path)
+        for file in files:
+            if sum(other.size == file.size for other in files) > 1:
+                equal[container.read(file)].append(file.path)
         if copies := next((paths for paths in equal.values() if len(paths) > 1), None):
             raise DataError(
                 split.path,
-                got=f"the same image under the key {key} in {few(copies)}",
+                got=f"the same {modality} under the key {key} in {few(copies)}",
                 expected="every example once",
                 cure="remove the copies of shards",
             )
     if repeated:
         notice(
-            "shards", f"{len(repeated)} keys such as {next(iter(repeated))} come in several of them, as other images"
+            "shards",
+            f"{len(repeated)} keys such as {next(iter(repeated))} come in several of them, as other {modality}s",
         )
 
 
-def _by_key(split: FilesSplit, container: Tars, files: Sequence[File], meaning: Meaning) -> list[Item]:
+def by_key(split: OnDisk, container: Tars, files: Sequence[File], meaning: Meaning) -> list[Item]:
     """The examples of webdataset shards."""
-    folders = list(meaning.folders)
-    examples = pair(container.place, ((file.path, file) for file in files), container.read)
+    folders, modality = list(meaning.folders), modality_of(split)
+    examples = pair(container.place, ((file.path, file) for file in files), container.read, modality)
     _check_keys(split, container, examples)
     labels = {key: example.label_below(len(folders)) for key, example in examples.items()}
     wrong = sorted(key for key, label in labels.items() if label is None)
     if wrong:
-        image, text = examples[wrong[0]]
+        content, text = examples[wrong[0]]
+        article = "no" if content is None else "an" if modality == "image" else "a"
         raise DataError(
             split.path,
-            got=f"{len(wrong)} examples such as {wrong[0]}, {'an' if image else 'no'} image with label {text}",
-            expected=f"an image and a label from 0 to {len(folders) - 1}",
+            got=f"{len(wrong)} examples such as {wrong[0]}, {article} {modality} with label {text}",
+            expected=f"{'an image' if modality == 'image' else 'a text'} and a label from 0 to {len(folders) - 1}",
             cure=f"correct labels: {split.labels}, or make the shards again",
         )
     return [
-        Item(label, f"{folders[label]}/{key}", image)
-        for key, (image, _) in examples.items()
-        if image is not None and (label := labels[key]) is not None
+        Item(label, f"{folders[label]}/{key}", content)
+        for key, (content, _) in examples.items()
+        if content is not None and (label := labels[key]) is not None
     ]
 
 
@@ -456,8 +472,8 @@ def _by_row(split: FilesSplit, rows: Rows, files: Sequence[File], meaning: Meani
     return items
 
 
-def _cut(split: FilesSplit, items: Sequence[Item], count: int, meaning: Meaning) -> list[Item]:
-    """The part of a training set: of every class, the `count` images whose names' sha256 is smallest are held out."""
+def _cut(split: OnDisk, items: Sequence[Item], count: int, meaning: Meaning) -> list[Item]:
+    """The part of a training set: of every class, the `count` examples whose names' sha256 is smallest are held out."""
     classes: defaultdict[int, list[Item]] = defaultdict(list)
     for item in items:
         classes[item.label].append(item)
@@ -466,9 +482,9 @@ def _cut(split: FilesSplit, items: Sequence[Item], count: int, meaning: Meaning)
         folder = list(meaning.folders)[small[0]]
         raise DataError(
             split.path,
-            got=f"{len(classes[small[0]])} images of {folder} and {len(small)} such classes",
+            got=f"{len(classes[small[0]])} {modality_of(split)}s of {folder} and {len(small)} such classes",
             expected=f"more than prepare.held_out_per_class, {count}",
-            cure="lower it, or add images",
+            cure=f"lower it, or add {modality_of(split)}s",
         )
     chosen = []
     for label in sorted(classes):
@@ -477,14 +493,14 @@ def _cut(split: FilesSplit, items: Sequence[Item], count: int, meaning: Meaning)
     return chosen
 
 
-def _listed(name: str, split: FilesSplit) -> tuple[Container, list[File]]:
+def listed(name: str, split: OnDisk) -> tuple[Container, list[File]]:
     """A split's container and its files.
 
     Raises:
         DataError: also what the system refuses, a path that comes twice, or one that is no text.
     """
     try:
-        container = open_container(Path(split.path), split.password)
+        container = open_container(Path(split.path), split.password if isinstance(split, FilesSplit) else None)
         files = list(progress_bar(container.files(), desc=f"{name}: listing", unit="file", delay=2, leave=False))
     except OSError as error:
         raise DataError(
@@ -523,31 +539,39 @@ def open_source(name: str, params: PrepareParams, classes: ClassesParams) -> Sou
     split = params.splits[name]
     assert isinstance(split, FilesSplit)
     layout_of(split)  # before anything is read
-    container, files = _listed(name, split)
+    container, files = listed(name, split)
     whole = params.role(name) in ("train", "held-out")
     found = meaning(split, classes, _mappings(split, container, files), whole=whole)
     left_out: dict[str, int] = {}
     shards = False
     if isinstance(container, Tars) and any(file.path.endswith(".cls") for file in files):
         shards = True
-        items = _by_key(split, container, files, found)
+        items = by_key(split, container, files, found)
     elif isinstance(container, Rows):
         items = _by_row(split, container, files, found)
     else:
-        items, left_out = _by_folder(split, files, found)
-    present = {item.label for item in items}
-    if not items or (found.whole and len(present) < len(found.names)):
-        missing = [folder for folder, label in found.folders.items() if label not in present]
+        items, left_out = by_folder(split, files, found)
+    return Source(container, part_of(split, items, params.held_out_per_class, found), found, left_out, shards)
+
+
+def part_of(split: OnDisk, items: list[Item], held_out_per_class: int, meaning: Meaning) -> list[Item]:
+    """The part of all examples that the split wants, by label and then by name.
+
+    Raises:
+        DataError: no examples, or none of a label that must have some.
+    """
+    present, noun = {item.label for item in items}, f"{modality_of(split)}s"
+    if not items or (meaning.whole and len(present) < len(meaning.names)):
+        missing = [folder for folder, label in meaning.folders.items() if label not in present]
         raise DataError(
             split.path,
-            got=f"{len(items)} images, none of {few(missing)}",
-            expected=f"images of all {len(found.names)} labels",
+            got=f"{len(items)} {noun}, none of {few(missing)}",
+            expected=f"{noun} of all {len(meaning.names)} labels",
             cure="correct path or labels of the split",
         )
     if split.part != "all":
-        items = _cut(split, items, params.held_out_per_class, found)
-    items.sort(key=lambda item: (item.label, item.name))
-    return Source(container, items, found, left_out, shards)
+        items = _cut(split, items, held_out_per_class, meaning)
+    return sorted(items, key=lambda item: (item.label, item.name))
 
 
 def subset(source: Source) -> Source:

@@ -21,6 +21,7 @@ from modelstock.files import NAME, dump_json, sha256_of, write_json
 FILE_NAME = "manifest.json"
 _LARGEST = 256 << 20  # bytes of a manifest; ImageNet's has less than one
 _AGAIN = "run the stage prepare again"
+Modality = Literal["image", "text"]
 SHARD_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar"
 
 
@@ -39,7 +40,8 @@ class Manifest(BaseModel):
     `root`: the folder of the shards, where it is not the manifest's own (shards that are used in place). `border`:
     pixels to remove from each side of every image before anything else. `unreadable`: images of the source that were
     left out because they cannot be read. `left_out`: what else of the source is not here, counted. `notices`: whatever
-    is unusual about the images, a line each; see modelstock.notices.
+    is unusual about the images, a line each; see modelstock.notices. `modality`: what the examples are. `rules`: how
+    texts got their labels, and which were left out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,6 +58,8 @@ class Manifest(BaseModel):
     unreadable: list[str] = []
     left_out: dict[str, int] = {}
     notices: list[str] = []
+    modality: Modality = "image"
+    rules: dict[str, str] = {}
 
     @field_validator("root")
     @classmethod
@@ -103,6 +107,8 @@ def make_manifest(
     unreadable: Sequence[str] = (),
     left_out: Mapping[str, int] | None = None,
     notices: Sequence[str] = (),
+    modality: Modality = "image",
+    rules: Mapping[str, str] | None = None,
 ) -> Manifest:
     """A manifest with its identity: a hash of what is scored, and not of where it is or what is missing from it.
 
@@ -118,8 +124,10 @@ def make_manifest(
         "count": sum(shard.count for shard in shards),
         "shards": [shard.model_dump() for shard in shards],
         "border": border,
+        "modality": modality,
     }
     about: dict[str, Any] = {"unreadable": list(unreadable), "left_out": left_out or {}, "notices": list(notices)}
+    about["rules"] = rules or {}
     try:
         return Manifest(**facts, sha256=_identity(facts), root=root, **about)
     except ValidationError as error:
@@ -127,12 +135,14 @@ def make_manifest(
         raise DataError(benchmark, got=_problems(error), expected="a split", cure=cure) from None
 
 
-# What a manifest's identity is a hash of; `border` counts where there is one.
-_IDENTIFYING = ("benchmark", "role", "labels", "label_groups", "classes", "count", "shards", "border")
+# What a manifest's identity is a hash of, and of these what does not count where it is as usual.
+_IDENTIFYING = ("benchmark", "role", "labels", "label_groups", "classes", "count", "shards", "border", "modality")
+_USUAL = {"border": 0, "modality": "image"}
 
 
 def _identity(facts: Mapping[str, Any]) -> str:
-    counted = {name: facts[name] for name in _IDENTIFYING if name != "border" or facts["border"]}
+    usual = {name for name, value in _USUAL.items() if facts.get(name, value) == value}
+    counted = {name: facts[name] for name in _IDENTIFYING if name not in usual}
     return hashlib.sha256(dump_json(counted).encode()).hexdigest()
 
 
@@ -153,8 +163,9 @@ def _check_identity(path: Path, manifest: Manifest) -> None:
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write a folder's manifest; `left_out` and `notices` only where there are some."""
-    empty = {name for name in ("left_out", "notices") if not getattr(manifest, name)}
+    """Write a folder's manifest; `left_out`, `notices` and `rules` only where there are some, `modality` of texts."""
+    empty = {name for name in ("left_out", "notices", "rules") if not getattr(manifest, name)}
+    empty |= {"modality"} if manifest.modality == "image" else set()
     write_json(folder / FILE_NAME, manifest.model_dump(exclude=empty))
 
 

@@ -1,8 +1,8 @@
 """Makes a split's shards, manifest and contact sheet, from the embedded benchmark or from what is on disk.
 
-A split on disk becomes shards by slices of its list of images, each made by any process. Finished shards wait in a
-scratch folder of this list and these settings until all are there, so that a run that is killed goes on where it was,
-and are then linked into the output folder, the manifest last.
+A split on disk becomes shards by slices of its list of images or texts, each made by any process. Finished shards wait
+in a scratch folder of this list and these settings until all are there, so that a run that is killed goes on where it
+was, and are then linked into the output folder, the manifest last.
 """
 
 import hashlib
@@ -29,32 +29,36 @@ from PIL import Image, ImageOps
 from modelstock.data.classes import class_names
 from modelstock.data.containers import Container, File, TarGz, Tars
 from modelstock.data.decoder import Unreadable, decode, facts_of
-from modelstock.data.index import index_shards
+from modelstock.data.index import TEXT, index_shards
 from modelstock.data.layouts import Item, Source, open_source, subset
 from modelstock.data.manifest import SHARD_NAME, Manifest, Shard, make_manifest, save_manifest
 from modelstock.data.shapes.names import NAMES
 from modelstock.data.shapes.render import SPLITS, Drawn, drawn
 from modelstock.data.shards import (
     clear,
+    contact_page,
     contact_sheet,
     png,
     write_shard,
     write_shards,
 )
+from modelstock.data.text_sources import open_texts
+from modelstock.data.texts import text_of
 from modelstock.errors import DataError, few
 from modelstock.files import atomic_path, sha256_of, write_json
 from modelstock.notices import collected, notice
-from modelstock.params import ClassesParams, DrawnSplit, FilesSplit, PrepareParams
+from modelstock.params import ClassesParams, DrawnSplit, OnDisk, PrepareParams, TextsSplit
 from modelstock.progress import progress_bar
 from modelstock.provenance import key_of
 from modelstock.workers import follow_parent
 
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _SHOWN = 72  # images of a contact sheet
+_SHOWN_TEXTS = 12  # per label
 # What is unusual about an image and not refused, as a notice says it of some.
 _TURNED = "an EXIF orientation, which is not applied, as open_clip applies none: turn the pixels of photographs first"
 _FRAMES = "several frames, of which the first is used"
-Facts = dict[str, Any]  # of a shard: path, shard (None for an empty one), images, and what `Seen` has
+Facts = dict[str, Any]  # of a shard: path, shard (None for an empty one), examples, and what `Seen` has
 Job = tuple[Any, ...]  # a function and its arguments
 
 
@@ -72,7 +76,7 @@ def prepare(
     `threads`: of torch, with which the embedded benchmark's adversarial split trains its reference model.
 
     Raises:
-        DataError: a split that is not known, a source that is not as it should be, or too many unreadable images.
+        DataError: a split that is not known, a source that is not as it should be, or too many unreadable examples.
     """
     if split not in params.splits:
         raise DataError("split", got=repr(split), expected=", ".join(params.splits), cure="name one of prepare.splits")
@@ -143,7 +147,7 @@ def stored(content: bytes, suffix: str | None, encoding: Encoding) -> tuple[str,
 
 
 class Seen:
-    """What a shard's images are beside their bytes: name -> why it is unreadable, and what is unusual, counted."""
+    """What a shard's examples are beside their bytes: name -> why it is unreadable, and what is unusual, counted."""
 
     def __init__(self) -> None:
         self.unreadable: dict[str, str] = {}
@@ -153,10 +157,13 @@ class Seen:
         """Both, as JSON has them."""
         return {"unreadable": self.unreadable, "unusual": dict(self.unusual)}
 
-    def stored(self, container: Container, item: Item, encoding: Encoding) -> tuple[str, bytes] | None:
-        """An image's suffix and bytes in a shard; None for an unreadable one."""
+    def stored(self, container: Container, item: Item, encoding: Encoding | None) -> tuple[str, bytes] | None:
+        """An example's suffix and bytes in a shard; None for an unreadable one. `encoding`: None for texts."""
         try:
             content = container.read(item.file)
+            if encoding is None:
+                text_of(content)
+                return TEXT, content
             facts = facts_of(content)
             made = stored(content, _SUFFIXES.get(facts.format), encoding)
         except MemoryError:
@@ -169,7 +176,7 @@ class Seen:
         return made
 
 
-def _make(container: Container, items: Sequence[Item], first: int, path: Path, encoding: Encoding) -> Facts:
+def _make(container: Container, items: Sequence[Item], first: int, path: Path, encoding: Encoding | None) -> Facts:
     """Write one shard of `items`, numbered from `first` on, and beside it what is known of it."""
     seen = Seen()
 
@@ -179,19 +186,19 @@ def _make(container: Container, items: Sequence[Item], first: int, path: Path, e
                 yield number, item.label, *made
 
     shard = write_shard(path, examples())
-    facts = {"shard": shard and shard.model_dump(), "images": len(items), **seen.facts()}
+    facts = {"shard": shard and shard.model_dump(), "examples": len(items), **seen.facts()}
     write_json(path.with_suffix(".json"), facts)  # last: it says that the shard is whole
     path.with_suffix(".spool").unlink(missing_ok=True)
     return {"path": path, **facts}
 
 
-def _check(container: Container, items: Sequence[Item], path: Path, encoding: Encoding) -> Facts:
-    """Decode one shard's images where they are, and hash it."""
+def _check(container: Container, items: Sequence[Item], path: Path, encoding: Encoding | None) -> Facts:
+    """Decode one shard's images or texts where they are, and hash it."""
     seen = Seen()
     for item in items:
         seen.stored(container, item, encoding)
     shard = {"name": path.name, "count": len(items), "sha256": sha256_of(path)}
-    return {"path": path, "shard": shard, "images": len(items), **seen.facts()}
+    return {"path": path, "shard": shard, "examples": len(items), **seen.facts()}
 
 
 class _Here(Executor):
@@ -240,7 +247,7 @@ def _results(jobs: Iterable[Job], workers: int) -> Generator[Facts, None, None]:
 
 
 def _gather(
-    split: str, source: FilesSplit, params: PrepareParams, classes: ClassesParams, folder: Path, scratch: Path
+    split: str, source: OnDisk, params: PrepareParams, classes: ClassesParams, folder: Path, scratch: Path
 ) -> Manifest:
     """Write a split that is on disk."""
     given, out = Path(source.path).resolve(), folder.resolve()
@@ -249,11 +256,12 @@ def _gather(
             folder, got=f"the place of the source {source.path}", expected="another folder", cure="write elsewhere"
         )
     with collected() as notices:
-        found = open_source(split, params, classes)
-        in_place = found.shards and source.part == "all" and params.short_side is None
+        texts = isinstance(source, TextsSplit)
+        found = open_texts(split, params, classes) if texts else open_source(split, params, classes)
+        in_place = found.shards and source.part == "all" and (texts or params.short_side is None)
         found = found if in_place else subset(found)
         jobs, done, work = (_checks(found), [], None) if in_place else _jobs(found, params, scratch)
-        results = _collect(split, source.path, jobs, done, len(found.items), params, in_place)
+        results = _collect(split, source.path, jobs, done, found, params, in_place)
         unreadable = sorted(name for facts in results for name in facts["unreadable"])
         _notice(split, found, results, unreadable)
     meaning = found.meaning
@@ -267,15 +275,20 @@ def _gather(
         # Cutting the border is part of re-encoding; else it waits until an image is read.
         border=meaning.border if params.short_side is None else 0,
         root=str(given if given.is_dir() else given.parent) if in_place else None,
-        unreadable=unreadable,
+        unreadable=[*found.unreadable, *unreadable],
         left_out=found.left_out,
         notices=[line.removeprefix(f"{split}: ") for line in notices],  # who reads them names the benchmark
+        modality=found.modality,
+        rules=found.rules,
     )
     clear(folder)
     if work is not None:
         for shard in manifest.shards:
             _link(work / shard.name, folder / shard.name)
-    contact_sheet(folder / "contact.png", _shown(folder, manifest), zoom=1)
+    if manifest.modality == "text":
+        contact_page(folder / "contact.html", split, _shown_texts(folder, manifest))
+    else:
+        contact_sheet(folder / "contact.png", _shown(folder, manifest), zoom=1)
     save_manifest(folder, manifest)
     if work is not None:
         shutil.rmtree(work)
@@ -283,12 +296,12 @@ def _gather(
 
 
 def _notice(split: str, source: Source, results: Sequence[Facts], unreadable: Sequence[str]) -> None:
-    """Give the notices of a split's images: of the unreadable, the unusual and what is left out."""
-    total = len(source.items)
+    """Give the notices of a split's examples: of the unreadable, the unusual and what is left out."""
+    total, noun = len(source.items), f"{source.modality}s"
     if unreadable:
-        notice(split, f"{len(unreadable)} of {total} images cannot be read and are left out: {few(unreadable)}")
+        notice(split, f"{len(unreadable)} of {total} {noun} cannot be read and are left out: {few(unreadable)}")
     for what, count in sorted(sum((Counter(facts["unusual"]) for facts in results), Counter[str]()).items()):
-        notice(split, f"{count} of {total} images have {what}")
+        notice(split, f"{count} of {total} {noun} have {what}")
     if source.left_out:
         notice(split, "left out: " + ", ".join(f"{count} {what}" for what, count in sorted(source.left_out.items())))
 
@@ -298,34 +311,35 @@ def _collect(
     place: str,
     jobs: Iterable[Job],
     done: Sequence[Facts],
-    total: int,
+    source: Source,
     params: PrepareParams,
     in_place: bool,
 ) -> list[Facts]:
     """What is known of every shard, in their order.
 
     Raises:
-        DataError: more unreadable images than params allow; none may be in shards that are used in place.
+        DataError: more unreadable images or texts than params allow; none may be in shards that are used in place.
     """
+    total, noun = len(source.items), f"{source.modality}s"
     allowed = 0.0 if in_place else params.unreadable * total
     unreadable: dict[str, str] = {}
     results = []
     with (
         progress_bar(
-            total=total, initial=sum(f["images"] for f in done), desc=split, unit="image", mininterval=1
+            total=total, initial=sum(f["examples"] for f in done), desc=split, unit=source.modality, mininterval=1
         ) as bar,
         closing(_results(jobs, params.workers)) as fresh,
     ):
         for facts in chain(done, fresh):
             results.append(facts)
-            bar.update(facts["images"] if len(results) > len(done) else 0)
+            bar.update(facts["examples"] if len(results) > len(done) else 0)
             unreadable |= facts["unreadable"]
             if len(unreadable) > allowed:
                 names = sorted(unreadable)
                 cure = "leave them out of the shards" if in_place else "fix or remove them, or raise prepare.unreadable"
                 raise DataError(
                     place,
-                    got=f"{len(names)} unreadable images of {total}: {few(names)} ({unreadable[names[0]]})",
+                    got=f"{len(names)} unreadable {noun} of {total}: {few(names)} ({unreadable[names[0]]})",
                     expected=f"at most {allowed:g}",
                     cure=cure,
                 )
@@ -336,7 +350,7 @@ def _checks(source: Source) -> Iterator[Job]:
     """A job for every shard that is used in place."""
     container = source.container
     assert isinstance(container, Tars)
-    encoding = Encoding(None, 0, source.meaning.border)
+    encoding = Encoding(None, 0, source.meaning.border) if source.modality == "image" else None
     wrong = [path.name for path in container.paths if not re.fullmatch(SHARD_NAME, path.name)]
     if wrong:
         raise DataError(container.place, got=f"shards {few(wrong)}", expected=f"names {SHARD_NAME}", cure="rename them")
@@ -350,7 +364,9 @@ def _checks(source: Source) -> Iterator[Job]:
 
 def _jobs(source: Source, params: PrepareParams, scratch: Path) -> tuple[Iterator[Job], list[Facts], Path]:
     """A job for every shard that is not finished yet, what is known of those that are, and the folder of both."""
-    encoding = Encoding(params.short_side, params.quality, source.meaning.border)
+    encoding = None
+    if source.modality == "image":
+        encoding = Encoding(params.short_side, params.quality, source.meaning.border)
     size = params.shard_size
     work = scratch / _fingerprint(source, encoding, size)
     work.mkdir(parents=True, exist_ok=True)
@@ -373,11 +389,11 @@ def _jobs(source: Source, params: PrepareParams, scratch: Path) -> tuple[Iterato
 
 
 def _spooled(
-    archive: TarGz, items: Sequence[Item], todo: Sequence[tuple[int, Path]], size: int, encoding: Encoding
+    archive: TarGz, items: Sequence[Item], todo: Sequence[tuple[int, Path]], size: int, encoding: Encoding | None
 ) -> Iterator[Job]:
     """Jobs of an archive that can only be read from its start.
 
-    It is read once more; every image goes to a file of its shard's, which becomes the shard when all of it is there.
+    It is read once more; every example goes to a file of its shard's, which becomes the shard when all of it is there.
     An archive in the order of its classes needs few such files at a time.
     """
     paths = dict(todo)
@@ -402,7 +418,7 @@ def _spooled(
         )
 
 
-def _fingerprint(source: Source, encoding: Encoding, shard_size: int) -> str:
+def _fingerprint(source: Source, encoding: Encoding | None, shard_size: int) -> str:
     """24 hexadecimal digits of everything that the shards' bytes depend on; files go by size and time."""
     container = source.container
     files = container.paths if isinstance(container, Tars) else [container.place, container.place / "state.json"]
@@ -410,8 +426,10 @@ def _fingerprint(source: Source, encoding: Encoding, shard_size: int) -> str:
     items = hashlib.sha256()
     for item in source.items:
         items.update(repr(item).encode())
-    facts = {"source": str(container.place.resolve()), "changes": changes, "items": items.hexdigest()}
-    return key_of("modelstock.data.preparation", facts, {**asdict(encoding), "shard_size": shard_size})
+    facts: dict[str, Any] = {"source": str(container.place.resolve()), "changes": changes, "items": items.hexdigest()}
+    facts["column"] = getattr(container, "text", None)  # of a table: the same rows may have several
+    settings = {"modality": source.modality} if encoding is None else asdict(encoding)
+    return key_of("modelstock.data.preparation", facts, {**settings, "shard_size": shard_size})
 
 
 def _link(source: Path, target: Path) -> None:
@@ -435,3 +453,19 @@ def _shown(folder: Path, manifest: Manifest) -> NDArray[np.uint8]:
             picture = decode(file.read(length), manifest.border)
         squares.append(np.asarray(ImageOps.fit(picture, (64, 64), Image.Resampling.BICUBIC)))
     return np.stack(squares)
+
+
+def _shown_texts(folder: Path, manifest: Manifest) -> dict[str, list[str]]:
+    """Label -> texts of an even spread over its examples."""
+    places, labels = index_shards(folder, manifest)
+    files = manifest.paths(folder)
+    shown: dict[str, list[str]] = {}
+    for number, label in enumerate(manifest.labels):
+        rows = np.flatnonzero(labels == number)
+        texts = shown.setdefault(f"{label} ({len(rows)})", [])
+        for row in rows[np.linspace(0, len(rows) - 1, min(_SHOWN_TEXTS, len(rows))).astype(int)]:
+            shard, start, length = places[row].tolist()
+            with open(files[shard], "rb") as file:
+                file.seek(start)
+                texts.append(text_of(file.read(length)))
+    return shown

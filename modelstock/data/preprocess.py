@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -29,6 +30,6 @@ def framer_of(preprocess: Mapping[str, Any]) -> Framer:
     return Tokenization.of(preprocess) if modality_of(preprocess) == "text" else Framing.of(preprocess)
 
 
-def inputs_of(batch: Tensor, preprocess: Mapping[str, Any]) -> Tensor:
-    """What a tower takes, on the batch's device: normalised pixels (B, 3, S, S) float32, or tokens (B, L) int64."""
-    return batch if modality_of(preprocess) == "text" else normalise(batch, preprocess)
+def inputs_of(batch: Tensor, preprocess: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a tower takes, on the batch's device: normalised pixels (B, 3, S, S) of `dtype`, or tokens (B, L) int64."""
+    return batch if modality_of(preprocess) == "text" else normalise(batch, preprocess).to(dtype)

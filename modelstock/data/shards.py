@@ -1,12 +1,13 @@
 """Writes webdataset shards whose bytes repeat.
 
-A folder holds `000000.tar`, `000001.tar`, ... with one `<key>.cls` and one `<key>.png`, `.jpg` or `.webp` per example,
-and the manifest; a folder without a manifest is an unfinished one.
+A folder holds `000000.tar`, `000001.tar`, ... with one `<key>.cls` and one `<key>.png`, `.jpg`, `.webp` or `.txt` per
+example, and the manifest; a folder without a manifest is an unfinished one.
 """
 
+import html
 import io
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def write_shard(path: Path, examples: Iterable[tuple[int, int, str, bytes]]) -> Shard | None:
-    """Write one tar file, whole or not at all, of (number, label, suffix, image file); None where there is none."""
+    """Write one tar file, whole or not at all, of (number, label, suffix, file); None where there is none."""
     count = 0
     with atomic_path(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -87,3 +88,29 @@ def contact_sheet(path: Path, images: NDArray[np.uint8], *, columns: int = 12, z
     enlarged = sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
     with atomic_path(path) as temporary:
         temporary.write_bytes(png(Image.fromarray(enlarged)))
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>body {{ font: 1em/1.4 sans-serif; max-width: 50em; margin: 2em auto }} li {{ margin: .3em 0 }}</style></head>
+<body><h1>{title}</h1>
+{sections}</body></html>
+"""
+_LONGEST_SHOWN = 500  # characters of a text
+
+
+def contact_page(path: Path, title: str, texts: Mapping[str, Sequence[str]]) -> None:
+    """A page of texts below headings, so that a person can see the data; nothing in it is run or fetched."""
+    sections = "".join(
+        f"<h2>{html.escape(heading)}</h2>\n<ul>\n"
+        + "".join(f'<li dir="auto">{html.escape(_short(text))}</li>\n' for text in shown)
+        + "</ul>\n"
+        for heading, shown in texts.items()
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(_PAGE.format(title=html.escape(title), sections=sections), encoding="utf-8")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} ..."

@@ -9,23 +9,23 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from modelstock.data.dataset import Dataset
+from modelstock.data.dataset import Dataset, open_dataset
 from modelstock.errors import ParamsError
 from modelstock.models.anchor import anchor_of, text_anchor_of, with_head, without_head
 from modelstock.models.heads import Prompts
-from modelstock.models.probe import probe_head
 from modelstock.models.towers import kind_of
 from modelstock.params import AnchorParams
 from modelstock.scoring.features import features_of
+from modelstock.scoring.probe import probe_head
 from modelstock.weights.weight_set import WeightSet
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The splits that a head may be made from."""
+    """The folders of the splits that a head may be made from, opened where it is; None where there is none."""
 
-    train: Dataset
-    held_out: Dataset
+    train: Path | None
+    held_out: Path | None
 
 
 def make_anchor(
@@ -47,7 +47,8 @@ def make_anchor(
     kind = kind_of(backbone)
     if section.head == "probe":
         bare = without_head(backbone, names)
-        tensors, options = probe_head(bare, data.train, data.held_out, device=device)
+        train, held_out = _given(data.train, "training"), _given(data.held_out, "held-out")
+        tensors, options = probe_head(bare, train, held_out, device=device)
         return with_head(backbone, names, tensors, {"head": "probe", **options})
     is_clip = "text_cfg" in backbone.meta["architecture"]
     if not is_clip and kind.modality != "text":
@@ -69,11 +70,18 @@ def make_anchor(
     anchor = make(backbone, names, prompts, cache=cache, device=device)
     if section.scale == "model":
         return anchor
-    return _fitted(anchor, data.held_out, device=device)
+    return _fitted(anchor, _given(data.held_out, "held-out"), device=device)
+
+
+def _given(split: Path | None, what: str) -> Dataset:
+    if split is None:
+        raise ParamsError("anchor", got=f"no {what} split", expected="the one its head is made from", cure="name it")
+    return open_dataset(split)
 
 
 def _fitted(anchor: WeightSet, held_out: Dataset, *, device: str) -> WeightSet:
     """The anchor with its head scaled to the held-out split's likelihood."""
+    held_out.check_modality(anchor)
     held_out.check_classes(anchor)
     held_out.check_labels()
     weight = functional.normalize(torch.from_numpy(np.asarray(anchor.tensors["head.weight"])).double(), dim=1)

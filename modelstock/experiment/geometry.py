@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from modelstock.comparison.text import worded
 from modelstock.errors import WeightsError
 from modelstock.experiment.paths import GEOMETRY_SECTION
 from modelstock.files import atomic_path, dump_json
@@ -16,7 +17,7 @@ from modelstock.geometry.accuracy_figures import Picture, accuracy_figures, alph
 from modelstock.geometry.claims import Claim, claims_table
 from modelstock.geometry.measure import Geometry
 from modelstock.geometry.page import draw, geometry_json, page, tensors_csv
-from modelstock.geometry.points import points
+from modelstock.geometry.points import AVERAGED, points
 from modelstock.geometry.space import Distance, Space
 from modelstock.geometry.tables import tensor_rows
 from modelstock.geometry.weight_claims import weight_claims
@@ -32,11 +33,12 @@ WITHOUT_DISTANCE = ("ray", "plane", "noise", "pool")
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What was measured. `distances`: from the centre, by name of a row; `pictures`: by file."""
+    """What was measured. `distances`: from the centre, by row; `pictures`: by file; `modality`: of the data."""
 
     claims: Sequence[Claim]
     distances: Mapping[str, Distance | str]
     pictures: Mapping[str, Picture]
+    modality: str = "image"
 
 
 def row_distances(scores: Scores, space: Space, files: Mapping[str, Path]) -> dict[str, Distance | str]:
@@ -54,7 +56,8 @@ def point_distances(scores: Scores, space: Space, params: GeometryParams) -> dic
     Raises:
         WeightsError: other weights than those that were scored.
     """
-    identities, distances = {row.name: row.identity for row in scores.rows}, {}
+    identities = {row.name: row.options.get(AVERAGED, row.identity) for row in scores.rows}
+    distances = {}
     for point in points(space, params):
         if point.kind in WITHOUT_DISTANCE:
             continue
@@ -118,7 +121,7 @@ def judge(
         **ray_figure(scored, marks.stock, marks.slerp),
         **alpha_figure(scored, marks.cosines),
     }
-    return Findings(claims=claims, distances=distances, pictures=pictures)
+    return Findings(claims=claims, distances=distances, pictures=pictures, modality=compared[0].modality)
 
 
 class _Marks:
@@ -189,9 +192,11 @@ def write_findings(
     contents = {
         "geometry.json": dump_json(written).encode(),
         "tensors.csv": tensors_csv(tensor_rows(measured)).encode(),
-        "geometry.md": f"{page(written, claims, of_weights)}\n{accuracy_part(findings)}".encode(),
+        "geometry.md": worded(
+            f"{page(written, claims, of_weights)}\n{accuracy_part(findings)}", findings.modality
+        ).encode(),
         "accuracy.json": dump_json({"distances": distances, "pictures": titles}).encode(),
-        GEOMETRY_SECTION: section(findings).encode(),
+        GEOMETRY_SECTION: worded(section(findings), findings.modality).encode(),
         **{name: picture for name, (_, picture) in pictures.items()},
     }
     for name, content in contents.items():

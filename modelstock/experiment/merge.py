@@ -18,7 +18,7 @@ from modelstock.merging.methods.rows import Choice
 from modelstock.merging.methods.table import METHODS
 from modelstock.params import MethodParams
 from modelstock.scoring import data_statistics
-from modelstock.scoring.batch_norm import estimated, has_running_statistics
+from modelstock.scoring.batch_norm import Recalibration, has_running_statistics
 from modelstock.scoring.one_pass import ScoringOptions, accuracies
 from modelstock.weights.weight_set import WeightSet
 
@@ -40,7 +40,8 @@ class SubsetMerges:
     to the first; where the row asks for it, every value is kept for all seeds together, for its curve.
 
     `scoring`: how merges are scored, and where. `train`: the split that statistics are measured on, for a method that
-    reads them, and on which BatchNorm's are estimated again, where `batch_norm` says of how many images.
+    reads them, and on which BatchNorm's are estimated again, where `batch_norm` says of how many images: of every
+    merge, of those that are only tried too.
     """
 
     method: str
@@ -93,14 +94,19 @@ class SubsetMerges:
             statistics=[self._statistics[member] for member in members] if self._statistics else [],
             score=self._score,
             gradient=self._gradient,
+            recalibrated=self._recalibration is not None,
         )
         return self._estimated(weights), report
 
     def _estimated(self, weights: WeightSet) -> WeightSet:
         """The weights with BatchNorm's statistics of their own, where that is asked for."""
-        if not self.batch_norm or not has_running_statistics(weights):
-            return weights
-        return estimated(weights, self._training_split, examples=self.batch_norm, device=self.scoring.device)
+        return weights if self._recalibration is None else self._recalibration(weights)
+
+    @cached_property
+    def _recalibration(self) -> Recalibration | None:
+        if not self.batch_norm or not has_running_statistics(self.anchor):
+            return None
+        return Recalibration(self._training_split, examples=self.batch_norm, device=self.scoring.device)
 
     @property
     def _training_split(self) -> Dataset:
@@ -125,9 +131,9 @@ class SubsetMerges:
         if not row.reads_statistics:
             return {}
         measure = data_statistics.fisher if row.needs == "fisher" else data_statistics.inner
-        images, _ = data_statistics.sample(self._training_split, self.anchor, examples=self._fields["examples"])
+        drawn, _ = data_statistics.sample(self._training_split, self.anchor, examples=self._fields["examples"])
         device = self.scoring.device
-        return {seed: measure(weights, images, device=device) for seed, weights in self.seeds.items()}
+        return {seed: measure(weights, drawn, device=device) for seed, weights in self.seeds.items()}
 
     @cached_property
     def _score(self) -> Callable[[Sequence[WeightSet]], list[float]] | None:
@@ -142,7 +148,8 @@ class SubsetMerges:
         if METHODS[self.method].needs != "gradient":
             return None
         sample = data_statistics.sample(self.held_out, self.anchor, examples=self._fields["examples"])
-        return data_statistics.loss_gradient(*sample, device=self.scoring.device)
+        of = data_statistics.loss_gradient(*sample, device=self.scoring.device)
+        return lambda weights: of(self._estimated(weights))
 
 
 def _named(

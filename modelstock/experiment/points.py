@@ -1,14 +1,16 @@
 """Scoring in the experiment, for the geometry alone: points around the seeds, and pools, on one benchmark."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 from modelstock.data.dataset import Dataset
 from modelstock.experiment.pools import Pool
-from modelstock.geometry.points import Point, points
+from modelstock.geometry.points import AVERAGED, Point, points
 from modelstock.geometry.space import Space, checkpoint_of, merge_plan
 from modelstock.merging.engine import merge
 from modelstock.params import GeometryParams
+from modelstock.scoring.batch_norm import Recalibration
 from modelstock.scoring.one_pass import ScoringOptions, accuracies, collect, score
 from modelstock.scoring.results import Scores
 from modelstock.weights.weight_set import WeightSet
@@ -23,25 +25,41 @@ def score_points(
     *,
     held_out: Dataset,
     pools: Sequence[Pool] = (),
+    recalibration: Recalibration | None = None,
 ) -> Scores:
     """Score all points, and those of pools, in one pass over a benchmark; each has its row.
+
+    `recalibration`: of all points but the anchor and seeds themselves; the row of such a point also has the identity
+    that it had before.
 
     Raises:
         DataError, ParamsError, WeightsError: see modelstock.geometry.points.points and modelstock.scoring.one_pass.
     """
-    chosen: list[tuple[Point, WeightSet]] = [(point, point.weights(anchor)) for point in points(space, params)]
+    chosen = [(point, anchor) for point in points(space, params)]
     for pool in pools:
-        chosen += [(point, point.weights(pool.anchor)) for point in pool_points(pool, held_out, options)]
-    weights = [of_point for _, of_point in chosen]
+        chosen += [(point, pool.anchor) for point in pool_points(pool, held_out, options, recalibration)]
+    weights, rows = [], []
+    for point, origin in chosen:
+        averaged = point.weights(origin)
+        of_point = averaged if recalibration is None or point.trained else recalibration(averaged)
+        weights.append(of_point)
+        row = point.row(of_point)
+        if of_point is not averaged:
+            row = replace(row, options={**row.options, AVERAGED: averaged.identity})
+        rows.append(row)
     outcomes = score(dataset, weights, options=options)
-    return collect(dataset, [point.row(w) for point, w in chosen], outcomes, weights, options.precision)
+    return collect(dataset, rows, outcomes, weights, options.precision)
 
 
-def pool_points(pool: Pool, held_out: Dataset, scoring: ScoringOptions) -> Iterator[Point]:
+def pool_points(
+    pool: Pool, held_out: Dataset, scoring: ScoringOptions, recalibration: Recalibration | None = None
+) -> Iterator[Point]:
     """The pool's anchor and members, both merges of every pair, and the uniform and the greedy soup of them all.
 
-    The greedy soup takes members in the order of, and as long as they help, its accuracy on the held-out split.
+    The greedy soup takes members in the order of, and as long as they help, its accuracy on the held-out split;
+    `recalibration`: of the soups that are tried.
     """
+    tried: Callable[[WeightSet], WeightSet] = recalibration or (lambda weights: weights)
     names, checkpoints = list(pool.members), [checkpoint_of(weights) for weights in pool.members.values()]
     space = Space(checkpoint_of(pool.anchor), dict(enumerate(checkpoints)))
 
@@ -69,7 +87,8 @@ def pool_points(pool: Pool, held_out: Dataset, scoring: ScoringOptions) -> Itera
         "greedy",
         pool.anchor,
         list(pool.members.values()),
-        score=lambda weights: accuracies(held_out, weights, scoring),
+        score=lambda weights: accuracies(held_out, list(map(tried, weights)), scoring),
+        recalibrated=recalibration is not None,
     )
     kept = next(iter(report.values()))["chosen"]
     taken = [name for name, weights in pool.members.items() if weights.source in kept]

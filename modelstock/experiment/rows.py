@@ -50,7 +50,8 @@ def _joined(members: Sequence[int]) -> str:
 
 
 def _anchor(made_by: Mapping[str, Any]) -> Description:
-    return "anchor", "anchor", (), {}
+    head = made_by["options"].get("head")  # a zero-shot head is of prompts, and says nothing
+    return "anchor", "anchor", (), {"head": head} if head else {}
 
 
 def _seed(made_by: Mapping[str, Any]) -> Description:

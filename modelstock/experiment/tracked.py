@@ -6,7 +6,7 @@ from typing import Any
 
 from modelstock.comparison.advice import advice
 from modelstock.comparison.compare import Comparison
-from modelstock.comparison.report import headline
+from modelstock.comparison.report import BALANCED, benchmarks_of, headline, mean_metric
 from modelstock.errors import redacted
 from modelstock.experiment.paths import history_file
 from modelstock.merging.methods.table import METHODS
@@ -15,7 +15,7 @@ from modelstock.tracking.times import times_of
 from modelstock.tracking.tracker import TrackedComparison, TrackedRow, TrackedTraining, params_of
 from modelstock.weights.checkpoints import open_safetensors
 
-KINDS = {"seed": "fine-tuned seed", "anchor": "zero-shot anchor", "ensemble": "logit ensemble"}
+KINDS = {"seed": "fine-tuned seed", "anchor": "anchor", "ensemble": "logit ensemble"}
 
 
 def tracked(
@@ -106,14 +106,19 @@ def _aliases(comparison: Comparison) -> dict[str, list[str]]:
 
 
 def _summary(comparison: Comparison, row: Row) -> dict[str, float]:
-    """Accuracies with the ends of their intervals."""
+    """Accuracies with the ends of their intervals, and the balanced accuracies."""
     last_first = reversed(comparison.summaries)  # the shifts decide a table's order, where there are any
     estimates = {name.replace("-", "_"): comparison.summary[row.name][name] for name in last_first}
     estimates["held_out"] = comparison.accuracy[row.name][comparison.held_out]
+    balanced = {s.replace("-", "_"): benchmarks_of(comparison, s) for s in comparison.summaries}
+    balanced["held_out"] = [comparison.held_out]
     return {
         f"{name}{end}": value
         for name, estimate in estimates.items()
         for end, value in (("", estimate.value), ("_low", estimate.low), ("_high", estimate.high))
+    } | {
+        f"{name}_balanced": mean_metric(comparison, [row.name], BALANCED, benchmarks)
+        for name, benchmarks in balanced.items()
     }
 
 

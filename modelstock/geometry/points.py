@@ -21,6 +21,8 @@ from modelstock.weights.layout import blocks
 from modelstock.weights.tensors import Checkpoint, StoredTensor, narrow
 from modelstock.weights.weight_set import LazyArrays, WeightSet
 
+# Of a row whose BatchNorm statistics were estimated again: its point's identity before.
+AVERAGED = "identity with averaged statistics"
 SUBSET_TRIES = 10_000  # of which the random subsets of a size are drawn where there are too many to list
 
 
@@ -33,6 +35,11 @@ class Point:
     members: tuple[int, ...]
     facts: Mapping[str, Any]
     checkpoint: Checkpoint
+
+    @property
+    def trained(self) -> bool:
+        """Whether training made it, the anchor's or a seed's."""
+        return self.kind in ("anchor", "seed") or self.facts.get("method") in ("anchor", "member")
 
     def weights(self, anchor: WeightSet) -> WeightSet:
         """The weight set, with the anchor's architecture, preprocessing and classes."""

@@ -88,7 +88,17 @@ def _differing(value: Any, expected: Any) -> str:
     """What of two entries of metadata differs."""
     if not isinstance(value, Mapping) or not isinstance(expected, Mapping):
         return f"{str(value)[:12]}, not {str(expected)[:12]}"
-    return few([key for key in sorted(value.keys() | expected.keys()) if value.get(key) != expected.get(key)])
+    keys = [key for key in sorted(value.keys() | expected.keys()) if value.get(key) != expected.get(key)]
+    return few([_named(key, value.get(key), expected.get(key)) for key in keys])
+
+
+def _named(key: str, value: Any, expected: Any) -> str:
+    """An entry that differs: by its sha256, where it has one, as a tokenizer's file does."""
+    hashes = [one.get("sha256") if isinstance(one, Mapping) else None for one in (value, expected)]
+    if not all(hashes):
+        return key
+    digest, other = (str(one)[:12] for one in hashes)
+    return f"{key} sha256 {digest}, not {other}"
 
 
 def check_measured(tuned: Sequence[WeightSet | Checkpoint], statistics: Sequence[WeightSet | Checkpoint]) -> None:

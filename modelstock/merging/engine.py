@@ -53,6 +53,7 @@ def plan_merge(
     gradient: Gradient | None = None,
     workers: int = 1,
     dtype: str | None = None,
+    recalibrated: bool = False,
     progress: Callable[[int], object] = lambda values: None,
 ) -> Plan:
     """Check everything and read every update's inner products: the first of the two passes.
@@ -61,6 +62,7 @@ def plan_merge(
     coefficients per tensor, per filter (slice of the first axis) or for the whole model. `choose`: the tensors to
     merge; the others keep the anchor's values. `statistics`: one per checkpoint, for methods that weigh by them;
     `score`, `gradient`: on the held-out split, for methods that search. `dtype`: of the result's floating tensors.
+    `recalibrated`: the caller estimates BatchNorm's running statistics again, see modelstock.scoring.batch_norm.
     `progress` is called with the number of values of a tensor that were read.
 
     Raises:
@@ -88,7 +90,15 @@ def plan_merge(
     chosen = [name for name in grams if name not in tensors.running]
     if not chosen:
         raise MergeError("merge", got="no tensor chosen", expected="one or more", cure="correct include and exclude")
-    notice_unusual(anchor, tuned, {name: grams[name] for name in chosen}, tensors=tensors, of=row.of, dtype=dtype)
+    notice_unusual(
+        anchor,
+        tuned,
+        {name: grams[name] for name in chosen},
+        tensors=tensors,
+        of=row.of,
+        dtype=dtype,
+        recalibrated=recalibrated,
+    )
     order = list(range(len(tuned)))
     if not row.ordered:
         # An order by the updates' norms makes the result independent of the caller's order, to the last bit.
@@ -101,7 +111,13 @@ def plan_merge(
         anchor=anchor,
         tuned=tuple(tuned[i] for i in order),
         coefficients={name: mean for name in grams if name in tensors.running},
-        report={name: _facts(grams[name].sum(axis=0), name in tensors.running) for name in grams},
+        report={
+            name: _facts(
+                grams[name].sum(axis=0),
+                ("estimated again" if recalibrated else "averaged") if name in tensors.running else None,
+            )
+            for name in grams
+        },
         chosen=frozenset(chosen),
         statistics=tuple(statistics[i] for i in order) if statistics else (),
         copied=tensors.counters,
@@ -201,10 +217,13 @@ class FirstPass:
         return inner_products(self.anchor.tensors[name], tensors, run, of=self.of, pairs=self.pairs)
 
 
-def _facts(gram: Float, running: bool) -> dict[str, Any]:
-    """Norms of a tensor's updates and, where none is zero, the mean cosine between two (see POOL)."""
+def _facts(gram: Float, running: str | None) -> dict[str, Any]:
+    """Norms of a tensor's updates and, where none is zero, the mean cosine between two (see POOL).
+
+    `running`: what becomes of it, if it is a running statistic.
+    """
     norms = np.sqrt(np.diag(gram))
-    facts: dict[str, Any] = {"norms": norms.tolist(), **({"running statistic": "averaged"} if running else {})}
+    facts: dict[str, Any] = {"norms": norms.tolist(), **({"running statistic": running} if running else {})}
     if len(gram) > 1 and norms.all():
         facts["cosine"] = float(pair_cosines(gram).mean())
     return facts
@@ -222,6 +241,7 @@ def merge(
     gradient: Gradient | None = None,
     workers: int = 1,
     dtype: str | None = None,
+    recalibrated: bool = False,
 ) -> tuple[WeightSet, dict[str, Mapping[str, Any]]]:
     """Merge weight sets in memory; the same code as for files, so the same bytes.
 
@@ -252,6 +272,7 @@ def merge(
             gradient=gradient,
             workers=workers,
             dtype=dtype,
+            recalibrated=recalibrated,
         )
     metadata = {
         **anchor.meta,

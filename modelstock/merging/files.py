@@ -67,6 +67,7 @@ def merge_files(
     workers: int | None = None,
     score: Scorer | None = None,
     gradient: Gradient | None = None,
+    recalibrate: Callable[[Path], None] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Plan:
     """Merge checkpoints into one safetensors file; every refusal comes before a byte of it is written.
@@ -74,7 +75,8 @@ def merge_files(
     The file has the anchor's metadata, and how it was made, with the sha256 of every input where they are weight sets
     of ours or `identify` asks for it; it appears whole or not at all. Memory: a few MB per worker (for methods that
     look at single values: the largest tensor, in float64, a few times; for those that search: the model).
-    `progress` is called with the number of values done in both passes, and their total.
+    `recalibrate` is called with the finished file before it appears, and may replace it: there, BatchNorm's running
+    statistics are estimated again. `progress` is called with the number of values done in both passes, and their total.
 
     Raises:
         MergeError, WeightsError: as `plan_merge`; an output that exists or is an input.
@@ -106,6 +108,7 @@ def merge_files(
             gradient=gradient,
             workers=workers,
             dtype=dtype,
+            recalibrated=recalibrate is not None,
             progress=advance,
         )
     metadata = {
@@ -125,7 +128,12 @@ def merge_files(
         with ThreadPoolExecutor(workers) as pool:
             parent, *rest = pool.map(lambda checkpoint: checkpoint.identity, [origin, *others])
         metadata["parents"] = [parent, *sorted(rest)]
-    write_plan(plan, out, metadata, checksum=ours, workers=workers, progress=advance)
+    if recalibrate is None:
+        write_plan(plan, out, metadata, checksum=ours, workers=workers, progress=advance)
+    else:
+        with atomic_path(out) as whole:
+            write_plan(plan, whole, metadata, checksum=ours, workers=workers, progress=advance)
+            recalibrate(whole)
     if report is not None:
         write_json(report, plan.report)
     return plan

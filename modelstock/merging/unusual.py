@@ -52,9 +52,14 @@ def notice_unusual(
     tensors: Tensors,
     of: str,
     dtype: str | None,
+    recalibrated: bool = False,
 ) -> None:
-    """Give a notice for each thing that a user would not assume. `grams`: tensor -> inner products (rows, N, N)."""
-    _notice_batch_norm(tensors)
+    """Give a notice for each thing that a user would not assume. `grams`: tensor -> inner products (rows, N, N).
+
+    `recalibrated`: running statistics will be estimated again, so nobody needs to hear that they are averaged.
+    """
+    if not recalibrated:
+        _notice_batch_norm(tensors)
     _notice_precisions(anchor, tuned, dtype)
     _notice_kept(anchor, tensors)
     if of == "updates":

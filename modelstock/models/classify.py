@@ -1,10 +1,11 @@
-"""A weight set as a classifier of pictures: files, their bytes, data URLs, arrays or Pillow's images."""
+"""A weight set as a classifier: of texts, or of pictures (files, their bytes, data URLs, arrays, Pillow's images)."""
 
 import base64
 import binascii
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -12,22 +13,25 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from modelstock.data.decoder import Unreadable, decode
-from modelstock.data.images import Framing, normalise
+from modelstock.data.preprocess import Decoded, framer_of, inputs_of, modality_of
 from modelstock.errors import DataError, WeightsError
-from modelstock.models.towers import build_classifier
+from modelstock.models.towers import Tower, check_classifier
 from modelstock.weights.weight_set import WeightSet
 
 Picture = str | Path | bytes | NDArray[np.uint8] | Image.Image
+Given = TypeVar("Given")
 
 
-class ImageClassifier:
-    """Pictures -> probabilities of the classes, as scoring has them.
+class Classifying(ABC, Generic[Given]):
+    """Examples -> probabilities of the classes, as scoring has them.
 
     `precision`: of the tower; the head and all that follows it are float32.
 
     Raises:
-        WeightsError: weights that are no classifier, or whose file does not name the head's classes.
+        WeightsError: weights that are no classifier of this modality, or whose file does not name the head's classes.
     """
+
+    modality: ClassVar[str]
 
     def __init__(
         self,
@@ -37,13 +41,19 @@ class ImageClassifier:
         device: str = "cpu",
         batch_size: int = 64,
     ) -> None:
-        self._model = build_classifier(weights).to(device)
-        self._model.tower.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
-        self._dtype, self._device, self._batch_size = next(self._model.tower.parameters()).dtype, device, batch_size
-        self._preprocess = weights.meta["preprocess"]
-        self._framing = Framing.of(self._preprocess)
+        check_classifier(weights)
+        if modality_of(weights.meta["preprocess"]) != self.modality:
+            raise WeightsError(
+                weights.source,
+                got=f"a tower that takes {modality_of(weights.meta['preprocess'])}",
+                expected=f"one that takes {self.modality}",
+                cure="use classifier_of, which asks the weights",
+            )
+        self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self._tower, self._device, self._batch_size = Tower(weights, device, self._dtype), device, batch_size
+        self._framer: Any = framer_of(weights.meta["preprocess"])
         self.labels: tuple[str, ...] = tuple(weights.meta.get("classes", ()))
-        classes = self._model.head.out_features
+        classes = weights.shaped["head.weight"].shape[0]
         if len(self.labels) != classes:
             raise WeightsError(
                 weights.source,
@@ -52,21 +62,60 @@ class ImageClassifier:
                 cure="make the weight set again from its anchor",
             )
 
+    @staticmethod
+    @abstractmethod
+    def _decoded(example: Given, number: int) -> Decoded:
+        """What the framer takes, of the example at place `number`."""
+
     @torch.inference_mode()
-    def probabilities(self, pictures: Sequence[Picture]) -> NDArray[np.float32]:
-        """Probabilities (N, C) of N pictures.
+    def probabilities(self, examples: Sequence[Given]) -> NDArray[np.float32]:
+        """Probabilities (N, C) of N examples.
 
         Raises:
-            DataError: a picture that does not decode, with its place in the sequence.
+            DataError: an example that does not decode, with its place in the sequence.
         """
         parts = [np.empty((0, len(self.labels)), np.float32)]
-        for start in range(0, len(pictures), self._batch_size):
-            batch = pictures[start : start + self._batch_size]
-            framed = np.stack([self._framing(image_of(p, start + i)) for i, p in enumerate(batch)])
-            pixels = normalise(torch.from_numpy(framed).to(self._device), self._preprocess).to(self._dtype)
-            logits = self._model.logits(self._model.features(pixels))
-            parts.append(logits.softmax(dim=1).cpu().numpy())
+        for start in range(0, len(examples), self._batch_size):
+            batch = examples[start : start + self._batch_size]
+            framed = self._framer.batch([self._framer(self._decoded(e, start + i)) for i, e in enumerate(batch)])
+            inputs = inputs_of(framed.to(self._device), self._tower.preprocess, self._dtype)
+            parts.append(self._tower.logits(inputs).softmax(dim=1).cpu().numpy())
         return np.concatenate(parts)
+
+
+class ImageClassifier(Classifying[Picture]):
+    """Pictures -> probabilities of the classes, as scoring has them."""
+
+    modality = "image"
+
+    @staticmethod
+    def _decoded(example: Picture, number: int) -> Image.Image:
+        return image_of(example, number)
+
+
+class TextClassifier(Classifying[str]):
+    """Texts -> probabilities of the classes, as scoring has them."""
+
+    modality = "text"
+
+    @staticmethod
+    def _decoded(example: str, number: int) -> str:
+        if not isinstance(example, str):
+            raise DataError(
+                f"text {number}", got=f"a {type(example).__name__}", expected="a text", cure="give texts alone"
+            )
+        return example
+
+
+def classifier_of(weights: WeightSet, **options: Any) -> ImageClassifier | TextClassifier:
+    """A weight set's classifier, of whatever modality it is. `options`: as `Classifying` takes them.
+
+    Raises:
+        WeightsError: as `Classifying`.
+    """
+    check_classifier(weights)
+    kind = TextClassifier if modality_of(weights.meta["preprocess"]) == "text" else ImageClassifier
+    return kind(weights, **options)
 
 
 def image_of(picture: Picture, number: int = 0) -> Image.Image:

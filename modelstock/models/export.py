@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstock.errors import ParamsError, WeightsError
-from modelstock.models import export_clip, export_transformers
+from modelstock.models import export_clip, export_timm, export_transformers
 from modelstock.models.card import Kind, card, figures_of
 from modelstock.models.towers import kind_of
 from modelstock.weights.weight_set import WeightSet, classes_sha256
@@ -71,6 +71,16 @@ FORMATS = {
         example=export_transformers.example,
         notes=export_transformers.notes,
         loads='transformers.AutoModel.from_pretrained("{folder}")',
+    ),
+    "timm": Format(
+        card=Kind(
+            library="timm", task="image-classification", noun="An image classifier", inputs="images", tags=["timm"]
+        ),
+        clip=False,
+        write=export_timm.write,
+        example=export_timm.example,
+        notes=export_timm.notes,
+        loads='timm.create_model("local-dir:{folder}", pretrained=True)',
     ),
 }
 

@@ -185,7 +185,7 @@ def build_encoder(architecture: Mapping[str, Any]) -> nn.Module:
             place, got=f"pooling pooler for {config.model_type}, which has none", expected="another", cure="set mean"
         )
     if pooling != "cls_pooler" and getattr(transformer, "pooler", None) is not None:
-        transformer.pooler = None  # it is in no feature, and no gradient reaches it
+        transformer.pooler = None  # in no feature, and no gradient reaches it
     if pooling not in POOLINGS or projection not in (None, "linear", "mlp"):
         got = f"pooling {str(pooling)[:40]!r}, projection {str(projection)[:40]!r}"
         raise ParamsError(place, got=got, expected=", ".join(POOLINGS), cure="name another")
@@ -397,6 +397,22 @@ def build_classifier(weights: WeightSet) -> Classifier:
     setattr(model, kind_of(weights).prefix.rstrip("."), tower)
     set_tensors(model, weights)
     return model.eval()
+
+
+class Tower:
+    """A weight set's classifier on a device: inputs -> logits (B, C) float32.
+
+    `dtype`: of the tower; the head, and all that follows it, is float32.
+    """
+
+    def __init__(self, weights: WeightSet, device: str, dtype: torch.dtype) -> None:
+        self.identity, self.preprocess = weights.identity, weights.meta["preprocess"]
+        self._model = build_classifier(weights).to(device)
+        self._model.tower.to(dtype)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Class logits of a batch: pixels (B, 3, S, S) in the tower's dtype, or tokens (B, L)."""
+        return self._model.logits(self._model.features(inputs))
 
 
 def set_tensors(model: nn.Module, weights: WeightSet) -> None:

@@ -65,7 +65,7 @@ class Prepared:
         for known, inputs in self._prepared:
             if known == preprocess:
                 return inputs
-        inputs = inputs_of(self._framed[framer_of(preprocess)].to(self._device, non_blocking=True), preprocess)
-        inputs = inputs.to(self._dtype) if inputs.is_floating_point() else inputs
+        framed = self._framed[framer_of(preprocess)].to(self._device, non_blocking=True)
+        inputs = inputs_of(framed, preprocess, self._dtype)
         self._prepared.append((preprocess, inputs))
         return inputs

@@ -1,9 +1,10 @@
 """One pass over a benchmark scores any number of weight sets, and ensembles of them.
 
-Every image is decoded once for all. Where the weight sets do not fit the device together, they take turns on a span of
-decoded images, and the next turn's towers are built meanwhile. What is already scored is not scored again, and each
-outcome grows on disk while the pass goes on: an interrupted one continues where it was. Results per example are kept,
-so that every statistic can be made again without a model.
+Every image is decoded once for all, and every text made tokens once for all that share a tokenizer. Where the weight
+sets do not fit the device together, they take turns on a span of decoded examples, and the next turn's towers are built
+meanwhile. What is already scored is not scored again, and each outcome grows on disk while the pass goes on: an
+interrupted one continues where it was. Results per example are kept, so that every statistic can be made again without
+a model.
 """
 
 import time
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from modelstock.data.dataset import Dataset
 from modelstock.data.preprocess import Framer, framer_of
+from modelstock.data.tokens import Tokenization
 from modelstock.devices import device_kind, device_model
 from modelstock.errors import WeightsError
-from modelstock.models.towers import Classifier, build_classifier, check_classifier
+from modelstock.models.towers import Tower, check_classifier
 from modelstock.progress import progress_bar
 from modelstock.scoring.decoding import DecodedBatches, Prepared
 from modelstock.scoring.memory import memory_kept
@@ -70,19 +72,6 @@ class ScoringOptions:
         }
 
 
-class Tower:
-    """A weight set's classifier on a device: inputs -> logits (B, C) float32."""
-
-    def __init__(self, weights: WeightSet, device: str, dtype: torch.dtype) -> None:
-        self.identity, self._preprocess = weights.identity, weights.meta["preprocess"]
-        self._model: Classifier = build_classifier(weights).to(device)
-        self._model.tower.to(dtype)  # the head, and all that follows it, stays float32
-
-    def logits(self, inputs: Prepared) -> Tensor:
-        """Class logits (B, C) of a batch."""
-        return self._model.logits(self._model.features(inputs.of(self._preprocess)))
-
-
 def fitting(weights: Sequence[WeightSet], device: str, precision: str) -> int:
     """How many of these weight sets fit the device together, each as large as the largest, in half of what is free."""
     largest = max(w.nbytes for w in weights) // (2 if precision == "bfloat16" else 1)
@@ -106,10 +95,10 @@ def score(
     over the labels; an ensemble's logits are the mean of its members'.
 
     Raises:
-        DataError: an image that does not decode.
+        DataError: an example that does not decode.
         ParamsError: no such device.
-        WeightsError: a head for other classes, a tower that does not fit its architecture, or the same tensors twice,
-            to be scored in two ways.
+        WeightsError: a tower for another modality, a head for other classes, a tower that does not fit its
+            architecture, or the same tensors twice, to be scored in two ways.
     """
     options = options or ScoringOptions()
     device, by_identity = device_kind(options.device), _by_identity(weights)
@@ -117,6 +106,7 @@ def score(
     groups = {ensemble_identity(members): sorted(members) for members in ensembles}
     for w in by_identity.values():
         check_classifier(w)
+        dataset.check_modality(w)
         dataset.check_classes(w)
     _check_members(groups, by_identity)
     cache = ScoreCache(options.cache, dataset.manifest.sha256, options.settings(device))
@@ -241,7 +231,7 @@ class _Pass:
             identity = tower.identity
             lacks = self._lacks(identity, batch)
             if lacks or identity in self.members:
-                logits = tower.logits(inputs)
+                logits = tower.logits(inputs.of(tower.preprocess))
                 if lacks:
                     self._record(identity, batch, logits)
                 if identity in self.members:
@@ -280,6 +270,18 @@ def accuracies(dataset: Dataset, weights: Sequence[WeightSet], options: ScoringO
     return [float(outcomes[w.identity].correct.mean()) for w in weights]
 
 
+def _truncated(dataset: Dataset, weights: Sequence[WeightSet]) -> list[str]:
+    """How many texts are longer than the weight sets read, a line for each length that some do not fit."""
+    framers = dict.fromkeys(framer_of(w.meta["preprocess"]) for w in weights)
+    count, lines = dataset.manifest.count, []
+    for framer in framers:
+        if isinstance(framer, Tokenization):
+            longer = sum(framer.is_too_long(str(dataset.decoded(row))) for row in range(count))
+            text = f"{longer:,} of {count:,} texts have more than {framer.length} tokens; the rest of them is not read"
+            lines += [text] * (longer > 0)
+    return lines
+
+
 def collect(
     dataset: Dataset,
     rows: Sequence[Row],
@@ -292,7 +294,7 @@ def collect(
     `weights`: those of the first rows, in their order; the other rows are ensembles.
     """
     manifest, chosen = dataset.manifest, [outcomes[row.identity] for row in rows]
-    notices = [f"{manifest.benchmark}: {line}" for line in manifest.notices]
+    notices = [f"{manifest.benchmark}: {line}" for line in [*manifest.notices, *_truncated(dataset, weights)]]
     for row, of_row in zip(rows, weights, strict=False):
         notices += [f"{row.name}: {line}" for line in notices_of(of_row.meta)]
     return Scores(
@@ -304,5 +306,6 @@ def collect(
         truth=dataset.labels.astype(np.int32),
         notices=tuple(dict.fromkeys(notices)),
         precision=precision,
+        modality=dataset.modality,
         **{name: np.stack([getattr(outcome, name) for outcome in chosen]) for name in COLUMNS},
     )

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
+from modelstock.data.preprocess import modality_of
 from modelstock.devices import FORWARD_BATCH, device_kind, device_model
 from modelstock.files import SCRATCH, write_json
 from modelstock.models.towers import build_classifier
@@ -19,6 +21,7 @@ Precision = Literal["float32", "bfloat16"]
 KEPT = SCRATCH / "precision"
 GAIN = 1.5  # how much faster bfloat16 must be: so much that a second measurement chooses the same
 _SECONDS = 0.5  # of measuring, per precision
+_TYPICAL = 24  # tokens of a sentence
 
 
 def scoring_options(
@@ -43,6 +46,7 @@ def fastest(weights: WeightSet, device: str, *, batch_size: int, kept: Path | No
 
     Measured once per machine, architecture, batch size and number of threads, where `kept` keeps it.
     """
+    examples = f"{modality_of(weights.meta['preprocess'])}s per second"
     facts = {
         "architecture": weights.meta["architecture"],
         "batch_size": batch_size,
@@ -55,19 +59,22 @@ def fastest(weights: WeightSet, device: str, *, batch_size: int, kept: Path | No
         return known
     speed = speeds(weights, device, batch_size=batch_size)
     choice: Precision = "bfloat16" if speed["bfloat16"] >= GAIN * speed["float32"] else "float32"
-    print(f"precision: {choice} ({', '.join(f'{name} {rate:,.0f}' for name, rate in speed.items())} images per second)")
+    print(f"precision: {choice} ({', '.join(f'{name} {rate:,.0f}' for name, rate in speed.items())} {examples})")
     if path is not None:
-        write_json(path, {"precision": choice, "images per second": speed})
+        write_json(path, {"precision": choice, examples: speed})
     return choice
 
 
 def speeds(weights: WeightSet, device: str, *, batch_size: int) -> dict[str, float]:
-    """Images per second of a weight set's tower in each precision, measured in turns."""
+    """Examples per second of a weight set's tower in each precision, measured in turns."""
     model = build_classifier(weights).to(device)
     towers = {"float32": model.tower, "bfloat16": build_classifier(weights).tower.to(device, torch.bfloat16)}
-    size = weights.meta["preprocess"]["size"]
-    images = torch.zeros(batch_size, 3, size, size, device=device)
-    batches = {name: images.to(next(tower.parameters()).dtype) for name, tower in towers.items()}
+    if modality_of(weights.meta["preprocess"]) == "text":
+        batches = dict.fromkeys(towers, _tokens(weights, model.tower, batch_size).to(device))
+    else:
+        size = weights.meta["preprocess"]["size"]
+        images = torch.zeros(batch_size, 3, size, size, device=device)
+        batches = {name: images.to(next(tower.parameters()).dtype) for name, tower in towers.items()}
     spent, passes = dict.fromkeys(towers, 0.0), dict.fromkeys(towers, -1)  # the first pass only warms up
     with torch.inference_mode():
         while min(spent.values()) < _SECONDS and min(passes.values()) < 100:
@@ -79,3 +86,13 @@ def speeds(weights: WeightSet, device: str, *, batch_size: int) -> dict[str, flo
                 passes[name] += 1
                 spent[name] += time.perf_counter() - begun if passes[name] > 0 else 0.0
     return {name: batch_size * passes[name] / spent[name] for name in towers}
+
+
+def _tokens(weights: WeightSet, tower: nn.Module, batch_size: int) -> Tensor:
+    """Random texts (B, L) of a typical length, without a token that fills up."""
+    preprocess = weights.meta["preprocess"]
+    length = preprocess["length"] if preprocess["padding"] == "length" else min(_TYPICAL, preprocess["length"])
+    generator = torch.Generator().manual_seed(0)
+    words = max(module.num_embeddings for module in tower.modules() if isinstance(module, nn.Embedding))
+    tokens = torch.randint(words - 1, (batch_size, length), generator=generator)
+    return tokens.add(tokens >= preprocess["pad"])

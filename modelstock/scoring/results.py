@@ -51,6 +51,7 @@ class Scores:
     nll: NDArray[np.float32]  # minus the logarithm of the truth's softmax, in nats
     notices: tuple[str, ...] = ()
     precision: str = "float32"  # of the towers
+    modality: str = "image"  # of the examples
 
 
 def save_scores(path: Path, scores: Scores) -> None:
@@ -72,6 +73,7 @@ def save_scores(path: Path, scores: Scores) -> None:
         ],
         "precision": scores.precision,
         **({"notices": list(scores.notices)} if scores.notices else {}),
+        **({"modality": scores.modality} if scores.modality != "image" else {}),
     }
     write_checked(path, {name: getattr(scores, name) for name in ARRAYS}, facts)
 
@@ -86,6 +88,7 @@ def load_scores(path: Path) -> Scores:
         arrays, facts = read_checked(path, ARRAYS)
         rows = tuple(Row(**{**row, "members": tuple(row["members"])}) for row in facts["rows"])
         named = {name: facts[name] for name in ("benchmark", "role", "data", "precision")}
+        named["modality"] = facts.get("modality", "image")
         labels, notices = tuple(facts["labels"]), tuple(facts.get("notices", ()))
         scores = Scores(**named, rows=rows, labels=labels, notices=notices, **arrays)  # type: ignore[arg-type]
         got = contradiction(scores)

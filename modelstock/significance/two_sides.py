@@ -8,11 +8,25 @@ import numpy as np
 
 from modelstock.comparison.crossed import Crossed, Sample, Subsets, crossed
 from modelstock.comparison.differences import Difference, difference
-from modelstock.comparison.intervals import Accuracies, Estimate
+from modelstock.comparison.intervals import Accuracies, BalancedAccuracies, Estimate, Values
 from modelstock.comparison.paired_tests import mcnemar
 from modelstock.significance.outcomes import Outcomes, check_same_ids, check_same_values
 
 Of = TypeVar("Of", bound=Estimate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balanced:
+    """Balanced accuracies, and their difference."""
+
+    a: float
+    b: float
+    difference: Difference
+
+    def differs(self, accuracies: "Significance") -> bool:
+        """Whether it is other than accuracy in the digits shown."""
+        pairs = ((self.a, accuracies.a.value), (self.b, accuracies.b.value))
+        return any(abs(balanced - accuracy) >= 5e-5 for balanced, accuracy in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +35,7 @@ class Significance:
 
     `a`, `b`: accuracies; `rows_a`, `rows_b`: how many seeds or weight sets each is the mean of. `seeds`: "paired" where
     both sides are of the same seeds, else "unrelated". `wins`, `losses`, `mcnemar`: examples that only A, only B gets
-    right, and the exact test, where each side is one row; else None.
+    right, and the exact test, where each side is one row; else None. `balanced`: where labels are known; else None.
     """
 
     examples: int
@@ -35,6 +49,7 @@ class Significance:
     wins: int | None
     losses: int | None
     mcnemar: float | None
+    balanced: Balanced | None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: shares, not points."""
@@ -69,6 +84,15 @@ def significance(a: Outcomes, b: Outcomes, *, margin: float) -> Significance:
     accuracies = Accuracies((*a.rows, *b.rows), [np.concatenate([a.correct, b.correct])], groups)
     ones, others = list(range(len(a.rows))), list(range(len(a.rows), len(a.rows) + len(b.rows)))
     moments, seeds = _difference(accuracies, a, b)
+    balanced = None
+    if a.labels is not None:
+        truth = np.unique(a.labels, return_inverse=True)[1]
+        figures = BalancedAccuracies(accuracies.rows, accuracies.correct, [truth], groups)
+        balanced = Balanced(
+            a=float(figures.measured[ones].mean()),
+            b=float(figures.measured[others].mean()),
+            difference=_over_examples(difference(_difference(figures, a, b)[0], margin=margin)),
+        )
     wins, losses, p = mcnemar(a.correct[0], b.correct[0]) if len(ones) == len(others) == 1 else (None, None, None)
     return Significance(
         examples=len(a.ids),
@@ -82,6 +106,7 @@ def significance(a: Outcomes, b: Outcomes, *, margin: float) -> Significance:
         wins=wins,
         losses=losses,
         mcnemar=p,
+        balanced=balanced,
     )
 
 
@@ -103,19 +128,19 @@ def _aligned(a: Outcomes, b: Outcomes) -> Outcomes:
     return dataclasses.replace(b, ids=a.ids, correct=b.correct[:, order], labels=labels, classes=classes)
 
 
-def _difference(accuracies: Accuracies, a: Outcomes, b: Outcomes) -> tuple[Crossed, str]:
+def _difference(figures: Values, a: Outcomes, b: Outcomes) -> tuple[Crossed, str]:
     """A minus B, paired over seeds where both sides are of the same."""
     count = len(a.rows)
     of_a, of_b = ([row.members for row in side.rows] for side in (a, b))
     if a.numbered and b.numbered:
         if sorted(of_a) == sorted(of_b):
-            return accuracies.paired(range(count), [count + of_b.index(members) for members in of_a]), "paired"
+            return figures.paired(range(count), [count + of_b.index(members) for members in of_a]), "paired"
         single = {seed for members in of_b for seed in members} if len(of_b[0]) == 1 else set()
         if single and single == {seed for members in of_a for seed in members}:
-            return accuracies.over_members(range(count), range(count, count + len(of_b))), "paired"
+            return figures.over_members(range(count), range(count, count + len(of_b))), "paired"
         if len(of_a[0]) == 1 and {seed for members in of_a for seed in members} == {s for m in of_b for s in m}:
-            turned = accuracies.over_members(range(count, count + len(of_b)), range(count))
+            turned = figures.over_members(range(count, count + len(of_b)), range(count))
             return dataclasses.replace(turned, value=-turned.value), "paired"
-    values = (a.correct.astype(float), -b.correct.astype(float))
-    samples = [Sample(Subsets(tuple(m)), (v,)) for m, v in zip((of_a, of_b), values, strict=True)]
-    return crossed(samples, accuracies.clusters), "unrelated"
+    (ours,), (theirs,) = (figures.values(range(*ends)) for ends in ((0, count), (count, count + len(b.rows))))
+    samples = [Sample(Subsets(tuple(m)), (v,)) for m, v in zip((of_a, of_b), (ours, -theirs), strict=True)]
+    return crossed(samples, figures.clusters), "unrelated"

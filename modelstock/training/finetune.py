@@ -5,9 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modelstock.data.examples import Examples
+from modelstock.data.examples import Examples, Texts
 from modelstock.files import atomic_path, link_or_copy
 from modelstock.models.towers import Classifier, build_classifier, tensors_of
+from modelstock.notices import collected
 from modelstock.params import FinetuneParams
 from modelstock.tracking.history import write_history
 from modelstock.training.callbacks import Average, Ema, Lawa, Log, Snapshots
@@ -17,14 +18,15 @@ from modelstock.training.job import Job, Setting
 from modelstock.training.loop import Callback, HistoryRow
 from modelstock.training.recipe import examples_of, new_run, schedule_of, steps_per_epoch
 from modelstock.training.resume import ResumePoint
+from modelstock.training.text_batches import Framed, framed, notice_too_long
 from modelstock.training.validation import Validation
 from modelstock.weights.weight_set import WeightSet
 
 
 def finetune(
     model: Classifier,
-    examples: Examples,
-    held_out: Examples,
+    examples: Examples | Texts | Framed,
+    held_out: Examples | Texts | Framed,
     *,
     recipe: FinetuneParams,
     preprocess: Mapping[str, Any],
@@ -41,9 +43,11 @@ def finetune(
     every epoch but the last; returns the file that it wrote. The model is on the world's device.
 
     Raises:
-        TrainingError: fewer examples than a batch, a loss that is not finite, or memory that does not suffice.
+        TrainingError: as `new_run`; a loss that is not finite, or memory that does not suffice.
     """
-    examples = examples_of(examples, recipe, seed)
+    examples = examples_of(framed(examples, preprocess), recipe, seed)
+    if world.rank == 0:
+        notice_too_long(examples, preprocess)
     epoch = steps_per_epoch(len(examples.labels), recipe.batch_size)
     schedule = schedule_of(recipe, epoch)
     averages: list[Average] = [Ema(decay, model) for decay in recipe.ema]
@@ -85,7 +89,7 @@ def finetune_seed(
         setting=setting,
     )
     model = build_classifier(anchor).to(setting.world.device)
-    with job.mirror():
+    with job.mirror(), collected(job.notices):
         history, averages = finetune(
             model,
             inputs.train,
@@ -105,7 +109,7 @@ def finetune_seed(
     for average in averages:
         tensors = {**final, **{k: t.cpu().numpy() for k, t in average.tensors().items()}}
         changes = {"average": average.name.split("-")[0], "options": {**options, **average.options}}
-        job.weight_set(anchor, tensors, changes).save(out / f"{average.name}.safetensors")
+        inputs.recalibrated(job.weight_set(anchor, tensors, changes)).save(out / f"{average.name}.safetensors")
     for epoch in range(1, recipe.head_first_epochs + recipe.epochs if recipe.snapshots else 0):
         with atomic_path(out / _snapshot_name(epoch)) as temporary:
             link_or_copy(job.folder / _snapshot_name(epoch), temporary)

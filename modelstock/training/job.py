@@ -22,7 +22,7 @@ from modelstock.provenance import key_of
 from modelstock.tracking.mirror import Mirror
 from modelstock.tracking.tracker import NullTracker, Tracker, open_tracker, params_of
 from modelstock.training.distributed import ALONE, World, processes
-from modelstock.weights.origin import made_by
+from modelstock.weights.origin import kept_notices, made_by, notices_of
 from modelstock.weights.weight_set import WeightSet
 
 
@@ -63,6 +63,7 @@ class Job:
     """One training. `made_by`: stage, seed or members, and options, for the metadata of its weight sets.
 
     `code`: the module that trains. `facts`: what its bytes depend on besides its code, `made_by`, threads and device.
+    `notices`: given while it trains, which its weight sets keep.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Job:
     code: str
     facts: Mapping[str, str] = field(default_factory=dict)
     setting: Setting = field(default_factory=Setting)
+    notices: list[str] = field(default_factory=list)
 
     @cached_property
     def key(self) -> str:
@@ -93,7 +95,8 @@ class Job:
     ) -> WeightSet:
         """Tensors that the job made from the anchor; `changes`: of `made_by`, for what is not its final result."""
         origin = made_by(**{**self.made_by, **({"key": self.key} if changes is None else changes)})
-        return WeightSet(tensors, {**anchor.meta, "parents": [anchor.identity], "made_by": origin}, self.name)
+        meta = {**anchor.meta, "parents": [anchor.identity], "made_by": origin}
+        return WeightSet(tensors, {**meta, **kept_notices(notices_of(anchor.meta), self.notices)}, self.name)
 
     def finish(self) -> None:
         """Remove the folder, its outputs being written: the same job run again trains again."""

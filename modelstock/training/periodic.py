@@ -19,7 +19,7 @@ from modelstock.errors import TrainingError
 from modelstock.files import is_intact, sealed, write_json
 from modelstock.merging.rules import RULES
 from modelstock.models.towers import Classifier, build_classifier, tensors_of
-from modelstock.notices import remark
+from modelstock.notices import collected, remark
 from modelstock.params import FinetuneParams, PeriodicParams
 from modelstock.tracking.history import write_history, write_rows
 from modelstock.training.callbacks import Log
@@ -30,6 +30,7 @@ from modelstock.training.loop import DamagedPoint, HistoryRow, Run
 from modelstock.training.parallel_merge import Report, flat, give_back, merge_models
 from modelstock.training.recipe import examples_of, new_run, steps_per_epoch
 from modelstock.training.resume import Clock, read_state, write_state
+from modelstock.training.text_batches import framed, notice_too_long
 from modelstock.training.validation import accuracy
 from modelstock.weights.weight_set import WeightSet
 
@@ -246,7 +247,10 @@ def train_periodic(
             cure="start as many as there are seeds",
         )
     anchor, preprocess = inputs.anchor, inputs.anchor.meta["preprocess"]
-    epoch = steps_per_epoch(len(examples_of(inputs.train, recipe, seeds[0]).labels), recipe.batch_size)
+    train, held_out = framed(inputs.train, preprocess), framed(inputs.held_out, preprocess)
+    if world.rank == 0:
+        notice_too_long(train, preprocess)
+    epoch = steps_per_epoch(len(examples_of(train, recipe, seeds[0]).labels), recipe.batch_size)
     if merging.every * epoch < 1:
         raise TrainingError(
             "periodic.every",
@@ -257,7 +261,7 @@ def train_periodic(
     runs = [
         new_run(
             build_classifier(anchor).to(world.device),
-            examples_of(inputs.train, recipe, seed),
+            examples_of(train, recipe, seed),
             recipe,
             preprocess=preprocess,
             seed=seed,
@@ -274,7 +278,7 @@ def train_periodic(
         merging=merging,
         folder=folder,
         epoch=epoch,
-        measure=partial(accuracy, model, inputs.held_out, preprocess, world.device),
+        measure=partial(accuracy, model, held_out, preprocess, world.device),
         world=world,
     )
     periodic.resume()
@@ -310,7 +314,7 @@ def merge_periodically(
         facts=inputs.identities,
         setting=setting,
     )
-    with job.mirror():
+    with job.mirror(), collected(job.notices):
         model, history, reports = train_periodic(
             inputs,
             recipe,
@@ -322,7 +326,7 @@ def merge_periodically(
         )
     if setting.world.rank:
         return None
-    job.weight_set(inputs.anchor, tensors_of(model)).save(out / "weights.safetensors")
+    inputs.recalibrated(job.weight_set(inputs.anchor, tensors_of(model))).save(out / "weights.safetensors")
     write_history(out, history)
     write_json(out / "report.json", reports)
     job.finish()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 _BLOCK = re.compile(r"(?:^|\.)(?:(\d+)|((?:layer|stage|block)s?)_?(\d+))(?=\.|$)")
 _BEFORE = re.compile(r"embed|conv\d|bn\d|ln_pre|norm_pre|pre_?layer_?norm|stem|patch|cls_token|(^|\.)w[tp]e\.")
+_NORM = re.compile(r"(?:^|\.)bn2\.")  # of the stem's second convolution or, in an EfficientNet, of its last
 _POOL = re.compile(r"attn_?pool")  # it has embeddings of its own
 
 
@@ -33,11 +34,17 @@ def blocks(names: Sequence[str]) -> dict[str, tuple[int, int]]:
             numbered[name] = prefix, number
             numbers.setdefault(prefix, set()).add(number)
     counts = {prefix: max(group) - min(group) + 1 for prefix, group in numbers.items()}  # some models count from 1
-    most = max(counts.values(), default=0)
+    most, known = max(counts.values(), default=0), set(names)
+
+    def is_before(name: str) -> bool:
+        norm = _NORM.search(name)
+        if norm and f"{name[: norm.end() - len('bn2.')]}conv_head.weight" in known:
+            return False
+        return bool(_BEFORE.search(name)) and not _POOL.search(name)
 
     def block(name: str) -> tuple[int, int]:
         if name not in numbered:
-            return (-1 if _BEFORE.search(name) and not _POOL.search(name) else most), most
+            return (-1 if is_before(name) else most), most
         prefix, number = numbered[name]
         return number - min(numbers[prefix]), counts[prefix]
 

@@ -30,6 +30,16 @@ def problem_of(meta: Any) -> str | None:
     return None
 
 
+def readable(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata for people: without the file of a tokenizer, which its sha256 identifies."""
+    preprocess = meta.get("preprocess")
+    tokenizer = preprocess.get("tokenizer") if isinstance(preprocess, Mapping) else None
+    if not isinstance(tokenizer, Mapping):
+        return dict(meta)
+    short = {name: value for name, value in tokenizer.items() if name != "json"}
+    return {**meta, "preprocess": {**preprocess, "tokenizer": short}}  # type: ignore[dict-item]
+
+
 def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 

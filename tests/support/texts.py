@@ -17,9 +17,27 @@ from modelstock.weights.weight_set import WeightSet
 from tests.support.models import TEXT, TINY, clip_of
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-GOOD = "good great fine lovely superb warm bright clever".split()
-BAD = "bad awful poor dull cold dark silly broken".split()
-PLAIN = "a an the film book plot actor scene was is and but very so it i we they of in with to this that".split()
+GOOD = ["good", "great", "fine", "lovely", "superb", "warm", "bright", "clever"]
+BAD = ["bad", "awful", "poor", "dull", "cold", "dark", "silly", "broken"]
+PLAIN = [
+    "a",
+    "an",
+    "the",
+    "film",
+    "book",
+    "plot",
+    "actor",
+    "scene",
+    "was",
+    "is",
+    "and",
+    "but",
+    "very",
+    "so",
+    "it",
+    "we",
+    "they",
+]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = [*SPECIAL, *GOOD, *BAD, *(w for w in PLAIN if len(w) > 1), *LETTERS, *(f"##{c}" for c in LETTERS)]
 LENGTH = 12  # tokens that an anchor takes of a text

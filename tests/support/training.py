@@ -1,4 +1,4 @@
-"""Small trainings on noise, their comparison, and processes that are killed."""
+"""Small trainings on noise or a few texts, their comparison, and processes that are killed."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelstock.data.examples import Examples, InMemory
-from modelstock.data.shapes.names import TINY_PREPROCESS
+from modelstock.data.examples import Examples, InMemory, Texts
+from modelstock.data.preprocess import modality_of
 from modelstock.models.towers import build_classifier, tensors_of
-from modelstock.params import ARMS, PeriodicParams, load_params
+from modelstock.params import ARMS, IMAGES_ALONE, FinetuneParams, PeriodicParams, load_params
 from modelstock.training.distributed import ALONE, World
 from modelstock.training.finetune import finetune
 from modelstock.training.inputs import Inputs
@@ -23,6 +23,7 @@ from modelstock.training.loop import HistoryRow
 from modelstock.training.parallel_merge import Report
 from modelstock.training.periodic import train_periodic
 from modelstock.weights.weight_set import WeightSet
+from tests.support.texts import Sentences
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = load_params(ROOT / "params.yaml").finetune.model_copy(
@@ -54,24 +55,35 @@ def examples(count: int = 24) -> InMemory:
     return InMemory(pixels, np.arange(count) % 24)
 
 
+def data_for(anchor: WeightSet) -> Examples | Texts:
+    """What an anchor's tower takes: noise images, or sentences."""
+    return Sentences() if modality_of(anchor.meta["preprocess"]) == "text" else examples()
+
+
+def recipe_for(anchor: WeightSet, **changes: Any) -> FinetuneParams:
+    """RECIPE with `changes`, and for texts without what is done to images."""
+    of_texts = IMAGES_ALONE if modality_of(anchor.meta["preprocess"]) == "text" else {}
+    return FinetuneParams.model_validate({**RECIPE.model_dump(), **of_texts, **changes})
+
+
 def train(
     anchor: WeightSet,
     folder: Path,
     *,
     seed: int = 0,
-    data: Examples | None = None,
+    data: Examples | Texts | None = None,
     workers: int = 0,
     world: World = ALONE,
     **changes: Any,
 ) -> tuple[Tensors, list[HistoryRow], dict[str, Tensors]]:
-    """Fine-tune on noise, by RECIPE with `changes`; returns tensors, history and averages."""
+    """Fine-tune on noise or sentences, by RECIPE with `changes`; returns tensors, history and averages."""
     model = build_classifier(anchor).to(world.device)
     history, averages = finetune(
         model,
-        data or examples(),
-        examples(),
-        recipe=RECIPE.model_copy(update=changes),
-        preprocess=TINY_PREPROCESS,
+        data or data_for(anchor),
+        data_for(anchor),
+        recipe=recipe_for(anchor, **changes),
+        preprocess=anchor.meta["preprocess"],
         seed=seed,
         folder=folder,
         workers=workers,
@@ -90,10 +102,10 @@ def train_side_by_side(
     workers: int = 0,
     **changes: Any,
 ) -> tuple[Tensors, list[HistoryRow], dict[str, Report]]:
-    """Periodic merging on noise, by RECIPE with `changes`; returns tensors, history and reports."""
+    """Periodic merging on noise or sentences, by RECIPE with `changes`; returns tensors, history and reports."""
     model, history, reports = train_periodic(
-        Inputs(anchor=anchor, train=examples(), held_out=examples(), identities={}),
-        RECIPE.model_copy(update=changes),
+        Inputs(anchor=anchor, train=data_for(anchor), held_out=data_for(anchor), identities={}),
+        recipe_for(anchor, **changes),
         merging,
         seeds=seeds,
         folder=folder,

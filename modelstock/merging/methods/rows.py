@@ -94,7 +94,8 @@ class Method:
     look at those of two different updates, which then need not be exact. `selects`: it may leave checkpoints out, and
     its rows are named for those that it takes. `standard`: it is compared where no methods are named; `sets`: which
     seeds then merge together, see modelstock.experiment.subsets. `elsewhere`: library -> its name there, and the
-    difference if there is one.
+    difference if there is one. `recalibrates`: it only makes sense where BatchNorm's running statistics are estimated
+    again afterwards.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Method:
     batched: bool = False
     ignores_angles: bool = False
     selects: bool = False
+    recalibrates: bool = False
     chooses: Choice | None = None
     standard: bool = False
     sets: Sets = "brief"

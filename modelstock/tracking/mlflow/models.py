@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import warnings
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import modelstock
 from modelstock.files import atomic_path, link_or_copy
 from modelstock.tracking.mlflow.store import IDENTITY, Connection, local_path
 from modelstock.tracking.tracker import TrackedComparison, TrackedRow
+from modelstock.weights.checkpoints import open_safetensors
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -26,12 +28,16 @@ if TYPE_CHECKING:
 
 # What a loaded model needs besides modelstock's own code, which it carries.
 REQUIREMENTS = ("mlflow", "numpy", "open_clip_torch", "pandas", "pillow", "safetensors", "timm", "torch", "torchvision")
+OF_TEXTS = ("tokenizers", "transformers")  # and what besides, where it takes texts
 ABOUT = """\
 Weight sets of one experiment: the best per method on the held-out split, each under an alias with the method's name,
 and the one to ship, `champion`. Load one with `mlflow.pyfunc.load_model("models:/{name}@champion")`; its `predict`
-takes a list of images (paths, data URLs, bytes, Pillow's) or a table with a column of them or of arrays, and returns
-labels with probabilities.
+takes a list of {examples}, and returns labels with probabilities.
 """
+EXAMPLES = {
+    "image": "images (paths, data URLs, bytes, Pillow's) or a table with a column of them or of arrays",
+    "text": "texts or a table with a column of them",
+}
 
 
 class Models:
@@ -47,7 +53,7 @@ class Models:
     def of(self, row: TrackedRow, weights: Path, *, source_run: str) -> str:
         """The id of a row's model, which holds its weights; made where there is none."""
         if row.identity not in self._placed:
-            model = self._find(row.identity) or self._new(row, source_run)
+            model = self._find(row.identity) or self._new(row, weights, source_run)
             self._place(model, weights)
             if str(model.status) != "READY":
                 self._client.finalize_logged_model(model.model_id, "READY")
@@ -66,13 +72,13 @@ class Models:
                 self._client.delete_logged_model(model.model_id)
         return first[0] if first else None
 
-    def _new(self, row: TrackedRow, source_run: str) -> "LoggedModel":
+    def _new(self, row: TrackedRow, weights: Path, source_run: str) -> "LoggedModel":
         return self._client.create_logged_model(
             self._experiment,
             name=row.name.replace("/", "-").replace("@", "-").replace(".", "_"),
             source_run_id=source_run,
             tags={IDENTITY: row.identity},
-            model_type="image classifier",
+            model_type=f"{_modality(weights)} classifier",
         )
 
     def _place(self, model: "LoggedModel", weights: Path) -> None:
@@ -99,7 +105,7 @@ class Models:
         stored = next((name for name in sorted(files) if name.endswith(".safetensors")), weights.name)
         with tempfile.TemporaryDirectory() as temporary:
             made = Path(temporary) / "model"
-            self._write_loadable(made, stored, str(model.model_id))
+            self._write_loadable(made, stored, str(model.model_id), modality=_modality(weights))
             folder = local_path(model.artifact_location)
             if folder is None:
                 self._client.log_model_artifacts(model.model_id, str(made))
@@ -109,7 +115,7 @@ class Models:
             with atomic_path(folder / marker.name) as last:  # with it, the model counts as complete
                 shutil.copyfile(marker, last)
 
-    def _write_loadable(self, folder: Path, weights: str, model_id: str) -> None:
+    def _write_loadable(self, folder: Path, weights: str, model_id: str, *, modality: str) -> None:
         import mlflow.pyfunc
         import pandas
         from mlflow.models import Model, ModelSignature
@@ -124,7 +130,8 @@ class Models:
             package = Path(temporary) / "modelstock"
             shutil.copytree(Path(modelstock.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
             warnings.simplefilter("ignore")  # MLflow's own, about pandas
-            image: Any = AnyType()  # type: ignore[no-untyped-call]
+            is_text = modality == "text"
+            example: Any = "string" if is_text else AnyType()  # type: ignore[no-untyped-call]
             outputs: list[Any] = [
                 ColSpec("string", "label"),
                 ColSpec("double", "probability"),
@@ -136,9 +143,9 @@ class Models:
                 loader_module="modelstock.models.served",
                 data_path=str(data),
                 code_paths=[str(package)],
-                pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
-                signature=ModelSignature(Schema([ColSpec(image)]), Schema(outputs)),
-                input_example=pandas.DataFrame({"image": [_picture_url()]}),
+                pip_requirements=[f"{name}=={version(name)}" for name in _requirements(modality)],
+                signature=ModelSignature(Schema([ColSpec(example)]), Schema(outputs)),
+                input_example=pandas.DataFrame({modality: ["a text" if is_text else _picture_url()]}),
             )
 
     # ------------------------------------------------------------ versions
@@ -150,7 +157,7 @@ class Models:
         """
         name = self._comparison.model_name
         if self._versions is None:
-            self._versions = self._known_versions(name)
+            self._versions = self._known_versions(name, row)
         # On SQLite a version's model_id is empty; its tag says which weight set it is.
         found = next((v for v in self._versions if v.tags.get(IDENTITY) == row.identity), None)
         tags = {IDENTITY: row.identity, **{key: str(value) for key, value in row.params.items()}}
@@ -174,14 +181,27 @@ class Models:
         for alias in row.aliases:
             self._client.set_registered_model_alias(name, alias, found.version)
 
-    def _known_versions(self, name: str) -> "list[ModelVersion]":
+    def _known_versions(self, name: str, row: TrackedRow) -> "list[ModelVersion]":
         from mlflow.exceptions import MlflowException
 
         try:
             self._client.get_registered_model(name)
         except MlflowException:
-            self._client.create_registered_model(name, description=ABOUT.format(name=name))
+            modality = "image" if row.weights is None else _modality(row.weights)
+            about = ABOUT.format(name=name, examples=EXAMPLES[modality])
+            self._client.create_registered_model(name, description=about)
         return list(self._client.search_model_versions(f"name = '{name}'"))
+
+
+def _modality(weights: Path) -> str:
+    """What a weight set's tower takes: image or text."""
+    preprocess = open_safetensors(weights, keep_open=False).meta.get("preprocess") or {}
+    return str(preprocess.get("modality", "image"))
+
+
+def _requirements(modality: str) -> list[str]:
+    """The packages that a loaded model needs; of open_clip's own text towers, those that are here."""
+    return sorted([*REQUIREMENTS, *(name for name in OF_TEXTS if modality == "text" and find_spec(name))])
 
 
 def _picture_url() -> str:
