@@ -116,14 +116,14 @@ class OpenClipTextPretraining(OpenClipPretraining):
 class TransformersPretraining(Section):
     """An encoder of the library transformers, which classifies texts.
 
-    `model`: a name on the hub, or a folder with config.json, weights and tokenizer. `pooling`: mean or max over a
+    `model`: a name on the hub, or a folder with config.json, weights and tokenizer. `pooling`: the mean over a
     text's tokens, its first token, or `pooler`, the encoder's own. `normalise`: features have length 1, as sentence
     encoders'. `length`: the most tokens of a text. `weights`: those of the model, or random ones, by `seed`.
     """
 
     source: Literal["transformers"]
     model: str = Field(min_length=1)
-    pooling: Literal["mean", "max", "first", "pooler"] = "mean"
+    pooling: Literal["mean", "first", "pooler"] = "mean"
     normalise: bool = True
     length: Positive
     weights: Literal["pretrained", "random"] = "pretrained"

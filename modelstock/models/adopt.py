@@ -277,8 +277,9 @@ def adopt(path: Path, anchor: WeightSet, *, prompts: Prompts | None = None, devi
 
     Our own files stay as they are. In others (safetensors, folders, state dicts, training checkpoints, with whatever
     prefix) the tower is what carries the anchor's names. The head is the file's own linear layer (C, D) over features
-    as the anchor's, or beside it in an export; else zero-shot from its own text tower, if it is a CLIP, the anchor names its classes, and
-    `prompts` are given; else the anchor's. Config and tokenizer beside an encoder must be the anchor's.
+    as the anchor's, or beside it in an export; else zero-shot from its own text tower, if it is a CLIP, the anchor
+    names its classes, and `prompts` are given; else the anchor's. Config and tokenizer beside an encoder must be the
+    anchor's.
     `meta["made_by"]["options"]["head"]` says which head: own, zero-shot or anchor. Which of several models or heads was
     taken, and what is assumed of the head, is a notice, and in the metadata.
 
@@ -308,8 +309,8 @@ def _adopted(
     """The tensors of a foreign checkpoint by the anchor's names, and whose head is among them; see `adopt`."""
     prefix, names = _tower_of(checkpoint, anchor)
     layer = _linear_head(checkpoint, set(names.values()))
-    if layer is None and (beside := _head_beside(checkpoint, anchor)):
-        layer, checkpoint = "head", replace(checkpoint, tensors={**checkpoint.tensors, **beside})
+    if layer is None and (own := _head_beside(checkpoint, anchor)):
+        layer, checkpoint = "head", replace(checkpoint, tensors={**checkpoint.tensors, **own})
     if layer is not None:
         parameters = ("weight", "bias") if f"{layer}.bias" in checkpoint.tensors else ("weight",)
         names |= {f"head.{parameter}": f"{layer}.{parameter}" for parameter in parameters}

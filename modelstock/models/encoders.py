@@ -9,7 +9,7 @@ from modelstock.errors import ParamsError
 from modelstock.models.towers import from_transformers
 
 # pretrain.pooling -> what it is in an architecture: open_clip's names.
-POOLERS = {"mean": "mean_pooler", "max": "max_pooler", "first": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
+POOLERS = {"mean": "mean_pooler", "first": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
 
 
 def encoder_config(folder: Path, place: str) -> Any:

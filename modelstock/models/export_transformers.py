@@ -25,15 +25,11 @@ _SPECIAL = {
     "sep_token": ("[SEP]", "</s>"),
     "mask_token": ("[MASK]", "<mask>"),
 }
-_MODES = {"mean_pooler": "mean_tokens", "max_pooler": "max_tokens", "cls_last_hidden_state_pooler": "cls_token"}
+_MODES = {"mean_pooler": "mean_tokens", "cls_last_hidden_state_pooler": "cls_token"}
 _POOLED = {
     "mean_pooler": [
         '    mask = tokens["attention_mask"].unsqueeze(-1)',
         "    features = (states * mask).sum(dim=1) / mask.sum(dim=1)",
-    ],
-    "max_pooler": [
-        '    mask = tokens["attention_mask"].unsqueeze(-1)',
-        "    features = states.masked_fill(mask == 0, -torch.inf).amax(dim=1)",
     ],
     "cls_last_hidden_state_pooler": ["    features = states[:, 0]"],
 }
@@ -126,7 +122,9 @@ def _write_modules(architecture: Mapping[str, Any], preprocess: Mapping[str, Any
     (folder / "modules.json").write_text(dump_json(modules), encoding="utf-8")
     limits = {"max_seq_length": preprocess["length"], "do_lower_case": False}
     (folder / "sentence_bert_config.json").write_text(dump_json(limits), encoding="utf-8")
-    modes = {f"pooling_mode_{mode}": mode == _MODES[architecture["pooling"]] for mode in _MODES.values()}
+    modes = {
+        f"pooling_mode_{mode}": mode == _MODES[architecture["pooling"]] for mode in (*_MODES.values(), "max_tokens")
+    }
     pooling = {"word_embedding_dimension": architecture["width"], **modes}
     (folder / "1_Pooling" / "config.json").write_text(dump_json(pooling), encoding="utf-8")
 

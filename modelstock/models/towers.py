@@ -104,7 +104,7 @@ def _mask_of_its_length(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return args, {**kwargs, "attn_mask": mask[:length, :length] if mask is not None and mask.ndim == 2 else mask}
 
 
-POOLINGS = ("mean_pooler", "max_pooler", "cls_last_hidden_state_pooler", "cls_pooler")
+POOLINGS = ("mean_pooler", "cls_last_hidden_state_pooler", "cls_pooler")
 # Encoders of transformers that are taken: both-sided attention, and a mask for what fills up.
 ENCODERS = (
     "albert",
@@ -124,7 +124,7 @@ class Encoder(nn.Module):
     """An encoder of the library transformers and a pooling of its states: tokens (B, L) -> features (B, width).
 
     Tensors are named, and poolings called, as those of open_clip's HFTextEncoder, which takes fewer encoders:
-    `mean_pooler` and `max_pooler` over a text's tokens, `cls_last_hidden_state_pooler` its first token, `cls_pooler`
+    `mean_pooler` over a text's tokens, `cls_last_hidden_state_pooler` its first token, `cls_pooler`
     what the encoder itself makes of that. `projection`: open_clip's `hf_proj_type`, None for the encoder's own width.
     """
 
@@ -153,8 +153,6 @@ class Encoder(nn.Module):
     def _pool(self, states: Tensor, mask: Tensor) -> Tensor:
         if self._pooling == "mean_pooler":
             return (states * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-        if self._pooling == "max_pooler":
-            return states.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(dim=1)
         return states[:, 0]
 
 
