@@ -163,8 +163,8 @@ def test_what_is_no_classifier_of_timm_is_refused(tmp_path):
     with pytest.raises(WeightsError, match="without architecture or head"):
         export(backbone_of("test_efficientnet"), None, tmp_path / "out")
     weights.save(tmp_path / "weights.safetensors")
-    with pytest.raises(ParamsError, match=r"--clip: got .*expected none for timm"):
-        export_on_the_command_line(tmp_path / "weights.safetensors", tmp_path / "out", clip=tmp_path / "clip")
+    with pytest.raises(ParamsError, match=r"--clip: got .*expected none for a tower of timm"):
+        export(weights, weights, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     export_on_the_command_line(tmp_path / "weights.safetensors", tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").is_file()
