@@ -31,7 +31,18 @@ NOT_COMPUTING = (
     "workers",
 )
 # Libraries whose next version may compute, decode or build something else.
-LIBRARIES = ("numpy", "open_clip_torch", "pillow", "scipy", "timm", "torch", "torchvision", "transformers")
+LIBRARIES = (
+    "ftfy",
+    "numpy",
+    "open_clip_torch",
+    "pillow",
+    "scipy",
+    "timm",
+    "tokenizers",
+    "torch",
+    "torchvision",
+    "transformers",
+)
 
 
 def _file(module: str) -> Path | None:

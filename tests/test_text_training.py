@@ -15,8 +15,6 @@ from torch import nn
 from torch.nn import functional
 
 from modelstock.data.dataset import open_dataset
-from modelstock.data.manifest import make_manifest, save_manifest
-from modelstock.data.shards import clear, write_shard
 from modelstock.data.tokens import Tokenization
 from modelstock.errors import DataError, ParamsError, TrainingError, WeightsError
 from modelstock.merging.rules import RULES
@@ -38,6 +36,7 @@ from modelstock.weights.weight_set import load_weights
 from tests.support.pretended_gpu import pretended_gpu
 from tests.support.settings import full_params
 from tests.support.splits import make_split
+from tests.support.text_shards import make_texts
 from tests.support.texts import LENGTH, VOCABULARY, Sentences, clip_text_anchor, encoder_folder, text_anchor
 from tests.support.training import arm, child, equal, recipe_for, train, train_side_by_side
 
@@ -545,29 +544,16 @@ def test_an_encoder_with_dropout_trains_over_two_processes_and_one_seed_in_each_
 # ---------------------------------------------------------------- a seed and its files
 
 
-def text_split(folder: Path, benchmark: str, role: str):
+def text_split(folder: Path, role: str):
     """Sentences as shards."""
-    clear(folder)
     data = Sentences()
-    files = ((n, int(label), "txt", data.texts[n].encode()) for n, label in enumerate(data.labels))
-    shard = write_shard(folder / "000000.tar", files)
-    manifest = make_manifest(
-        benchmark=benchmark,
-        role=role,
-        labels=["bad", "good"],
-        label_groups=[[0], [1]],
-        classes=["bad", "good"],
-        shards=[shard],
-        modality="text",
-    )
-    save_manifest(folder, manifest)
-    return open_dataset(folder)
+    return make_texts(folder, data.texts, data.labels, benchmark=role, role=role)
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_a_seed_is_trained_from_shards_and_written_with_what_it_says_of_itself(tmp_path, monkeypatch, bert, in_memory):
     monkeypatch.chdir(tmp_path)
-    splits = [text_split(tmp_path / name, name, name) for name in ("train", "held-out")]
+    splits = [text_split(tmp_path / name, name) for name in ("train", "held-out")]
     inputs = read_inputs(bert, *splits, in_memory=in_memory)
     recipe = recipe_for(bert, snapshots=True, ema=[0.5])
     with pytest.warns(Notice, match="1 of 24"):
@@ -594,7 +580,7 @@ def test_a_seed_is_trained_from_shards_and_written_with_what_it_says_of_itself(t
 
 
 def test_images_for_a_text_tower_and_texts_for_an_image_tower_are_one_line_each(tmp_path, anchor, bert):
-    texts = text_split(tmp_path / "texts", "train", "train")
+    texts = text_split(tmp_path / "texts", "train")
     make_split(tmp_path / "images", "train", 24)
     images = open_dataset(tmp_path / "images")
     with pytest.raises(WeightsError, match="got a tower for texts; expected one for the images"):
