@@ -7,6 +7,7 @@ import getpass
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -31,7 +32,7 @@ from modelstock.scoring.decoding import Prepared
 from modelstock.scoring.one_pass import Tower
 from modelstock.tracking import mirror
 from modelstock.tracking.mirror import Mirror
-from modelstock.tracking.mlflow import COMPARISON, IDENTITY, KEY, MlflowTracker
+from modelstock.tracking.mlflow import COMPARISON, IDENTITY, KEY, MlflowTracker, store
 from modelstock.tracking.mlflow.models import Models
 from modelstock.tracking.mlflow.tracker import SHOWN_AT_MOST
 from modelstock.tracking.tracker import Times, TrackedComparison, TrackedRow, TrackedTraining, params_of
@@ -41,6 +42,27 @@ from tests.support.texts import encoder_folder, text_anchor
 
 ROOT = Path(__file__).parent.parent
 METRICS = {"held-out": {"top1": 0.5}, "shapes": {"top1": 0.25, "nll": 1.5}}
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """A store as MLflow makes it, which takes a second."""
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    store.quiet_and_quick()
+    store._make_store(file)
+    return file
+
+
+@pytest.fixture
+def real_store():
+    """For tests of how a store is made."""
+
+
+@pytest.fixture(autouse=True)
+def made_once(request, monkeypatch, empty_store):
+    """A new store is a copy of one that was made once, but where the making is what a test is about."""
+    if "real_store" not in request.fixturenames:
+        monkeypatch.setattr(store, "_make_store", lambda file: shutil.copy(empty_store, file))
 
 
 def row(name="seed-3", **changes):
@@ -551,7 +573,7 @@ def copies(folder):
 
 
 @pytest.mark.parametrize("name", ["C# work", "what?", "100% ours", "p%20z", "plain"])
-def test_whatever_the_projects_path_is_called_its_store_and_its_copies_lie_in_it(tmp_path, weights, name):
+def test_whatever_the_projects_path_is_called_its_store_and_its_copies_lie_in_it(real_store, tmp_path, weights, name):
     root = tmp_path / name / "modelstock"
     root.mkdir(parents=True)
     check(MlflowTracker(root, "e"), weights)
@@ -602,7 +624,7 @@ def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(tmp_pat
 # ---------------------------------------------------------------- kills
 
 
-def test_a_kill_while_the_store_is_made_leaves_one_that_opens_the_next_time(tmp_path):
+def test_a_kill_while_the_store_is_made_leaves_one_that_opens_the_next_time(real_store, tmp_path):
     code = (
         "import os, sys; from pathlib import Path; import mlflow.store.db.utils as utils;"
         "from modelstock.tracking.mlflow import MlflowTracker;"
@@ -624,7 +646,7 @@ def test_a_store_that_an_older_version_left_half_made_is_one_line_with_its_cure(
     assert "\n" not in str(caught.value)
 
 
-def test_the_store_and_its_artifacts_are_their_owners_alone(tmp_path):
+def test_the_store_and_its_artifacts_are_their_owners_alone(real_store, tmp_path):
     MlflowTracker(tmp_path, "e")
     assert {name: oct((tmp_path / name).stat().st_mode)[-3:] for name in ("mlflow.db", "mlruns")} == {
         "mlflow.db": "600",
