@@ -33,8 +33,8 @@ READINGS = {
     DEFAULT: "The embedded benchmark is a tower of 0.8M parameters on procedural pictures: read the figures as a test "
     "of the pipeline, not of the paper at scale.",
     "emoji": "An EfficientNet-lite0 with ImageNet's weights, fine-tuned for minutes on 1,082 drawings of 64 pixels, "
-    "from a linear probe; BatchNorm's running statistics of everything that no training ended with are estimated again. Few "
-    "seeds and 675 test images: most differences between merges are smaller than what this can find.",
+    "from a linear probe; BatchNorm's running statistics of everything that no training ended with are estimated "
+    "again. Few seeds and 675 test images: most differences between merges are smaller than what this can find.",
     "reviews": "all-MiniLM-L6-v2 (22.7M parameters), fine-tuned on 1,028 snippets of film reviews; reviews of products, "
     "tweets and editorials are natural shifts. What was tried: one recipe, and 14 sets of prompts for the anchor, by "
     "their zero-shot accuracy on the held-out split, 64.2 to 71.6 %; the best are those of the preset: eight texts for "
