@@ -32,9 +32,9 @@ DEFAULT = "shapes"  # the preset of params.yaml
 READINGS = {
     DEFAULT: "The embedded benchmark is a tower of 0.8M parameters on procedural pictures: read the figures as a test "
     "of the pipeline, not of the paper at scale.",
-    "emoji": "An EfficientNet-lite0 with ImageNet's weights, fine-tuned for minutes on 1,082 drawings of 64 pixels, from "
-    "a linear probe; BatchNorm's running statistics of everything that no training ended with are estimated again. Few "
-    "seeds and 675 test images: most differences between merges are smaller than what this can find.",
+    "emoji": "An EfficientNet-lite0 with ImageNet's weights, fine-tuned for minutes on 1,082 drawings of 64 pixels, "
+    "from a linear probe; BatchNorm's running statistics of everything that no training ended with are estimated "
+    "again. Few seeds and 675 test images: most differences between merges are smaller than what this can find.",
 }
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
