@@ -12,6 +12,17 @@ from modelstock.data.shapes.names import NAMES, TINY_PREPROCESS
 NO_GPU = "no GPU that torch can use"
 
 
+# The files that take longest, most of the time in processes of their own: first, so that the last worker is not left
+# with one of them while the other has nothing to do.
+LONGEST = ("pipeline", "own_data", "flow", "services", "periodic", "tracking", "experiment", "geometry_stage")
+
+
+def pytest_collection_modifyitems(items):
+    """With --no-loadscope-reorder, xdist starts files in this order; its own is by how many tests they have."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
 def pytest_terminal_summary(terminalreporter):
     """One line for all tests that were skipped for want of a GPU."""
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_GPU in str(report.longrepr)]

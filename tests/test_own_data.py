@@ -142,7 +142,7 @@ def test_checkpoints_that_are_there_already_stand_where_trained_seeds_stood(proj
         state = {f"module.{name}": torch.from_numpy(value.copy()) for name, value in tensors.items()}
         torch.save({"epoch": 1, "state_dict": state}, project / f"{seed}.pt")
     write_params(project, {"checkpoints": ["0.pt", "1.pt"]})
-    done = run(project, "dvc", "repro")
+    done = run(project, "dvc", "repro", "evaluate@photos")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "adopted with the own head" in done.stdout
     after = results(project)

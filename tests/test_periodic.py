@@ -410,13 +410,14 @@ def main():
                 if run.step == 4:
                     os.kill(os.getpid(), signal.SIGKILL)
             resume.ResumePoint.save = die
-        found = train(anchor, out / ("shared-whole" if what == "whole" else "shared-killed"), world=world, devices=2,
-                      mixup=0.3, micro_batch=2)
-        if world.rank == 0:
-            keep(out / ("shared-whole" if what == "whole" else "shared-killed"), *found[:2])
-        found = train_side_by_side(anchor, out / ("two" if what == "whole" else "resumed"), world=world)
-        keep(out / (("two" if what == "whole" else "resumed") + "-" + str(world.rank)), *found)
-        for rule in ("papa", "warp") if what == "whole" else ():
+        for name in ("shared-killed", "shared-whole"):
+            found = train(anchor, out / name, world=world, devices=2, mixup=0.3, micro_batch=2)
+            if world.rank == 0:
+                keep(out / name, *found[:2])
+        for name in ("two", "resumed"):
+            found = train_side_by_side(anchor, out / name, world=world)
+            keep(out / (name + "-" + str(world.rank)), *found)
+        for rule in ("papa", "warp"):
             found = train_side_by_side(anchor, out / rule, merging=arm(rule, every=2 / 3), world=world)
             keep(out / (rule + "-" + str(world.rank)), *found)
 
@@ -447,9 +448,9 @@ def two(tmp_path_factory, anchor):
         with pytest.raises(InterruptedError):
             train_side_by_side(anchor, folder / "resumed")
     torch.set_num_threads(threads)
-    started(folder / "two.py", TWO, folder / "anchor.safetensors", folder, "whole")
     started(folder / "two.py", TWO, folder / "anchor.safetensors", folder, "killed", code=1)
-    started(folder / "two.py", TWO, folder / "anchor.safetensors", folder, "again")
+    assert not (folder / "shared-whole").exists()
+    started(folder / "two.py", TWO, folder / "anchor.safetensors", folder, "whole")
     return folder
 
 
