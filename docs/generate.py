@@ -35,8 +35,9 @@ READINGS = {
     "emoji": "An EfficientNet-lite0 with ImageNet's weights, fine-tuned for minutes on 1,082 drawings of 64 pixels, "
     "from a linear probe; BatchNorm's running statistics of everything that no training ended with are estimated "
     "again. Few seeds and 675 test images: most differences between merges are smaller than what this can find.",
-    "reviews": "all-MiniLM-L6-v2 (22.7M parameters), fine-tuned on 1,028 snippets of film reviews; reviews of products, "
-    "tweets and editorials are natural shifts. What was tried: one recipe, and 14 sets of prompts for the anchor, by "
+    "reviews": "all-MiniLM-L6-v2 (22.7M parameters), fine-tuned on 1,028 snippets of film reviews; reviews of "
+    "products, tweets and editorials are natural shifts. What was tried: one recipe, and 14 sets of prompts for the "
+    "anchor, by "
     "their zero-shot accuracy on the held-out split, 64.2 to 71.6 %; the best are those of the preset: eight texts for "
     "each class. The others were one, four and eight templates with the names negative and positive, bad and good, "
     "terrible and great, and half of the eight texts. Labels are unbalanced (40 to 69 % positive): balanced accuracy "
