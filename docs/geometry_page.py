@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from modelstock.comparison.text import worded
+
 PREFIX = "geometry-"  # of pictures, in the run's folder and in docs/
 MOST = 1_500_000  # bytes of all pictures together
 OWN = "geometry"  # the preset of docs/geometry.md
@@ -15,6 +17,7 @@ SETTINGS = {
     "alone say is the second setting of the [claims](geometry.md); what accuracy says is of few weight sets, and no "
     "point was scored for it alone",
 }
+MODALITIES = {"reviews": "text"}
 OTHERS = "A second setting, a real encoder of texts on film reviews: [geometry-reviews](geometry-reviews.md)."
 
 # Key of a claim -> what it means, in two sentences; and the picture that shows it.
@@ -185,4 +188,4 @@ def geometry_page(folder: Path, preset: str = OWN) -> tuple[str, dict[str, bytes
     size = sum(map(len, images.values()))
     if size > MOST:
         raise ValueError(f"{folder}: {size:,} bytes of pictures, more than {MOST:,}: draw them smaller")
-    return "\n\n".join(parts) + "\n", images
+    return worded("\n\n".join(parts) + "\n", MODALITIES.get(preset, "image")), images
