@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from modelstock.geometry import accuracy_claims, questions
-from modelstock.geometry.accuracy import Scored, at, best_of, spearman
+from modelstock.geometry.accuracy import Scored, at, best_of, quantity, spearman
+from modelstock.geometry.accuracy_claims import above, below
 from modelstock.geometry.accuracy_figures import accuracy_figures, alpha_figure, plane_figure, ray_figure
 from modelstock.geometry.space import Distance
 from modelstock.scoring.results import Row, Scores
@@ -369,3 +370,15 @@ def test_without_shifts_everything_is_in_distribution_alone():
     assert claim.verdict == "holds"
     assert not [number for number in claim.quantities if "shifts" in number.name]
     assert dataclasses.asdict(questions.cost(scored))["verdict"] == "measured"
+
+
+def test_a_correlation_that_is_not_defined_is_no_number_and_no_verdict():
+    of_two = quantity(
+        "correlation", spearman(np.array([1.0, 2.0]), np.array([2.0, 1.0])), np.full(9, np.nan), over="images"
+    )
+    assert (of_two.value, of_two.low, of_two.shown()) == (
+        None,
+        None,
+        "not defined: fewer than three of them, or all alike",
+    )
+    assert below(of_two, 0) == above(of_two, 0) == "undecided"

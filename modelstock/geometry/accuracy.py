@@ -135,8 +135,14 @@ def resampled(correct: NDArray[np.bool_], draws: int, generator: np.random.Gener
     return accuracies
 
 
+# In place of a correlation.
+UNDEFINED = "not defined: fewer than three of them, or all alike"
+
+
 def quantity(name: str, value: float, samples: Float, *, over: str, unit: str = "") -> Quantity:
-    """A number with the 95 % interval of its resamples; those that are NaN do not count."""
+    """A number with the 95 % interval of its resamples; those that are NaN do not count, and NaN itself is none."""
+    if not np.isfinite(value):
+        return Quantity(name=name, value=None, over=over, unit=unit, text=UNDEFINED)
     finite = samples[np.isfinite(samples)]
     low, high = map(float, np.quantile(finite, [0.025, 0.975])) if len(finite) else (None, None)
     return Quantity(name=name, value=float(value), low=low, high=high, over=over, unit=unit)
