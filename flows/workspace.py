@@ -57,19 +57,20 @@ def _set_torn_files_aside() -> None:
 
 
 def _parses(file: Path) -> bool:
-    """Whether DVC can read a file of its own."""
+    """Whether DVC can read a file of its own; a conflict that git has written into it is for DVC to refuse."""
     from dvc.rwlock import SCHEMA
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-    from dvc.utils.serialize import ParseError, parse_yaml
-    from voluptuous import Invalid
+    from dvc.utils.serialize import parse_yaml
 
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if "<<<<<<<" in text:
+        return True
     try:
-        text = file.read_text(encoding="utf-8")
         schema, content = (
             (SCHEMA, json.loads(text)) if file == RWLOCK else (COMPILED_LOCKFILE_SCHEMA, parse_yaml(text, str(file)))
         )
         schema(content)
-    except (ValueError, ParseError, Invalid):
+    except Exception:  # whatever the parsers and DVC's schema raise
         return False
     return True
 

@@ -10,6 +10,15 @@ from modelstock.weights.weight_set import WeightSet, load_weights
 from stages import run
 
 
+def main(clip: Path, train: Path, held_out: Path, out: Path) -> None:
+    """CLIP: the backbone, with both towers where it has two. TRAIN, HELD_OUT: shards. OUT: the anchor to write."""
+    params = load_params()
+    deterministic(params.threads)
+    anchor = anchor_from(load_weights(clip), params, train, held_out)
+    anchor.save(out)
+    print(f"anchor: {len(anchor.meta['classes'])} classes, identity {anchor.identity[:12]}")
+
+
 def anchor_from(clip: WeightSet, params: Params, train: Path, held_out: Path) -> WeightSet:
     """The anchor that the params describe, from a backbone."""
     return make_anchor(
@@ -21,15 +30,6 @@ def anchor_from(clip: WeightSet, params: Params, train: Path, held_out: Path) ->
         cache=Path("scratch/heads"),
         device=device_kind(params.device),
     )
-
-
-def main(clip: Path, train: Path, held_out: Path, out: Path) -> None:
-    """CLIP: the backbone, with both towers where it has two. TRAIN, HELD_OUT: shards. OUT: the anchor to write."""
-    params = load_params()
-    deterministic(params.threads)
-    anchor = anchor_from(load_weights(clip), params, train, held_out)
-    anchor.save(out)
-    print(f"anchor: {len(anchor.meta['classes'])} classes, identity {anchor.identity[:12]}")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def project(tmp_path_factory, data, anchor):
             merge_stage(method, anchor_file(MODELS), MODELS / "finetuned", data / "train", data / "held-out", out)
         for split in SPLITS:
             evaluate_stage(data / split, MODELS, results_file(RESULTS, split))
-            points_stage(data / split, data / "held-out", MODELS, points_file(RESULTS, split))
+            points_stage(data / split, data / "train", data / "held-out", MODELS, points_file(RESULTS, split))
     return folder
 
 
@@ -168,7 +168,9 @@ def test_the_page_of_the_docs_has_every_claim_with_its_meaning_and_its_picture(p
     known = {claim["key"] for claim in written["claims"] if claim["artefact"]}
     assert known <= set(geometry_page.MEANINGS)
     assert {"geometry-plane.png", "geometry-distance.png", "geometry-cosine.png"} <= set(pictures)
-    assert set(re.findall(r"\]\((geometry-[\w.]+)\)", text)) == set(pictures)
+    assert set(re.findall(r"\]\((geometry-[\w.]+png)\)", text)) == set(pictures)
+    again, none = geometry_page.geometry_page(folder, "reviews")
+    assert (none, "over seeds and texts" in again, re.findall(r"!\[|\bimages?\b", again)) == ({}, True, [])
     monkeypatch.setattr(geometry_page, "MOST", 1000)
     with pytest.raises(ValueError, match="more than 1,000"):
         geometry_page.geometry_page(folder)

@@ -410,3 +410,33 @@ def test_training_in_a_log_writes_short_lines_and_no_carriage_return(anchor, tmp
 
 def test_lines_take_what_bars_are_given():
     assert list(Lines(range(3), mininterval=2, unit_scale=True, leave=False)) == [0, 1, 2]
+
+
+# --- what a kill leaves
+
+
+def test_a_list_of_files_in_use_that_a_kill_left_in_part_stops_nothing(project):
+    subprocess.run(WATCHED, cwd=project, env=ENVIRONMENT, check=True, capture_output=True)
+    rwlock = project / ".dvc/tmp/rwlock"
+    for torn in ("", '{"read": {"in.tx'):
+        rwlock.write_text(torn)
+        assert subprocess.run(DVC, cwd=project, env=ENVIRONMENT, capture_output=True).returncode != 0
+        done = subprocess.run(WATCHED, cwd=project, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(rwlock.read_text()) == {}
+
+
+def test_a_lock_file_that_a_kill_left_in_part_is_set_aside_and_its_stages_come_from_the_run_cache(project):
+    subprocess.run(WATCHED, cwd=project, env=ENVIRONMENT, check=True, capture_output=True)
+    lock = project / "dvc.lock"
+    whole = lock.read_text()
+    lock.write_text(whole[: whole.index("size:") + 3])
+    done = subprocess.run(WATCHED, cwd=project, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "dvc.lock: cut short, as by a kill: moved to dvc.lock.torn" in done.stderr
+    assert lock.read_text() == whole
+    assert "Running stage" not in done.stdout
+    lock.write_text("<<<<<<< one\n=======\n>>>>>>> other\n" + whole)
+    done = subprocess.run(WATCHED, cwd=project, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert lock.read_text().startswith("<<<<<<<")

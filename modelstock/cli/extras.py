@@ -7,6 +7,7 @@ LIBRARIES = {
     "statistics": ("safetensors", "scipy", "statsmodels"),
     "train": (
         "PIL",
+        "ftfy",
         "huggingface_hub",
         "markdown",
         "matplotlib",
