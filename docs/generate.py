@@ -36,8 +36,8 @@ READINGS = {
     "from a linear probe; BatchNorm's running statistics of everything that no training ended with are estimated "
     "again. How to read it: the estimate changes nothing in distribution and costs on the shift, as the line "
     "`recalibrated`, single seeds with nothing else changed, shows beside the mean single seed; so part of what merges "
-    "lose there is the estimate's. Model Stock loses most: a tensor at a time, its pull breaks what convolutions and "
-    "BatchNorm's scales have agreed on. No merge here beats a single seed; the ensemble does. Few seeds, 675 test images.",
+    "lose there is the estimate's. Model Stock, a ratio per tensor, loses most; why was not studied. No merge here "
+    "beats a single seed; the ensemble does. Few seeds, 675 test images.",
     "reviews": "all-MiniLM-L6-v2 (22.7M parameters), fine-tuned on 1,028 snippets of film reviews; reviews of "
     "products, tweets and editorials are natural shifts. What was tried: one recipe, and 14 sets of prompts for the "
     "anchor, by "
