@@ -11,6 +11,7 @@ import typer
 from ruamel.yaml import YAML
 
 from modelstock.cli.app import app
+from modelstock.merging.methods.table import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,3 +91,8 @@ def test_generated_parts_are_current():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_readme_counts_the_methods_that_there_are():
+    counted = re.findall(r"(\d+) methods, each with its formula", (ROOT / "README.md").read_text())
+    assert counted == [str(len(METHODS))]
