@@ -3,8 +3,8 @@
     python benchmarks/prompts.py
 
 Run in the project's folder, after `dvc exp run -S preset=reviews`. A set is some templates with a pair of names, or
-some texts of each class's own, of which the preset has all eight. For each: accuracy and mean negative log-likelihood of the
-zero-shot head on the held-out split, at the scale that is likeliest there.
+some texts of each class's own, of which the preset has all eight. For each: accuracy and mean negative log-likelihood
+of the zero-shot head on the held-out split, at the scale that is likeliest there.
 """
 
 from collections.abc import Callable

@@ -39,12 +39,12 @@ READINGS = {
     "lose there is the estimate's. Model Stock, a ratio per tensor, loses most; why was not studied. No merge here "
     "beats a single seed; the ensemble does. Few seeds, 675 test images.",
     "reviews": "all-MiniLM-L6-v2 (22.7M parameters), fine-tuned on 1,028 snippets of film reviews; reviews of "
-    "products, tweets and editorials are natural shifts. What was tried: one recipe, and 14 sets of prompts for the anchor, of "
-    "which the preset has the best on the held-out split; `python benchmarks/prompts.py`, after the run, prints all "
-    "of them. How to read it: fine-tuning gains much in distribution, and on "
-    "the shifts it loses in accuracy and gains in balanced accuracy, for it moves answers from one label to the other; "
-    "merging changes little, and a pull toward the anchor gives some of the tweets back. Labels are unbalanced: both "
-    "accuracies stand side by side. Where weights lie: [geometry](geometry-reviews.md).",
+    "products, tweets and editorials are natural shifts. What was tried: one recipe, and 14 sets of prompts for the "
+    "anchor, of which the preset has the best on the held-out split; `python benchmarks/prompts.py`, after the run, "
+    "prints all of them. How to read it: fine-tuning gains much in distribution, and on the shifts it loses in "
+    "accuracy and gains in balanced accuracy, for it moves answers from one label to the other; merging changes "
+    "little, and a pull toward the anchor gives some of the tweets back. Labels are unbalanced: both accuracies stand "
+    "side by side. Where weights lie: [geometry](geometry-reviews.md).",
 }
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
