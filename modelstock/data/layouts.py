@@ -17,7 +17,8 @@ import json
 import re
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from os.path import splitext
@@ -493,15 +494,11 @@ def _cut(split: OnDisk, items: Sequence[Item], count: int, meaning: Meaning) -> 
     return chosen
 
 
-def listed(name: str, split: OnDisk) -> tuple[Container, list[File]]:
-    """A split's container and its files.
-
-    Raises:
-        DataError: also what the system refuses, a path that comes twice, or one that is no text.
-    """
+@contextmanager
+def readable(split: OnDisk) -> Iterator[None]:
+    """What the system refuses of a split's source in the block, as one line."""
     try:
-        container = open_container(Path(split.path), split.password if isinstance(split, FilesSplit) else None)
-        files = list(progress_bar(container.files(), desc=f"{name}: listing", unit="file", delay=2, leave=False))
+        yield
     except OSError as error:
         raise DataError(
             error.filename or split.path,
@@ -509,6 +506,17 @@ def listed(name: str, split: OnDisk) -> tuple[Container, list[File]]:
             expected="a source that can be read",
             cure="correct its rights or the split's path",
         ) from error
+
+
+def listed(name: str, split: OnDisk) -> tuple[Container, list[File]]:
+    """A split's container and its files.
+
+    Raises:
+        DataError: also what the system refuses, a path that comes twice, or one that is no text.
+    """
+    with readable(split):
+        container = open_container(Path(split.path), split.password if isinstance(split, FilesSplit) else None)
+        files = list(progress_bar(container.files(), desc=f"{name}: listing", unit="file", delay=2, leave=False))
     times = Counter(file.path for file in files)
     twice = sorted(path for path, count in times.items() if count > 1)
     if twice:

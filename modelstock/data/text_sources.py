@@ -14,7 +14,7 @@ from pathlib import Path
 
 from modelstock.data.containers import Container, File, Rows, TarGz, Tars, open_container
 from modelstock.data.decoder import Unreadable
-from modelstock.data.layouts import Item, Meaning, Source, by_folder, by_key, listed, meaning, part_of
+from modelstock.data.layouts import Item, Meaning, Source, by_folder, by_key, listed, meaning, part_of, readable
 from modelstock.data.tables import SUFFIXES, Table, TextRows, open_table
 from modelstock.data.texts import text_of, words
 from modelstock.errors import DataError, few
@@ -34,15 +34,8 @@ def open_texts(name: str, params: PrepareParams, classes: ClassesParams) -> Sour
     split = params.splits[name]
     assert isinstance(split, TextsSplit)
     found = meaning(split, classes, {}, whole=params.role(name) in ("train", "held-out"))
-    try:
+    with readable(split):
         return _opened(name, split, params, found)
-    except OSError as error:
-        raise DataError(
-            error.filename or split.path,
-            got=error.strerror or error,
-            expected="a source that can be read",
-            cure="correct its rights or the split's path",
-        ) from error
 
 
 def _opened(name: str, split: TextsSplit, params: PrepareParams, meaning: Meaning) -> Source:

@@ -27,7 +27,7 @@ from modelstock.weights.checkpoints import open_checkpoint, weights_in
 from modelstock.weights.differences import differences
 from modelstock.weights.format import write_arrays
 from modelstock.weights.origin import kept_notices, made_by
-from modelstock.weights.tensors import Checkpoint, in_memory
+from modelstock.weights.tensors import FLOATS, Array, Checkpoint, in_memory
 from modelstock.weights.weight_set import WeightSet
 
 CONFIG = "open_clip_config.json"
@@ -316,6 +316,24 @@ def _notice_if_resized(model: nn.Module, path: Path) -> None:
             f"made for images of another size; its {loaded.shape[0]} position embeddings were resized to the "
             f"{built.shape[0]} of pretrain.architecture",
         )
+
+
+def tower_of(
+    checkpoint: Checkpoint, prefix: str, expected: Mapping[str, Array]
+) -> tuple[dict[str, Array], list[str], list[str]]:
+    """A tower's tensors from a checkpoint that has them all under `prefix`, with the dtypes of `expected`.
+
+    `expected`: name there, without the prefix -> array. Returns the tensors by these names, what is wrong with their
+    shapes, and the checkpoint's other tensors.
+    """
+    tensors, problems = {}, []
+    for name, built in expected.items():
+        tensor = checkpoint.tensors[prefix + name]
+        if tuple(tensor.shape) != built.shape:
+            problems.append(f"{prefix}{name} is {tuple(tensor.shape)}, not {built.shape}")
+        values = tensor.values() if tensor.dtype in FLOATS else tensor.array()
+        tensors[name] = values.reshape(tensor.shape).astype(built.dtype)
+    return tensors, problems, sorted(checkpoint.tensors.keys() - {prefix + name for name in expected})
 
 
 # ---------------------------------------------------------------- the weight set

@@ -11,13 +11,14 @@ from modelstock.errors import DataError, ParamsError, WeightsError, few
 from modelstock.models.encoders import POOLERS, encoder_config, pooling_of, tokenizer_of
 from modelstock.models.heads import tokenizer_folder
 from modelstock.models.names import beyond_tower, prefix_of_tower
+from modelstock.models.pretrained import tower_of
 from modelstock.models.towers import build_encoder, build_text, check_encoder, from_transformers, tensors_of
 from modelstock.notices import notice
 from modelstock.params import TransformersPretraining
 from modelstock.weights.checkpoints import open_checkpoint, weights_in
 from modelstock.weights.differences import differences
 from modelstock.weights.origin import made_by
-from modelstock.weights.tensors import FLOATS, Array
+from modelstock.weights.tensors import Array
 from modelstock.weights.weight_set import WeightSet
 
 # Whose positions are counted from the token that fills up.
@@ -245,28 +246,21 @@ def _encoder_weights(folder: Path, place: str, expected: Mapping[str, Array]) ->
         WeightsError: tensors of another architecture.
     """
     checkpoint = open_checkpoint(weights_in(folder))
-    names = [name.removeprefix("text.transformer.") for name in expected]
-    poolers = [name for name in names if name.startswith("pooler.")]
+    encoder = {name.removeprefix("text.transformer."): built for name, built in expected.items()}
+    poolers = [name for name in encoder if name.startswith("pooler.")]
     if poolers and not any(name.endswith(poolers[0]) for name in checkpoint.tensors):
         raise WeightsError(
             checkpoint.source, got="no pooler", expected=f"{few(poolers)}", cure="set pretrain.pooling: mean, or first"
         )
-    prefix = prefix_of_tower(checkpoint, names, "encoder")
-    strange = beyond_tower(checkpoint, prefix, names)
-    tensors, problems = {}, [f"{name} beside the encoder" for name in strange]
-    for name, built in zip(names, expected.values(), strict=True):
-        tensor = checkpoint.tensors[prefix + name]
-        if tuple(tensor.shape) != built.shape:
-            problems.append(f"{prefix}{name} is {tuple(tensor.shape)}, not {built.shape}")
-        values = tensor.values() if tensor.dtype in FLOATS else tensor.array()
-        tensors[f"text.transformer.{name}"] = values.reshape(tensor.shape).astype(built.dtype)
-    if not problems and poolers and not any(tensors[f"text.transformer.{name}"].any() for name in poolers):
+    prefix = prefix_of_tower(checkpoint, list(encoder), "encoder")
+    tensors, wrong, beside = tower_of(checkpoint, prefix, encoder)
+    problems = [f"{name} beside the encoder" for name in beyond_tower(checkpoint, prefix, encoder)] + wrong
+    if not problems and poolers and not any(tensors[name].any() for name in poolers):
         problems.append("a pooler of zeros, as exports of encoders without one have")
     if problems:
         raise WeightsError(
             checkpoint.source, got=few(problems), expected="what config.json says", cure="copy both again"
         )
-    beside = sorted(checkpoint.tensors.keys() - {prefix + name for name in names})
     if beside:
         notice(place, f"{few(beside)} {'is' if len(beside) == 1 else 'are'} in no feature and left aside")
-    return tensors
+    return {f"text.transformer.{name}": tensor for name, tensor in tensors.items()}

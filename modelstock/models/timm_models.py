@@ -11,13 +11,13 @@ from torch import nn
 
 from modelstock.errors import DataError, ParamsError, WeightsError, few, nearest
 from modelstock.models.names import prefix_of_tower
-from modelstock.models.pretrained import hub_file
+from modelstock.models.pretrained import hub_file, tower_of
 from modelstock.models.towers import build_timm, tensors_of
 from modelstock.notices import notice
 from modelstock.params import TimmPretraining
 from modelstock.weights.checkpoints import open_checkpoint, weights_in
 from modelstock.weights.origin import made_by
-from modelstock.weights.tensors import FLOATS, Array
+from modelstock.weights.tensors import Array
 from modelstock.weights.weight_set import WeightSet
 
 
@@ -117,16 +117,9 @@ def _weights(file: Path, expected: dict[str, Array], model: nn.Module) -> dict[s
         WeightsError: tensors of another architecture.
     """
     checkpoint = open_checkpoint(file)
-    names = [name.removeprefix("visual.") for name in expected]
-    prefix = prefix_of_tower(checkpoint, names, "tower")
-    tensors, problems = {}, []
-    for name, built in zip(names, expected.values(), strict=True):
-        tensor = checkpoint.tensors[prefix + name]
-        if tuple(tensor.shape) != built.shape:
-            problems.append(f"{prefix}{name} is {tuple(tensor.shape)}, not {built.shape}")
-        values = tensor.values() if tensor.dtype in FLOATS else tensor.array()
-        tensors[f"visual.{name}"] = values.reshape(tensor.shape).astype(built.dtype)
-    beside = sorted(checkpoint.tensors.keys() - {prefix + name for name in names})
+    tower = {name.removeprefix("visual."): built for name, built in expected.items()}
+    prefix = prefix_of_tower(checkpoint, list(tower), "tower")
+    tensors, problems, beside = tower_of(checkpoint, prefix, tower)
     classifiers: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     strange = [name for name in beside if not name.removeprefix(prefix).startswith(tuple(f"{head}." for head in heads))]
@@ -139,4 +132,4 @@ def _weights(file: Path, expected: dict[str, Array], model: nn.Module) -> dict[s
         )
     if beside:
         notice(checkpoint.source, f"its classifier {few(beside)} is left aside: the anchor gets a head of its own")
-    return tensors
+    return {f"visual.{name}": tensor for name, tensor in tensors.items()}
