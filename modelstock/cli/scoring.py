@@ -72,14 +72,13 @@ def evaluate(
         repeat(line for line in results[-1].notices if line.startswith(f"{results[-1].benchmark}: "))
         if out is not None:
             save_scores(out / f"{results[-1].benchmark}.safetensors", results[-1])
-    counted = [(scores, f"{dataset.modality}s") for scores, dataset in zip(results, datasets, strict=True)]
     if per_class:
-        show("accuracy by class", [row for scores, what in counted for row in _class_rows(scores, what)], as_json)
+        show("accuracy by class", [row for scores in results for row in _class_rows(scores)], as_json)
     elif as_json:
-        show("scores", [row for scores, what in counted for row in _metric_rows(scores, what)], True)
+        show("scores", [row for scores in results for row in _metric_rows(scores)], True)
     else:
-        for scores, what in counted:
-            title = f"{scores.benchmark}: {len(scores.truth)} {what}; 95 % interval of top-1 by Wilson"
+        for scores in results:
+            title = f"{scores.benchmark}: {len(scores.truth)} {scores.modality}s; 95 % interval of top-1 by Wilson"
             show(title, _for_people(scores, len(weights)), False)
 
 
@@ -99,21 +98,22 @@ def _members(text: str, count: int) -> list[int]:
     return places
 
 
-def _metric_rows(scores: "Scores", what: str = "images") -> list[dict[str, Any]]:
-    """Every metric of every row, and the interval of its accuracy. `what`: the examples are."""
+def _metric_rows(scores: "Scores") -> list[dict[str, Any]]:
+    """Every metric of every row, and the interval of its accuracy."""
     from modelstock.comparison.intervals import wilson
     from modelstock.comparison.metrics import metrics
 
     rows = []
     for number, row in enumerate(scores.rows):
         interval = wilson(scores.correct[number])
-        facts: dict[str, Any] = {"weights": row.name, "benchmark": scores.benchmark, what: len(scores.truth)}
+        facts: dict[str, Any] = {"weights": row.name, "benchmark": scores.benchmark}
+        facts[f"{scores.modality}s"] = len(scores.truth)
         rows.append({**facts, **metrics(scores, number), "low": interval.low, "high": interval.high})
     return rows
 
 
-def _class_rows(scores: "Scores", what: str) -> list[dict[str, Any]]:
-    """The accuracy of every row on every class; none where a class has no examples. `what`: the examples are."""
+def _class_rows(scores: "Scores") -> list[dict[str, Any]]:
+    """The accuracy of every row on every class; none where a class has no examples."""
     import numpy as np
 
     from modelstock.comparison.compare import per_class
@@ -124,7 +124,7 @@ def _class_rows(scores: "Scores", what: str) -> list[dict[str, Any]]:
             "weights": row.name,
             "benchmark": scores.benchmark,
             "class": name,
-            what: int(count),
+            f"{scores.modality}s": int(count),
             "top1": None if np.isnan(share) else float(share),
         }
         for row, accuracies in zip(scores.rows, per_class(scores), strict=True)
