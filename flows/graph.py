@@ -48,7 +48,7 @@ def choices(root: Path) -> list[str]:
             file = load_file(repo, str(root / PROJECT_FILE))
             names = list(DataResolver(repo, root, file.load()).get_keys())
     except DvcException as error:
-        raise _refused(root, error) from error
+        raise refused_by_dvc(root, error) from error
     listed: dict[str, None] = {}
     for name in names:
         listed |= dict.fromkeys((kind_of(name), name))
@@ -130,10 +130,11 @@ def _opened(root: Path, *, wait: bool) -> Iterator[Any]:
         with Repo(str(root), _wait_for_lock=wait) as repo, lock_repo(repo):
             yield repo
     except (DvcException, LockError) as error:
-        raise _refused(root, error) from error
+        raise refused_by_dvc(root, error) from error
 
 
-def _refused(root: Path, error: Exception) -> FlowError:
+def refused_by_dvc(root: Path, error: Exception) -> FlowError:
+    """What DVC refuses, as one line."""
     return FlowError(
         root,
         got=f"{type(error).__name__}: {' '.join(str(error).split())}",
