@@ -32,7 +32,7 @@ from flows.graph import FlowError, Plan
 from flows.life import FLOW, MACHINE, PAGE, SERVER, Life, Signs, facts, lease_s, machine_of, runs_of, signs_of
 from flows.machine import identity
 from flows.progress import Progress
-from flows.remote import OTHER_BYTES, OUT_OF_TIME, signature, stage
+from flows.remote import CANCELLED, OTHER_BYTES, OUT_OF_TIME, signature, stage
 from flows.transport import Order, Result, Transport, reads
 from modelstock.errors import few
 
@@ -72,7 +72,9 @@ class Pool:
         self.away: dict[str, _Away] = {}
         self._orders: dict[str, Order] = {}
         self._failures: dict[str, str] = {}
-        self._signs, self._silent = Signs(), False
+        self._waiting: set[str] = set()  # not ordered yet, for the server does not answer
+        self._ended: list[str] = []
+        self._signs, self._silent, self._polled = Signs(), False, 0.0
         self._life = Life(self._run, FLOW, self.lease)
 
     def __enter__(self) -> Self:
@@ -94,6 +96,8 @@ class Pool:
     def begin(self, name: str) -> bool:
         """Order a stage whose inputs are here; False if its result is known and only needs to be accepted.
 
+        A server that does not answer is asked again by the next call.
+
         Raises:
             FlowError: its inputs cannot be sent.
         """
@@ -105,8 +109,19 @@ class Pool:
         if known:  # the other machine's bytes are compared with it
             self.transport.send(order, known)
         self.transport.send_inputs(order)
-        self.away[name] = _Away(order, self._submit(order, 0))
+        self._waiting.add(name)
+        try:
+            self.away[name] = _Away(order, self._submit(order, 0))
+        except SERVER as error:
+            self._no_answer(error)
+            return True
+        self._waiting.discard(name)
         return True
+
+    @property
+    def busy(self) -> bool:
+        """Whether any stage is with the pool, or is to be."""
+        return bool(self.away or self._waiting)
 
     def _submit(self, order: Order, attempt: int) -> UUID:
         tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -128,27 +143,32 @@ class Pool:
         )
         return UUID(str(run.id))
 
+    @property
+    def due(self) -> bool:
+        """Whether it is time to look at what happens in the pool."""
+        return time.monotonic() - self._polled >= POLL_S
+
     def poll(self) -> list[str]:
-        """The stages that have ended since, however they did; `accept` then says how.
+        """The stages that have ended since, however they did; `accept` then says how. Asks the server now and then.
 
         Raises:
             Gone: the flow run was cancelled in Prefect.
         """
+        if not self.due:
+            return []
+        self._polled = time.monotonic()
         try:
             with get_client(sync_client=True) as client:
                 ids = [away.run for away in self.away.values()]
                 runs = runs_of(client, [self._run, *ids])
                 signs = signs_of(client, ids, MACHINE)
-                ended = [name for name in list(self.away) if self._follow(name, runs, signs, client)]
+                for name in list(self.away):
+                    if self._follow(name, runs, signs, client):
+                        del self.away[name]
+                        self._ended.append(name)
         except SERVER as error:
-            if not self._silent:
-                self.log.warning(
-                    "Prefect does not answer (%s): stages go on, and so does this flow once it does",
-                    type(error).__name__,
-                )
-            self._silent = True
-            self._signs.excuse()
-            return []
+            self._no_answer(error)
+            return self._take_ended()
         if self._silent:
             self.log.info("Prefect answers again")
         self._silent = False
@@ -156,9 +176,19 @@ class Pool:
         if own is None or own.state_type in (StateType.CANCELLING, StateType.CANCELLED):
             raise Gone
         self._life.facts = self._overview(runs, signs)
-        for name in ended:
-            del self.away[name]
+        return self._take_ended()
+
+    def _take_ended(self) -> list[str]:
+        ended, self._ended = self._ended, []
         return ended
+
+    def _no_answer(self, error: Exception) -> None:
+        if not self._silent:
+            self.log.warning(
+                "Prefect does not answer (%s): stages go on, and so does this flow once it does", type(error).__name__
+            )
+        self._silent = True
+        self._signs.excuse()
 
     def _follow(
         self, name: str, runs: Mapping[UUID, FlowRun], signs: Mapping[UUID, Any], client: SyncPrefectClient
@@ -194,16 +224,16 @@ class Pool:
             return True
         if kind == StateType.CRASHED:
             out_of_time = bool(run and run.state and run.state.name == OUT_OF_TIME)
-            away.lost += not out_of_time
-            if away.lost < LIVES:
+            lost = away.lost + (not out_of_time)
+            if lost < LIVES:
+                again = self._submit(away.order, away.begun)
                 self.log.warning("%s: %s; it is queued again", name, message.strip() or "its machine is lost")
                 self._stopped(name, whole=False)
-                again = self._submit(away.order, away.begun)
-                self.away[name] = _Away(away.order, again, lost=away.lost, begun=away.begun + 1)
+                self.away[name] = _Away(away.order, again, lost=lost, begun=away.begun + 1)
                 return False
-            message = f"lost {away.lost} times, the last time: {message}"
+            message = f"lost {lost} times, the last time: {message}"
         self._stopped(name, whole=False)
-        self._failures[name] = "cancelled in Prefect" if kind in (StateType.CANCELLED,) else message
+        self._failures[name] = CANCELLED if kind == StateType.CANCELLED else message
         return True
 
     def _stopped(self, name: str, *, whole: bool) -> None:

@@ -17,7 +17,7 @@ from uuid import UUID
 from prefect import flow, get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.runtime import flow_run as this_run
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
@@ -31,6 +31,7 @@ SLOTS = "MODELSTOCK_SLOTS"  # of this machine, for the flows that its worker run
 STOP = "MODELSTOCK_STOP"  # the file whose presence asks stages to save and to end
 DRAIN_S = 60.0  # for a stage that was asked to save and to end
 OUT_OF_TIME, OTHER_BYTES = "OutOfTime", "OtherBytes"  # names of states
+CANCELLED = "cancelled in Prefect"
 
 
 class _AtWork(Life):
@@ -40,7 +41,7 @@ class _AtWork(Life):
         super().__init__(run, MACHINE, lease)
         self.parent, self.children = parent, children
         self.ending = ""  # why the stage is being ended
-        self._signs, self._asked = Signs(), 0.0
+        self._signs, self._asked, self._began = Signs(), 0.0, False
 
     def missed(self) -> None:
         self._signs.excuse()
@@ -51,17 +52,29 @@ class _AtWork(Life):
         runs = runs_of(client, [self.run, *([self.parent] if self.parent else [])])
         own = runs.get(self.run)
         if own is None or own.state_type not in (StateType.PENDING, StateType.RUNNING):
-            self._end("cancelled" if own and own.state_type == StateType.CANCELLING else "given up by its flow")
+            self._end(CANCELLED if own and own.state_type == StateType.CANCELLING else "given up by its flow")
         elif self.parent:
-            flow_run = runs.get(self.parent)
-            sign = signs_of(client, [self.parent], FLOW).get(self.parent)
-            over = flow_run is None or flow_run.state_type not in (StateType.PENDING, StateType.RUNNING)
-            if over or self._signs.age("flow", sign and sign.updated) > self.lease:
-                self._end("its flow is over" if over else f"its flow gave no sign of life for {self.lease:.0f} s")
+            self._watch_flow(runs.get(self.parent), client)
         if stopping():
             self._asked = self._asked or time.monotonic()
             if time.monotonic() - self._asked > DRAIN_S:
                 self._end(f"not ended {DRAIN_S:.0f} s after it was asked to")
+
+    def _watch_flow(self, flow_run: FlowRun | None, client: SyncPrefectClient) -> None:
+        """End the stage where nobody waits for it: its flow is over, or gone without saying so."""
+        assert self.parent
+        sign = signs_of(client, [self.parent], FLOW).get(self.parent)
+        age = self._signs.age("flow", sign and sign.updated)
+        if not self._began:
+            # A run may have waited while its flow died: both times are the server's.
+            own = signs_of(client, [self.run], MACHINE).get(self.run)
+            if own and sign and own.updated and sign.updated:
+                age = (own.updated - sign.updated).total_seconds()
+            self._began = True
+        if flow_run is None or flow_run.state_type not in (StateType.PENDING, StateType.RUNNING):
+            self._end("its flow is over")
+        elif age > self.lease:
+            self._end(f"its flow gave no sign of life for {age:.0f} s")
 
     def _end(self, why: str) -> None:
         self.ending = why
@@ -129,7 +142,8 @@ def _stage(
             run_stage(order.name, root=root, children=life.children, env=device, force=order.force, line=line)
         except (Ended, FlowError) as error:
             if life.ending and not stopping():
-                return Cancelled(message=life.ending)
+                # A flow that lives after all orders again what has crashed.
+                return (Cancelled if life.ending == CANCELLED else Crashed)(message=life.ending)
             if stopping():
                 log.info("%s: ended, for this machine's time is over", order.name)
                 return Crashed(name=OUT_OF_TIME, message=life.ending or str(error))

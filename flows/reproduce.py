@@ -184,9 +184,11 @@ def _run_all(planned: Plan, *, root: Path, slots: int, pool: str) -> None:
                 elif remote:
                     if not remote.begin(name):
                         begin(name, {})
+                    if remote.due:
+                        break  # what has ended meanwhile is not left waiting for the rest to be ordered
                 elif free:
                     begin(name, free.pop(0))
-            if not taken and not (remote and remote.away):
+            if not taken and not (remote and remote.busy):
                 break
             for name in _next(ended, remote):
                 if name not in taken:  # it has ended in the pool
@@ -222,10 +224,10 @@ def _pool(name: str, planned: Plan, *, root: Path, progress: Progress) -> Iterat
 def _next(ended: "queue.SimpleQueue[str]", pool: Pool | None) -> list[str]:
     """The names of stages whose task has ended, or which have ended in the pool; waits for one, or a moment."""
     try:
-        names = [ended.get(timeout=POLL_S if pool and pool.away else None)]
+        names = [ended.get(timeout=POLL_S if pool else None)]
     except queue.Empty:
         names = []
-    return names + (pool.poll() if pool and pool.away else [])
+    return names + (pool.poll() if pool else [])
 
 
 def _reach(url: str) -> None:

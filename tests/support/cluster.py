@@ -1,4 +1,4 @@
-"""A head and machines on this one: clones with a HOME, caches and settings of their own, one Prefect server, one remote."""
+"""A head and machines on this one: clones with a HOME, caches and settings of their own, a Prefect server, a remote."""
 
 import contextlib
 import os
@@ -200,7 +200,7 @@ def toy(remote: str, seconds: float = 0.2) -> dict[str, str]:
         "work.py": WORK,
         "in.txt": "1",
         "settings.yaml": f"seconds: {seconds}\n",
-        ".dvc/config": f"[core]\n    analytics = false\n    remote = shared\n['remote \"shared\"']\n    url = {remote}\n",
+        ".dvc/config": f"[core]\nanalytics = false\nremote = shared\n['remote \"shared\"']\nurl = {remote}\n",
         ".gitignore": "/scratch\n/prepare.txt\n/out.txt\n/seeds\n__pycache__\n",
         ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
     }
