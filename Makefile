@@ -17,7 +17,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 AUDITOR := $(BIN)/uv tool run pip-audit
 
-.PHONY: setup repro test kills browser gpu-check check audit up status down clean clean-scratch
+.PHONY: setup repro test kills browser test-cluster gpu-check check audit up status down clean clean-scratch
 setup: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
@@ -60,6 +60,10 @@ kills: setup
 # The pages of MLflow and Prefect in Chromium, driven as a person does: Debian's packages chromium and chromium-driver.
 browser: setup
 	$(BIN)/python -m pytest -n 0 -rs -m browser tests/test_browser.py
+
+# One experiment on several machines, which are clones on this one: PostgreSQL, OpenSSH's server and Slurm from Debian.
+test-cluster: setup
+	$(BIN)/python -m pytest -n 0 -rs -m cluster tests/cluster tests/test_head.py
 
 # The tests marked gpu, and images per second, on a machine with a GPU; without one it says so and fails.
 gpu-check: setup

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstock.errors import ModelstockError, nearest
+from modelstock.files import atomic_path
 
 
 class FlowError(ModelstockError):
@@ -89,6 +90,39 @@ def plan(root: Path, targets: list[str], *, force: bool = False) -> Plan:
         order = plan_repro(repo.index.graph, [by_name[name] for name in chosen])
         forced = frozenset(chosen or (stage.addressing for stage in order)) if force else frozenset()
         return _plan(repo, order, forced=forced)
+
+
+@contextmanager
+def lock_in_order(root: Path, planned: Plan) -> Iterator[None]:
+    """Let dvc.lock name the stages that are new to it after the block in the plan's order, as `dvc repro` does, and not
+    in the order in which they ended.
+    """
+    file = root / "dvc.lock"
+    before = _locked(root, file).get("stages", {})
+    try:
+        yield
+    finally:
+        after = _locked(root, file)
+        stages = after.get("stages", {})
+        new = [name for name in planned.needs if name in stages and name not in before]
+        if new and new != [name for name in stages if name not in before]:
+            for name in new:
+                stages[name] = stages.pop(name)
+            _write_lock(root, file, after)
+
+
+def _locked(root: Path, file: Path) -> Any:
+    from dvc.utils.serialize import parse_yaml_for_update
+
+    with _opened(root, wait=True):
+        return parse_yaml_for_update(file.read_text(encoding="utf-8"), str(file)) if file.exists() else {}
+
+
+def _write_lock(root: Path, file: Path, content: Any) -> None:
+    from dvc.utils.serialize import dumps_yaml
+
+    with _opened(root, wait=True), atomic_path(file) as temporary:
+        temporary.write_text(dumps_yaml(content), encoding="utf-8")
 
 
 def plan_of_repro(options: Namespace) -> Plan:

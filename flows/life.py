@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 from uuid import UUID
 
@@ -18,6 +18,7 @@ from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.graph import FlowError
 
@@ -25,6 +26,13 @@ LEASE = "MODELSTOCK_LEASE_S"
 PAGE = 100
 SERVER = (httpx.TransportError, PrefectHTTPStatusError)  # what a server that is down or starting makes of a request
 MACHINE, FLOW = "machine", "flow"  # keys of the artifacts that are signs of life
+
+
+@contextmanager
+def asking() -> Iterator[SyncPrefectClient]:
+    """A client that asks once: Prefect's own would ask a dead server for a minute, and nothing else happen meanwhile."""
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+        yield client
 
 
 def lease_s() -> float:
@@ -90,7 +98,7 @@ class Life:
         renewed, pause = 0.0, min(2.0, self.lease / 6)
         while not self._done.is_set():
             try:
-                with get_client(sync_client=True) as client:
+                with asking() as client:
                     while not self._done.is_set():
                         if time.monotonic() - renewed > self.lease / 6 or not renewed:
                             self._renew(client)

@@ -24,12 +24,13 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.runtime import flow_run as this_run
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Cancelling, Crashed
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
 from flows.graph import FlowError, Plan
-from flows.life import FLOW, MACHINE, PAGE, SERVER, Life, Signs, facts, lease_s, machine_of, runs_of, signs_of
+from flows.life import FLOW, MACHINE, PAGE, SERVER, Life, Signs, asking, facts, lease_s, machine_of, runs_of, signs_of
 from flows.machine import identity
 from flows.progress import Progress
 from flows.remote import CANCELLED, OTHER_BYTES, OUT_OF_TIME, signature, stage
@@ -133,14 +134,15 @@ class Pool:
             # Without a password: each machine has its own way to log in.
             "tracking": tracking if tracking.startswith("http") and "@" not in tracking else "",
         }
-        run: Any = run_deployment(
-            f"stage/{self.name}",
-            parameters=parameters,
-            flow_run_name=order.name,
-            timeout=0,
-            # A request that is sent again, because its answer was lost, makes no second run.
-            idempotency_key=f"{self._run}-{order.key}-{attempt}",
-        )
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            run: Any = run_deployment(
+                f"stage/{self.name}",
+                parameters=parameters,
+                flow_run_name=order.name,
+                timeout=0,
+                # A request that is sent again, because its answer was lost, makes no second run.
+                idempotency_key=f"{self._run}-{order.key}-{attempt}",
+            )
         return UUID(str(run.id))
 
     @property
@@ -158,7 +160,7 @@ class Pool:
             return []
         self._polled = time.monotonic()
         try:
-            with get_client(sync_client=True) as client:
+            with asking() as client:
                 ids = [away.run for away in self.away.values()]
                 runs = runs_of(client, [self._run, *ids])
                 signs = signs_of(client, ids, MACHINE)
@@ -307,7 +309,7 @@ class Pool:
         """End all stages that are away, and wait a little until they have."""
         if not self.away:
             return
-        with suppress(*SERVER), get_client(sync_client=True) as client:
+        with suppress(*SERVER), asking() as client:
             left = [away.run for away in self.away.values()]
             for run in runs_of(client, left).values():
                 if run.state_type == StateType.SCHEDULED:
@@ -324,7 +326,7 @@ class Pool:
 def _made(order: Order) -> dict[str, tuple[str, dict[str, str]]]:
     """Who made which bytes of a stage, as far as Prefect knows: the run-cache's name -> machine, and path -> hash."""
     made = {}
-    with suppress(*SERVER), get_client(sync_client=True) as client:
+    with suppress(*SERVER), asking() as client:
         of_key = ArtifactFilter(key=ArtifactFilterKey(any_=[signature(order)]))
         for artifact in client.read_artifacts(artifact_filter=of_key, limit=PAGE):
             about = facts(artifact)

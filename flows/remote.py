@@ -15,7 +15,7 @@ from typing import Any
 from uuid import UUID
 
 from prefect import flow, get_run_logger
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.runtime import flow_run as this_run
@@ -23,7 +23,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from flows.children import Children, Ended, run_stage
 from flows.graph import FlowError
-from flows.life import FLOW, MACHINE, SERVER, Life, Signs, data_of, runs_of, signs_of
+from flows.life import FLOW, MACHINE, SERVER, Life, Signs, asking, data_of, runs_of, signs_of
 from flows.machine import description, identity, refuse_other, slot
 from flows.transport import Order, Result, Transport
 
@@ -164,7 +164,7 @@ def _stage(
 def _sign_result(order: Order, result: Result, about: Mapping[str, str]) -> None:
     """Leave in Prefect which machine made these bytes."""
     made = {**about, **result.outs, "run-cache": result.value}
-    with suppress(*SERVER), get_client(sync_client=True) as client:
+    with suppress(*SERVER), asking() as client:
         new = ArtifactCreate(
             key=signature(order),
             type="table",

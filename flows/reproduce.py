@@ -32,7 +32,7 @@ from prefect.states import Cancelled, Completed
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.children import GUARD, Children, Ended, run_stage
-from flows.graph import FlowError, Plan, choices, plan
+from flows.graph import FlowError, Plan, choices, lock_in_order, plan
 from flows.machine import devices
 from flows.pool import POLL_S, Gone, Pool
 from flows.progress import Progress
@@ -119,7 +119,8 @@ def reproduce(params: ReproduceParams = ReproduceParams()) -> State[None]:  # no
         log.info("stages to run: %d of %d", len(planned.dirty), len(planned.needs))
         before = _moment(root / REPORT)
         try:
-            _run_all(planned, root=root, slots=params.slots, pool=params.pool)
+            with lock_in_order(root, planned):
+                _run_all(planned, root=root, slots=params.slots, pool=params.pool)
         except Gone:
             return Cancelled(message="cancelled in Prefect; no stage runs any more")
         if _moment(root / REPORT) not in (None, before):

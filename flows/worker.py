@@ -146,6 +146,7 @@ def join(
         finally:
             STOP_FILE.unlink(missing_ok=True)
             _put_back(lock)
+            _sign_off(pool, name)
     raise typer.Exit(code)
 
 
@@ -157,6 +158,16 @@ def _put_back(lock: bytes | None) -> None:
     elif not file.exists() or file.read_bytes() != lock:
         with atomic_path(file) as temporary:
             temporary.write_bytes(lock)
+
+
+def _sign_off(pool: str, name: str) -> None:
+    """Take the machine off the server's list, where it would stay for some minutes."""
+    from flows.life import SERVER, asking
+
+    with suppress(*SERVER), asking() as client:
+        client.request(
+            "DELETE", "/work_pools/{work_pool_name}/workers/{name}", path_params={"work_pool_name": pool, "name": name}
+        )
 
 
 def _keep_serving(pool: str, *, name: str, slots: int, idle: float, root: Path) -> int:

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -62,6 +63,14 @@ else:
 point.unlink(missing_ok=True)
 note("end")
 """
+
+
+def within(seconds: float, check):
+    """What `check` gives, once it is true, or when time is over."""
+    deadline = time.monotonic() + seconds
+    while not (value := check()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return value
 
 
 def run(command: list, cwd: Path, env: dict, **options) -> subprocess.CompletedProcess:
@@ -170,6 +179,7 @@ class Cluster:
             (self.origin / name).write_text(text)
         git(self.origin, "add", "-A", "-f")
         git(self.origin, "commit", "-q", "-m", "project")
+        self.began = datetime.now(UTC).isoformat()
         self.env = {"MACHINE_LOG": str(self.events), **env}
         self.machines: list[Machine] = []
         self.head = self.machine("head")
@@ -181,6 +191,23 @@ class Cluster:
 
     def reproduce(self, *options: str) -> subprocess.CompletedProcess:
         return self.head("flows.reproduce", "--pool", "gpu", *options)
+
+    def flow(self, *options: str) -> subprocess.Popen:
+        """A flow in the background, its output in the head's log."""
+        return self.head.start("flows.reproduce", "--pool", "gpu", *options)
+
+    def deploy(self) -> None:
+        """What `make head` does once its services run."""
+        script = "import sys; from flows.pool import deploy; deploy(sys.argv[1])"
+        done = run([sys.executable, "-c", script, "gpu"], self.head.folder, self.head.env)
+        assert done.returncode == 0, done.stderr
+
+    def commit(self, **files: str) -> None:
+        """A new commit, which the head has; machines have the one that they were cloned with."""
+        for name, text in files.items():
+            (self.origin / name.replace("_", ".")).write_text(text)
+        git(self.origin, "commit", "-q", "-a", "-m", "another")
+        git(self.head.folder, "pull", "-q")
 
     def noted(self) -> list[tuple[str, str, str]]:
         """Stage, what happened, and machine, in the order in which it happened."""
