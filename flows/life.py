@@ -30,7 +30,7 @@ MACHINE, FLOW = "machine", "flow"  # keys of the artifacts that are signs of lif
 
 @contextmanager
 def asking() -> Iterator[SyncPrefectClient]:
-    """A client that asks once: Prefect's own would ask a dead server for a minute, and nothing else happen meanwhile."""
+    """A client that asks once: Prefect's own asks a dead server for a minute, and nothing else happens meanwhile."""
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
         yield client
 

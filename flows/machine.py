@@ -30,7 +30,7 @@ def _git(root: Path, *arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.rstrip()
 
 
 def _version(library: str) -> str:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -80,7 +81,7 @@ def _heads(pool: str) -> dict[str, str]:
     return {str(key): str(value) for key, value in (deployment.parameters or {}).get("head", {}).items()}
 
 
-def check(pool: str, root: Path) -> list[str]:
+def check(pool: str, root: Path, name: str) -> list[str]:
     """Whether this machine can work for a pool; what it is, a line each.
 
     Raises:
@@ -88,7 +89,7 @@ def check(pool: str, root: Path) -> list[str]:
     """
     from flows.transport import Transport
 
-    place = f"machine {platform.node()}"
+    place = f"machine {name}"
     refuse_other(identity(root), _heads(pool), place)
     changed = changed_files(root)
     if changed:
@@ -133,12 +134,12 @@ def join(
     os.environ["PREFECT_API_URL"] = api_url(server)
     root = Path.cwd()
     with ready("flows.worker"):
-        lines = check(pool, root)
+        name = name or platform.node()
+        lines = check(pool, root, name)
         count = len(devices(slots))
         print(f"pool {pool}: {count} slot{'s' * (count > 1)}", *lines, sep="\n", flush=True)
         if only_check:
             return
-        name = name or platform.node()
         STOP_FILE.unlink(missing_ok=True)
         lock = Path("dvc.lock").read_bytes() if Path("dvc.lock").exists() else None
         try:
