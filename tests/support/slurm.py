@@ -90,7 +90,9 @@ class Slurm:
     def logs(self) -> str:
         """The last lines of the daemons, for a failure's message."""
         files = [self.folder / f"{name}.log" for name in ("slurmctld", "slurmd", "munged")]
-        return "\n".join("\n".join([file.name, *file.read_text().splitlines()[-15:]]) for file in files if file.exists())
+        return "\n".join(
+            "\n".join([file.name, *file.read_text().splitlines()[-15:]]) for file in files if file.exists()
+        )
 
 
 @contextmanager
