@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from modelstock.errors import ModelstockError, nearest
+from modelstock.errors import ModelstockError, closest
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 CONFIG = Path("deploy/slurm/worker.yaml")
@@ -60,7 +60,7 @@ class Pilot(BaseModel):
     account: str | None = Field(default=None, min_length=1, description="As sbatch's option.")
     gres: str | None = Field(default=None, min_length=1, description="As sbatch's option: `gpu:1`.")
     cpus_per_task: int | None = Field(default=None, ge=1, description="Processor cores of a pilot.")
-    mem: str | None = Field(default=None, pattern=r"^\d+[KMGT]?$", description="Memory of a pilot: `64G`.")
+    mem: str | None = Field(default=None, description="Memory of a pilot: `64G`.")
     slots: int = Field(default=0, ge=0, description="Stages at once; 0: one per GPU of the allocation.")
     signal_s: int = Field(
         default=120, ge=1, le=65535, description="Seconds before the time limit at which stages save and end."
@@ -69,7 +69,7 @@ class Pilot(BaseModel):
     clones: str = Field(
         default="../modelstock-pilots",
         min_length=1,
-        description="A folder that the head's clone and every node see by the same path: pilots' clones and output.",
+        description="A folder that every node sees by the same path: pilots' clones and output.",
     )
     extra: list[str] = Field(
         default=[], description="Further options of sbatch, one each: `--constraint=a100`, `--qos=long`."
@@ -79,7 +79,9 @@ class Pilot(BaseModel):
     @classmethod
     def _set(cls, raw: Any) -> Any:
         """A key without a value is one that is not set."""
-        return {key: value for key, value in raw.items() if value is not None} if isinstance(raw, dict) else raw
+        if not isinstance(raw, dict):
+            raise ValueError("no settings, which are lines like `pool: gpu`")
+        return {key: value for key, value in raw.items() if value is not None}
 
     @field_validator("time", "mem", mode="before")
     @classmethod
@@ -106,6 +108,13 @@ class Pilot(BaseModel):
         if not TIME.fullmatch(time):
             raise ValueError("must be a time limit like 12:00:00, 1-00:00:00 or 720 (minutes)")
         return time
+
+    @field_validator("mem")
+    @classmethod
+    def _memory(cls, mem: str | None) -> str | None:
+        if mem is not None and not re.fullmatch(r"[0-9]+[KMGT]?", mem):
+            raise ValueError("must be an amount of memory like 64G, or 65536 (MB)")
+        return mem
 
     @field_validator("extra")
     @classmethod
@@ -154,13 +163,15 @@ def load(path: Path) -> Pilot:
 def _problem(problem: Any) -> str:
     place = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        return f"{place} is not a setting: {nearest(place, list(Pilot.model_fields))}"
+        near = closest(place, list(Pilot.model_fields))
+        return f"{place} is not a setting" + (f": did you mean {near}?" if near else "")
     if problem["type"] == "missing":
         return f"{place} is not set"
     text = problem["msg"].removeprefix("Value error, ")
-    # An address may hold a password.
-    shown = "" if place in ("", "server") else f" (got {problem['input']!r})"
-    return f"{place} {text}{shown}".lstrip()
+    if not place:
+        return str(text)
+    shown = "" if place == "server" else f" (got {problem['input']!r})"  # an address may hold a password
+    return f"{place}: {text}{shown}"
 
 
 def command(pilot: Pilot, project: Path) -> list[str]:
@@ -204,8 +215,8 @@ def main() -> None:
 
 @app.command()
 def submit(
-    jobs: Annotated[int, typer.Option(min=1, help="Pilots to submit.")] = 1,
-    config: Annotated[Path, typer.Option(help="What to ask Slurm for.")] = CONFIG,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Pilots to submit.")] = 1,
+    config: Annotated[Path, typer.Option("--config", help="What to ask Slurm for.")] = CONFIG,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the call of sbatch, and submit nothing.")] = False,
 ) -> None:
     """Submit pilots, and print the numbers of their jobs.

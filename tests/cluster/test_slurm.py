@@ -6,12 +6,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.support.services import ended, within
 from tests.support.slurm import MISSING, missing, running_slurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing(), reason=MISSING)]
@@ -50,13 +50,6 @@ if does in ("waits", "has not begun"):
     time.sleep(600)
 sys.exit(does)
 """
-
-
-def within(seconds: float, check):
-    deadline = time.monotonic() + seconds
-    while not (value := check()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return value
 
 
 class Project:
@@ -155,7 +148,7 @@ def test_a_cancelled_pilot_ends_its_worker_and_does_not_come_again(slurm, projec
     pid = project.start(job)["pid"]
     slurm("scancel", job)
     assert project.ends(job)[0] == "CANCELLED"
-    assert within(10, lambda: not psutil.pid_exists(pid))
+    assert within(10, lambda: ended(pid))
     assert project.start(job)["heard"][0] in ("SIGTERM", "SIGUSR1")  # Slurm asks both, the script and the worker
     assert slurm.job(job)["Restarts"] == "0"
 

@@ -88,7 +88,7 @@ class Slurm:
         return self.job(number)["JobState"]
 
     def logs(self) -> str:
-        """The last lines of the daemons, for a failure's message."""
+        """The daemons' last lines, for a failure's message."""
         files = [self.folder / f"{name}.log" for name in ("slurmctld", "slurmd", "munged")]
         return "\n".join(
             "\n".join([file.name, *file.read_text().splitlines()[-15:]]) for file in files if file.exists()
@@ -141,8 +141,8 @@ def running_slurm(folder: Path) -> Iterator[Slurm]:
         try:
             yield slurm
         finally:
-            subprocess.run(["scancel", "--signal=KILL", "--full", "--me"], env=slurm.env, timeout=30, check=False)
-            subprocess.run(["scancel", "--me"], env=slurm.env, timeout=30, check=False)
+            slurm("scancel", "--me")  # a job's processes would outlive the daemons
+            _await(lambda: not slurm("squeue", "--noheader").strip(), slurm)
 
 
 def _idle(slurm: Slurm) -> bool:
