@@ -112,7 +112,8 @@ def slurm():
 
 @pytest.fixture
 def project(slurm, tmp_path):
-    return Project(tmp_path, slurm)
+    yield Project(tmp_path, slurm)
+    slurm.cancel_all()
 
 
 def test_before_the_time_limit_the_worker_is_asked_to_end_and_its_job_starts_again(slurm, project):
@@ -136,7 +137,6 @@ def test_pilots_run_side_by_side_each_in_a_clone_of_its_own_and_an_idle_one_remo
         assert start["arguments"] == [*server, "--name", f"{host}-{job}", "--idle", "30", "--slots", "3"]
         assert start["folder"] == str(project.clones / job)
         project.slurm("scancel", job)
-        project.ends(job)
     [job] = project.submit(0)
     assert project.ends(job) == ("COMPLETED", "0:0")
     assert "--slots" not in project.start(job)["arguments"]  # one per GPU is the worker's to count
@@ -188,8 +188,6 @@ def test_passwords_reach_the_worker_by_its_environment_and_a_private_file_and_no
     assert project.clones.stat().st_mode & 0o777 == 0o700
     shown = [slurm("scontrol", "show", "job", job), *(f"{p.info['cmdline']}" for p in psutil.process_iter(["cmdline"]))]
     assert not [text for text in shown if SECRET in text or "hidden" in text]
-    slurm("scancel", job)
-    project.ends(job)
 
 
 def test_a_pilot_works_at_the_commit_that_its_project_is_at_when_it_starts(project):

@@ -87,6 +87,11 @@ class Slurm:
     def state(self, number: str) -> str:
         return self.job(number)["JobState"]
 
+    def cancel_all(self) -> None:
+        """End every job, and wait until none is left."""
+        self("scancel", "--me")
+        _await(lambda: not self("squeue", "--noheader").strip(), self)
+
     def logs(self) -> str:
         """The daemons' last lines, for a failure's message."""
         files = [self.folder / f"{name}.log" for name in ("slurmctld", "slurmd", "munged")]
@@ -98,7 +103,9 @@ class Slurm:
 @contextmanager
 def _daemon(command: list[str], env: Mapping[str, str], log: Path) -> Iterator[None]:
     with log.open("ab") as output:
-        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, env=env, cwd=log.parent, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
     try:
         yield
     finally:
@@ -141,8 +148,7 @@ def running_slurm(folder: Path) -> Iterator[Slurm]:
         try:
             yield slurm
         finally:
-            slurm("scancel", "--me")  # a job's processes would outlive the daemons
-            _await(lambda: not slurm("squeue", "--noheader").strip(), slurm)
+            slurm.cancel_all()  # a job's processes would outlive the daemons
 
 
 def _idle(slurm: Slurm) -> bool:
