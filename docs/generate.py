@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from flows.slurm import Pilot
 from modelstock.comparison.metrics import METRICS
 from modelstock.merging.methods.table import METHODS
 from modelstock.merging.rules import RULES
@@ -184,12 +185,22 @@ def triangle() -> str:
     )
 
 
+def pilots() -> str:
+    """One row per setting of pilot workers in Slurm."""
+    rows = []
+    for name, field in Pilot.model_fields.items():
+        default = "" if field.is_required() or field.default is None else f"`{json.dumps(field.default)}`"
+        rows.append([f"`{name}`", "required" if field.is_required() else default, field.description or ""])
+    return table(["setting", "default", "what it is"], rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "packages": packages,
     "stages": stages,
     "methods": methods,
     "rules": rules,
     "metrics": metrics,
+    "pilots": pilots,
 }
 FILES: dict[str, Callable[[], str]] = {"docs/triangle.svg": triangle}
 
