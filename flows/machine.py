@@ -30,7 +30,7 @@ def _git(root: Path, *arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.rstrip()
+    return done.stdout
 
 
 def _version(library: str) -> str:
@@ -42,15 +42,15 @@ def _version(library: str) -> str:
 
 def identity(root: Path) -> dict[str, str]:
     """What must be alike on all machines of a pool: the commit, Python's minor version, and libraries' versions."""
-    commit = _git(root, "rev-parse", "HEAD") or "none"
+    commit = (_git(root, "rev-parse", "HEAD") or "none").strip()
     return {"commit": commit, "python": "{}.{}".format(*sys.version_info), **{name: _version(name) for name in CHECKED}}
 
 
 def changed_files(root: Path) -> list[str]:
     """The files of the code and the settings that are not as committed."""
     there = [name for name in TRACKED if (root / name).exists()]
-    status = _git(root, "status", "--porcelain", "--no-renames", "--", *there) if there else None
-    return [line[3:] for line in (status or "").splitlines()]
+    status = _git(root, "status", "--porcelain", "-z", "--no-renames", "--", *there) if there else None
+    return [entry[3:] for entry in (status or "").split("\0") if entry]
 
 
 def refuse_other(ours: Mapping[str, str], heads: Mapping[str, str], place: str) -> None:

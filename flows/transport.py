@@ -10,7 +10,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -92,11 +92,7 @@ class Transport:
         from dvc.repo import Repo
 
         logging.getLogger("dvc").setLevel(logging.ERROR)  # what it says on the way is no news here
-        repo = Repo(str(self.root), _wait_for_lock=True)
-        # What another machine has sent half, or a disk has damaged, is never taken for what it says it is.
-        for remote in repo.config["remote"].values():
-            remote["verify"] = True
-        return repo
+        return Repo(str(self.root), _wait_for_lock=True)
 
     @contextmanager
     def _repo(self) -> Iterator[Any]:
@@ -107,6 +103,9 @@ class Transport:
         with self._mutex:
             try:
                 with lock_repo(self._opened):
+                    # What another machine has sent half, or a disk has damaged, is never taken for what it says it is.
+                    for remote in self._opened.config["remote"].values():  # read anew each time that DVC is locked
+                        remote["verify"] = True
                     yield self._opened
             except (DvcException, LockError) as error:
                 raise refused_by_dvc(self.root, error) from error
@@ -122,7 +121,7 @@ class Transport:
 
             try:
                 odb = self._runs(repo)
-            except DvcException as error:
+            except (DvcException, ImportError) as error:  # none, or one of a kind whose library is not installed
                 raise FlowError(
                     "DVC remote",
                     got=" ".join(str(error).split())[:200],
@@ -130,15 +129,18 @@ class Transport:
                     cure="dvc remote add --default NAME ADDRESS",
                 ) from error
             address = redacted(odb.fs.unstrip_protocol(odb.path))
+            if odb.fs.protocol in ("http", "https"):
+                raise FlowError(
+                    "DVC remote", got=address, expected="one with a run-cache", cure="take another kind of remote"
+                )
             try:
-                # Asked of the folder above: that of a new remote is made by what is first sent to it.
+                if odb.fs.protocol == "local":
+                    # A new remote is made by what is first sent to it, below a folder that is there: one that is not
+                    # mounted would be made too, for this machine alone.
+                    folder = Path(odb.path) if os.path.exists(odb.path) else Path(odb.path).parent
+                    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+                        raise NotADirectoryError(f"{folder} is no folder that can be written to")
                 odb.fs.exists(odb.fs.join(odb.path, "runs"))
-                if odb.fs.protocol in ("http", "https"):
-                    raise FlowError(
-                        "DVC remote", got=address, expected="one with a run-cache", cure="take another kind of remote"
-                    )
-            except FlowError:
-                raise
             except Exception as error:  # of whichever library reaches it
                 raise FlowError(
                     "DVC remote",
@@ -221,12 +223,13 @@ class Transport:
                     # A file or folder inside of an output is brought alone.
                     inside = [path for path in read if out.fs.isin(path, out.fs_path)]
                     for part in [None] if out.fs_path in read or not inside else inside:
-                        if not _fetched(repo, out, part):
+                        absent = _absent(repo, out, part)
+                        if absent:
                             raise FlowError(
                                 out.def_path,
-                                got="files that are missing or damaged in the DVC remote",
+                                got=f"missing or damaged in the DVC remote: {few(absent)}",
                                 expected="what the head has sent",
-                                cure="run the flow again; if it says so again, `dvc push` at the head",
+                                cure="run the flow again; if it says so again, delete that there, and run it again",
                             )
                         out.checkout(force=True, filter_info=part)
 
@@ -279,16 +282,21 @@ class Transport:
         with self._repo() as repo:
             runs = self._runs(repo)
             known = _results(runs, order.key)
-            others = [other for other in known if other.outs != result.outs]
-            if not known:
-                self._push(repo, _stage(repo, order.name).outs)
-                _write(runs, order.key, result)
+            # Other bytes that nobody can fetch any more do not count.
+            others = [one for one in known if one.outs != result.outs and not self._absent(repo, order, one)]
+            if not others:
+                self._push(repo, _stage(repo, order.name).outs)  # also where it is known: something may be lost
+                if result not in known:
+                    _write(runs, order.key, result)
             return others
 
     def forget(self, order: Order, result: Result) -> None:
         """Take a result out of this machine's run-cache, which would restore it in a later run."""
         with self._repo() as repo:
-            Path(repo.stage_cache._get_cache_path(order.key, result.value)).unlink(missing_ok=True)
+            file = Path(repo.stage_cache._get_cache_path(order.key, result.value))
+            file.unlink(missing_ok=True)
+            with suppress(OSError):  # holds others, or is gone
+                file.parent.rmdir()  # DVC fails over one that is empty
 
     def results(self, order: Order) -> list[Result]:
         """The results for a stage that the remote has, in the order of their names; several where machines differ."""
@@ -304,12 +312,19 @@ class Transport:
 
     def fetch(self, order: Order, result: Result) -> bool:
         """Whether all files of a result are in DVC's cache here, or were in the remote and now are."""
+        return not self.absent(order, result)
+
+    def absent(self, order: Order, result: Result) -> list[str]:
+        """As `fetch`: the files that are not here, and missing or damaged in the remote, as it names them."""
+        with self._repo() as repo:
+            return self._absent(repo, order, result)
+
+    def _absent(self, repo: Any, order: Order, result: Result) -> list[str]:
         from dvc.stage.loader import StageLoader
 
-        with self._repo() as repo:
-            stage = _stage(repo, order.name)
-            StageLoader.fill_from_lock(stage, result.lock)
-            return all(_fetched(repo, out) for out in stage.outs)
+        stage = _stage(repo, order.name)
+        StageLoader.fill_from_lock(stage, result.lock)
+        return [name for out in stage.outs for name in _absent(repo, out)]
 
     def restore(self, order: Order, result: Result) -> None:
         """Bring a result that was fetched into the workspace and dvc.lock, as if the stage had run. Never runs it.
@@ -342,22 +357,50 @@ class Transport:
         return repo.cloud.get_remote_odb(None, "push --run-cache", hash_name="md5-dos2unix")
 
     def _push(self, repo: Any, outs: Iterable[Any]) -> None:
+        from dvc_data.hashfile.transfer import transfer
+
         for out in outs:
-            for objects in out.get_used_objs().values():
-                missing = repo.cloud.push(objects).failed
-                if missing:
-                    raise FlowError(
-                        out.def_path,
-                        got=f"{len(missing)} files that could not be sent",
-                        expected="all of its files in DVC's cache, and a remote with room",
-                        cure="`dvc push` says more",
-                    )
+            used, remote = _used(out), repo.cloud.get_remote_odb(out.remote, "push", hash_name=out.hash_name)
+            # Not `repo.cloud.push`: it takes for granted that files are there whose folder's list is.
+            lost = transfer(out.cache, remote, used, jobs=remote.fs.jobs, cache_odb=out.cache).failed
+            # DVC passes over what is nowhere.
+            lost |= {one for one in used if not out.cache.exists(one.value) and not remote.exists(one.value)}
+            if lost or not used:
+                raise FlowError(
+                    out.def_path,
+                    got=f"files that could not be sent: {few(_names(lost or {out.hash_info}))}",
+                    expected="all of them in DVC's cache, and a remote with room",
+                    cure="`dvc push` says more",
+                )
 
 
-def _fetched(repo: Any, out: Any, part: str | None = None) -> bool:
-    """Whether an output, or a part of it, is in DVC's cache here, or was in the remote and now is."""
-    used = out.get_used_objs(filter_info=part)  # nothing of a folder whose list of files is nowhere
-    return bool(used) and not any(repo.cloud.pull(objects).failed for objects in used.values())
+def _used(out: Any, part: str | None = None) -> set[Any]:
+    """The hashes of an output's files, or of a part of it; none of a folder whose list of files is nowhere."""
+    from dvc.exceptions import DvcException
+
+    if out.is_dir_checksum:
+        with suppress(DvcException):
+            out.get_dir_cache()
+        if not out.cache.exists(out.hash_info.value):
+            return set()  # DVC would ask at a terminal whether to go on without it
+    return {one for objects in out.get_used_objs(filter_info=part).values() for one in objects}
+
+
+def _names(hashes: Iterable[Any]) -> list[str]:
+    """Hashes as a DVC remote names its files."""
+    return sorted(f"{one.value[:2]}/{one.value[2:]}" for one in hashes)
+
+
+def _absent(repo: Any, out: Any, part: str | None = None) -> list[str]:
+    """Bring an output, or a part of it, into DVC's cache here; the files that are not there then, by their names."""
+    used = _used(out, part)
+    if not used:
+        return _names([out.hash_info])
+    lacking = {one for one in used if not out.cache.exists(one.value)}
+    if lacking:
+        repo.cloud.pull(lacking, remote=out.remote)
+    # DVC does not count as failed what is missing on both sides, or what it found damaged and removed.
+    return _names(one for one in lacking if not out.cache.exists(one.value))
 
 
 def reads(root: Path) -> dict[str, dict[str, frozenset[str]]]:

@@ -16,7 +16,6 @@ import pytest
 
 from flows.children import GUARD
 from flows.graph import FlowError, choices, plan
-from flows.machine import devices
 from flows.progress import TIMES, read_times
 from flows.services import _ask, alive
 from modelstock.files import write_json
@@ -178,15 +177,6 @@ def test_an_unknown_stage_and_a_folder_that_is_no_project_are_one_line(project, 
         plan(project, ["f"])
     with pytest.raises(FlowError, match=r"got NotDvcRepoError: .*; expected a DVC project"):
         plan(tmp_path, [])
-
-
-def test_devices_are_gpus_or_cpu_slots(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert devices(0) == [{}]
-    assert devices(3) == [{}, {}, {}]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert devices(0) == [{"CUDA_VISIBLE_DEVICES": "2"}, {"CUDA_VISIBLE_DEVICES": "5"}]
-    assert len(devices(3)) == 3
 
 
 def test_the_flow_keeps_order_and_slots_and_a_second_run_runs_nothing(project, server):
