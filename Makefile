@@ -17,7 +17,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 AUDITOR := $(BIN)/uv tool run pip-audit
 
-.PHONY: setup repro test kills browser gpu-check check audit up status down clean clean-scratch
+.PHONY: setup repro test kills test-cluster browser gpu-check check audit up head status down clean clean-scratch
 setup: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
@@ -43,6 +43,10 @@ repro: setup
 up: setup
 	@$(BIN)/python -m flows.services up
 
+# The services of the head of several machines: docs/cluster.md has the settings.
+head: setup
+	@$(BIN)/python -m flows.services up --profile head
+
 # Which of these run, and the state of the schedules.
 status: setup
 	@$(BIN)/python -m flows.services status
@@ -56,6 +60,10 @@ test: setup
 # The whole job killed in each of its stages, and services killed one by one, for some minutes.
 kills: setup
 	$(BIN)/python -m pytest -m kill tests/test_kills.py tests/test_services.py
+
+# Several machines, with the servers of Debian's package postgresql and others.
+test-cluster: setup
+	$(BIN)/python -m pytest -n 0 -rs -m cluster tests/cluster tests/test_head.py
 
 # The pages of MLflow and Prefect in Chromium, driven as a person does: Debian's packages chromium and chromium-driver.
 browser: setup
