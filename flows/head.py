@@ -27,6 +27,9 @@ MLFLOW_USER, MLFLOW_PASSWORD = "MODELSTOCK_MLFLOW_USER", "MODELSTOCK_MLFLOW_PASS
 PREFECT_AUTH = "PREFECT_SERVER_API_AUTH_STRING"
 MLFLOW_ARTIFACTS = "MODELSTOCK_MLFLOW_ARTIFACTS"
 ENVIRONMENT = "head.env"  # for a shell at the head
+AUTH_FILE = "mlflow-auth.ini"
+SECRETS = (ENVIRONMENT, AUTH_FILE)  # files with passwords: while the services run
+FORM = "postgresql:// and user:password@host:port/database"  # apart, or it would be hidden as a password is
 SHORTEST = 12  # characters that MLflow asks of a password
 
 
@@ -115,7 +118,7 @@ class Head:
             env["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join(f"http://{n}:{self.mlflow_port}" for n in names)
         if not self.mlflow_user:
             return [], env
-        config = root / folder / "mlflow-auth.ini"
+        config = root / folder / AUTH_FILE
         _write_private(config, AUTH_CONFIG.format(url=self.mlflow_db.replace("%", "%%")))  # as configparser reads it
         key = root / folder / "mlflow.key"
         if not key.exists():
@@ -214,14 +217,14 @@ def head_settings(prefect_port: int, mlflow_port: int) -> Head:
             raise HeadError(
                 name,
                 got=got,
-                expected=f"the database of {owner}: postgresql://user:password@host/database",
+                expected=f"the database of {owner}, {FORM}",
                 cure=f"set {name}: {PAGE} says how to create it",
             )
         if not DATABASE.fullmatch(url):  # what a library says of it might show a part of the password
             raise HeadError(
                 name,
                 got="a URL whose parts cannot be told from each other",
-                expected="postgresql://user:password@host:port/database",
+                expected=FORM,
                 cure="write % as %25, @ as %40, : as %3A, / as %2F, ? as %3F and # as %23 in its parts",
             )
     options = set(parse_qs(urlsplit(env[PREFECT_DB]).query, keep_blank_values=True)) - {"sslmode", "host", "port"}

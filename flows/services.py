@@ -525,7 +525,8 @@ def down() -> None:
         if answers(f"{api}/health"):
             _end_lost_runs(api, "ended by `make down`")
     stopped |= {name: _stop(name) for name in ("prefect", "mlflow")}
-    (FOLDER / head.ENVIRONMENT).unlink(missing_ok=True)
+    for secret in head.SECRETS:
+        (FOLDER / secret).unlink(missing_ok=True)
     for name, ran in stopped.items():
         if ran:
             print(f"{name}: stopped")
