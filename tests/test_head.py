@@ -114,14 +114,12 @@ REFUSED = {
     "a password that MLflow finds too short": (
         {"MODELSTOCK_MLFLOW_USER": "ann", "MODELSTOCK_MLFLOW_PASSWORD": "open sesame"},
         "MODELSTOCK_MLFLOW_USER and MODELSTOCK_MLFLOW_PASSWORD: got 11 characters; expected a name "
-        "without a colon and a "
-        "password of 12 characters or more; choose others",
+        "without a colon and a password of 12 characters or more; choose others",
     ),
     "a user's name that ends at a colon": (
         {"MODELSTOCK_MLFLOW_USER": "a:b", "MODELSTOCK_MLFLOW_PASSWORD": "open sesame twice"},
         "MODELSTOCK_MLFLOW_USER and MODELSTOCK_MLFLOW_PASSWORD: got a colon in the user's name; "
-        "expected a name without "
-        "a colon and a password of 12 characters or more; choose others",
+        "expected a name without a colon and a password of 12 characters or more; choose others",
     ),
     "Prefect's password without a user": (
         {"PREFECT_SERVER_API_AUTH_STRING": "sesame"},
@@ -481,7 +479,7 @@ def test_databases_that_do_not_do_are_refused(database):
 @pytest.mark.cluster
 def test_one_database_for_both_is_refused(settings, project, database):
     project(*REMOTE)
-    url = database.database("both", HARD)
+    url = database.database("for_both", HARD)
     head = settings(MODELSTOCK_PREFECT_DB=url, MODELSTOCK_MLFLOW_DB=url.replace("127.0.0.1", "localhost"))
     with pytest.raises(HeadError) as refused:
         check(head)
