@@ -17,7 +17,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 AUDITOR := $(BIN)/uv tool run pip-audit
 
-.PHONY: setup repro test kills test-cluster browser gpu-check check audit up head status down clean clean-scratch
+.PHONY: setup repro test kills browser test-cluster gpu-check check audit up head status down clean clean-scratch
 setup: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
@@ -61,13 +61,13 @@ test: setup
 kills: setup
 	$(BIN)/python -m pytest -m kill tests/test_kills.py tests/test_services.py
 
-# Several machines, with the servers of Debian's package postgresql and others.
-test-cluster: setup
-	$(BIN)/python -m pytest -n 0 -rs -m cluster tests/cluster tests/test_head.py
-
 # The pages of MLflow and Prefect in Chromium, driven as a person does: Debian's packages chromium and chromium-driver.
 browser: setup
 	$(BIN)/python -m pytest -n 0 -rs -m browser tests/test_browser.py
+
+# One experiment on several machines, which are clones on this one: PostgreSQL, OpenSSH's server and Slurm from Debian.
+test-cluster: setup
+	$(BIN)/python -m pytest -n 0 -rs -m cluster tests/cluster tests/test_head.py
 
 # The tests marked gpu, and images per second, on a machine with a GPU; without one it says so and fails.
 gpu-check: setup

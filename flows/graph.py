@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modelstock.errors import ModelstockError, nearest
+from modelstock.files import atomic_path
 
 
 class FlowError(ModelstockError):
@@ -48,7 +49,7 @@ def choices(root: Path) -> list[str]:
             file = load_file(repo, str(root / PROJECT_FILE))
             names = list(DataResolver(repo, root, file.load()).get_keys())
     except DvcException as error:
-        raise _refused(root, error) from error
+        raise refused_by_dvc(root, error) from error
     listed: dict[str, None] = {}
     for name in names:
         listed |= dict.fromkeys((kind_of(name), name))
@@ -91,6 +92,39 @@ def plan(root: Path, targets: list[str], *, force: bool = False) -> Plan:
         return _plan(repo, order, forced=forced)
 
 
+@contextmanager
+def lock_in_order(root: Path, planned: Plan) -> Iterator[None]:
+    """Let dvc.lock name the stages that are new to it after the block in the plan's order, as `dvc repro` does, and not
+    in the order in which they ended.
+    """
+    file = root / "dvc.lock"
+    before = _locked(root, file).get("stages", {})
+    try:
+        yield
+    finally:
+        after = _locked(root, file)
+        stages = after.get("stages", {})
+        new = [name for name in planned.needs if name in stages and name not in before]
+        if new and new != [name for name in stages if name not in before]:
+            for name in new:
+                stages[name] = stages.pop(name)
+            _write_lock(root, file, after)
+
+
+def _locked(root: Path, file: Path) -> Any:
+    from dvc.utils.serialize import parse_yaml_for_update
+
+    with _opened(root, wait=True):
+        return parse_yaml_for_update(file.read_text(encoding="utf-8"), str(file)) if file.exists() else {}
+
+
+def _write_lock(root: Path, file: Path, content: Any) -> None:
+    from dvc.utils.serialize import dumps_yaml
+
+    with _opened(root, wait=True), atomic_path(file) as temporary:
+        temporary.write_text(dumps_yaml(content), encoding="utf-8")
+
+
 def plan_of_repro(options: Namespace) -> Plan:
     """What `dvc repro` with these options, as DVC's own parser gives them, looks at, in its order.
 
@@ -130,10 +164,11 @@ def _opened(root: Path, *, wait: bool) -> Iterator[Any]:
         with Repo(str(root), _wait_for_lock=wait) as repo, lock_repo(repo):
             yield repo
     except (DvcException, LockError) as error:
-        raise _refused(root, error) from error
+        raise refused_by_dvc(root, error) from error
 
 
-def _refused(root: Path, error: Exception) -> FlowError:
+def refused_by_dvc(root: Path, error: Exception) -> FlowError:
+    """What DVC refuses, as one line."""
     return FlowError(
         root,
         got=f"{type(error).__name__}: {' '.join(str(error).split())}",

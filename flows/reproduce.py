@@ -6,17 +6,13 @@ what it needs is done and a device is free for it, and shows what happens in Pre
 
 import os
 import queue
-import re
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,21 +24,22 @@ from prefect import flow, get_run_logger, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.events.worker import EventsWorker
+from prefect.exceptions import CancelledRun
 from prefect.futures import PrefectFuture, wait
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.graph import FlowError, Plan, choices, plan
-from flows.progress import SKIPS, Progress
+from flows.children import GUARD, Children, Ended, run_stage
+from flows.graph import FlowError, Plan, choices, lock_in_order, plan
+from flows.machine import devices
+from flows.pool import POLL_S, Gone, Pool
+from flows.progress import Progress
 from flows.services import HOST, answers
 from flows.show import show
-from flows.workspace import ready, scratch
-from modelstock.errors import ModelstockError, few, redacted
-
-GUARD = [sys.executable, str(Path(__file__).with_name("guard.py"))]
-
+from flows.workspace import ready
+from modelstock.errors import ModelstockError, few
 
 TELL_S = 5  # for what Prefect has not been told when a flow ends
 REPORT = Path("reports/comparison.json")
@@ -65,121 +62,25 @@ class ReproduceParams(BaseModel):
     )
     slots: int = Field(default=0, ge=0, description="Stages on devices at once; 0: one per GPU, or one without GPUs.")
     force: bool = Field(default=False, description="Run the targets again, and nothing else, if they are up to date.")
-
-
-def devices(slots: int) -> list[dict[str, str]]:
-    """The environment of each device slot: one per GPU, or one on the CPU, or as many as asked for in turn."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        try:
-            listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-        except (OSError, subprocess.CalledProcessError):
-            listed = ""
-        visible = ",".join(re.findall(r"^GPU (\d+)", listed, re.MULTILINE))
-    gpus = [gpu for gpu in visible.split(",") if gpu.strip()]
-    if not gpus:
-        return [{} for _ in range(slots or 1)]
-    return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(slots or len(gpus))]
-
-
-@dataclass
-class Children:
-    """The processes of the stages, each with a guard in a session of its own: none outlives this process."""
-
-    running: set["subprocess.Popen[bytes]"] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    closed: bool = False
-
-    @contextmanager
-    def start(self, command: list[str], *, cwd: Path, env: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-        """Start a command, its output in one pipe; refused once `end` has been called."""
-        with self.lock:  # the same lock as in `end`: nothing starts after the last one was ended
-            if self.closed:
-                raise Ended
-            process = subprocess.Popen(
-                [*GUARD, *command],
-                cwd=cwd,
-                env=dict(env),
-                stdin=subprocess.PIPE,  # the guard reads its end, which comes when this process is gone
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            self.running.add(process)
-        try:
-            with process:
-                yield process
-        finally:
-            with self.lock:
-                self.running.discard(process)
-
-    def end(self) -> None:
-        """End every process group and wait for it."""
-        with self.lock:
-            self.closed = True
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                for process in self.running:
-                    try:
-                        os.killpg(process.pid, number)
-                    except ProcessLookupError:
-                        continue
-                for process in self.running:
-                    try:
-                        process.wait(timeout=10)
-                    except subprocess.TimeoutExpired:
-                        continue
-
-
-class Ended(Exception):
-    """The flow is being ended, and its stages with it."""
-
-
-def _environment(slot: Mapping[str, str]) -> dict[str, str]:
-    """What a stage finds: not that it runs in a flow run, for it is none of the processes of one."""
-    return {**{k: v for k, v in os.environ.items() if not k.startswith("PREFECT__")}, **slot}
+    pool: str = Field(default="", description="The work pool for stages on devices; empty: this machine.")
 
 
 def _run(
     name: str, *, root: Path, children: Children, slot: Mapping[str, str], progress: Progress, force: bool
 ) -> None:
-    """Run one stage through DVC, its output line by line in the task's log; `slot`: the environment of its device.
+    """Run one stage here, its output line by line in the task's log; `slot`: the environment of its device.
 
     Raises:
         FlowError: it failed.
         Ended: it was ended with the flow.
     """
     log = get_run_logger()
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
-    command += ["--force"] * force
-    last: deque[str] = deque(maxlen=8)
-    skipped = False
     log.info(progress.started(name))
+    ran = False
     try:
-        with (
-            scratch(name, forced=force) as own,
-            children.start(command, cwd=root, env=_environment({**slot, **own})) as process,
-        ):
-            assert process.stdout is not None
-            for line in process.stdout:
-                # Progress bars rewrite their line; the last state of it is kept.
-                text = redacted(line.rstrip().rsplit(b"\r", 1)[-1].decode(errors="replace"))
-                skipped |= SKIPS.fullmatch(text) is not None
-                if text:
-                    last.append(text)
-                    log.info(text)
-            code = process.wait()
-    except Ended:
-        code = -signal.SIGTERM
-    progress.ended(name, whole=code == 0 and not skipped)
-    if code and children.closed:
-        raise Ended
-    if code:
-        raise FlowError(
-            f"stage {name}",
-            got=f"exit code {code}: " + " | ".join(last),
-            expected="0",
-            cure=f"fix what it says, and see it alone with: dvc repro --single-item {name}",
-        )
+        ran = run_stage(name, root=root, children=children, env=slot, force=force, line=log.info)
+    finally:
+        progress.ended(name, whole=ran)
 
 
 Futures = dict[str, PrefectFuture[Any]]
@@ -217,7 +118,11 @@ def reproduce(params: ReproduceParams = ReproduceParams()) -> State[None]:  # no
             return Completed(message=up_to_date(planned))
         log.info("stages to run: %d of %d", len(planned.dirty), len(planned.needs))
         before = _moment(root / REPORT)
-        _run_all(planned, root=root, slots=params.slots)
+        try:
+            with lock_in_order(root, planned):
+                _run_all(planned, root=root, slots=params.slots, pool=params.pool)
+        except Gone:
+            return Cancelled(message="cancelled in Prefect; no stage runs any more")
         if _moment(root / REPORT) not in (None, before):
             show(root / REPORT)
         return Completed(message=f"stages run: {len(planned.dirty)} of {len(planned.needs)}")
@@ -228,21 +133,28 @@ def _moment(file: Path) -> tuple[int, int] | None:
     return (file.stat().st_ino, file.stat().st_mtime_ns) if file.exists() else None
 
 
-def _run_all(planned: Plan, *, root: Path, slots: int) -> None:
+def _run_all(planned: Plan, *, root: Path, slots: int, pool: str) -> None:
     """Run the planned stages, each as a task that begins once what it needs is done and a device is free for it.
+
+    With a `pool`, stages on devices run there, and their task is to bring their results here.
 
     Raises:
         FlowError: a stage failed; what does not depend on it has run.
+        Gone: the flow run was cancelled in Prefect, and works with a pool.
     """
     free = devices(slots)
     taken: dict[str, dict[str, str]] = {}
     children, progress = Children(), Progress(planned, slots=len(free))
+    on_device = planned.device & planned.dirty
 
     @task(name="stage", persist_result=False)
     def stage(name: str, slot: dict[str, str]) -> State[None] | None:
         if name not in planned.dirty:
             progress.skipped(name)
             return Completed(name="Cached", message="up to date")
+        if remote and name in on_device:
+            remote.accept(name)
+            return None
         try:
             _run(name, root=root, children=children, slot=slot, progress=progress, force=name in planned.forced)
         except Ended:
@@ -252,25 +164,43 @@ def _run_all(planned: Plan, *, root: Path, slots: int) -> None:
     futures: Futures = {}
     done: set[str] = set()
     ended: queue.SimpleQueue[str] = queue.SimpleQueue()
-    with _ended(children, futures):
+
+    def begin(name: str, slot: dict[str, str]) -> None:
+        taken[name] = slot
+        submit = stage.with_options(task_run_name=name).submit
+        needs = [futures[need] for need in planned.needs[name]]
+        futures[name] = submit(name, slot, return_state=False, wait_for=needs)
+        futures[name].add_done_callback(lambda _, name=name: ended.put(name))  # type: ignore[misc]
+
+    with (
+        _pool(pool, planned, root=root, progress=progress) as remote,
+        _ended(children, futures),
+    ):
         while True:
             for name, needs in planned.needs.items():
-                on_device = name in planned.device & planned.dirty
-                if name in futures or not needs <= done or (on_device and not free):
+                if name in futures or not needs <= done or (remote and name in remote.away):
                     continue
-                taken[name] = free.pop(0) if on_device else {}
-                begin = stage.with_options(task_run_name=name).submit
-                futures[name] = begin(name, taken[name], return_state=False, wait_for=[futures[n] for n in needs])
-                futures[name].add_done_callback(lambda _, name=name: ended.put(name))  # type: ignore[misc]
-            if not taken:
+                if name not in on_device:
+                    begin(name, {})
+                elif remote:
+                    if not remote.begin(name):
+                        begin(name, {})
+                    if remote.due:
+                        break  # what has ended meanwhile is not left waiting for the rest to be ordered
+                elif free:
+                    begin(name, free.pop(0))
+            if not taken and not (remote and remote.busy):
                 break
-            name = ended.get()
-            futures[name].wait()
-            slot = taken.pop(name)
-            if name in planned.device & planned.dirty:
-                free.append(slot)
-            if futures[name].state.is_completed():
-                done.add(name)
+            for name in _next(ended, remote):
+                if name not in taken:  # it has ended in the pool
+                    begin(name, {})
+                    continue
+                futures[name].wait()
+                slot = taken.pop(name)
+                if name in on_device and not remote:
+                    free.append(slot)
+                if futures[name].state.is_completed():
+                    done.add(name)
     failed = [name for name in futures if name not in done]
     not_run = [name for name in planned.needs if name not in futures]
     if failed:
@@ -280,6 +210,25 @@ def _run_all(planned: Plan, *, root: Path, slots: int) -> None:
             expected="all stages completed",
             cure="see the log of the first of them; what is done is not run again",
         )
+
+
+@contextmanager
+def _pool(name: str, planned: Plan, *, root: Path, progress: Progress) -> Iterator[Pool | None]:
+    """The work pool of that name, in the block; None without a name."""
+    if not name:
+        yield None
+        return
+    with Pool(name, planned, root=root, progress=progress, log=get_run_logger()) as pool:
+        yield pool
+
+
+def _next(ended: "queue.SimpleQueue[str]", pool: Pool | None) -> list[str]:
+    """The names of stages whose task has ended, or which have ended in the pool; waits for one, or a moment."""
+    try:
+        names = [ended.get(timeout=POLL_S if pool else None)]
+    except queue.Empty:
+        names = []
+    return names + (pool.poll() if pool else [])
 
 
 def _reach(url: str) -> None:
@@ -341,15 +290,23 @@ def main(
     target: Annotated[list[str] | None, typer.Argument(help="Stages; none: all.")] = None,
     slots: Annotated[int, typer.Option(min=0, help="Stages on devices at once; 0: one per GPU, or one.")] = 0,
     force: Annotated[bool, typer.Option(help="Run these stages, and no others, also if they are up to date.")] = False,
+    pool: Annotated[str, typer.Option(help="The work pool for stages on devices; none: this machine.")] = "",
 ) -> None:
     """Run the experiment's stages in parallel, as Prefect tasks."""
     try:
         with ready("flows.reproduce"):
+            if pool and not PREFECT_API_URL.value():
+                raise FlowError(
+                    "--pool",
+                    got="no PREFECT_API_URL",
+                    expected="the head's Prefect server",
+                    cure="set it, as `make head` prints",
+                )
             # Refused in one line here, or done without a flow; else the flow looks again.
             planned = plan(Path.cwd(), target or [], force=force)
         if planned.dirty:
             with _server():
-                reproduce(ReproduceParams(targets=target or [], slots=slots, force=force))
+                reproduce(ReproduceParams(targets=target or [], slots=slots, force=force, pool=pool))
         else:
             print(up_to_date(planned))
         if REPORT.exists():
@@ -357,6 +314,9 @@ def main(
     except ModelstockError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2 if "targets" in error.place or error.place == str(Path.cwd()) else 1) from error
+    except CancelledRun:
+        print("cancelled in Prefect: no stage runs any more, and what is done is not run again", file=sys.stderr)
+        raise typer.Exit(130) from None
     except KeyboardInterrupt:
         print("interrupted: no stage runs any more, and what is done is not run again", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -5,8 +5,6 @@ import base64
 import contextlib
 import errno
 import http
-import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -484,8 +482,9 @@ def _log_in(settings: head.Head, url: str) -> None:
 
 def _deploy_stages(pool: str) -> None:
     """Create the work pool that GPU machines join, and what runs a stage there."""
-    if importlib.util.find_spec("flows.remote") is not None:
-        importlib.import_module("flows.remote").deploy(pool)
+    from flows.pool import deploy  # late: importing Prefect fixes its settings, which the environment now has
+
+    deploy(pool)
 
 
 def _comparison_links(env: Mapping[str, str]) -> list[str]:

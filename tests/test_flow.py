@@ -14,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows.children import GUARD
 from flows.graph import FlowError, choices, plan
+from flows.machine import devices
 from flows.progress import TIMES, read_times
-from flows.reproduce import GUARD, devices
 from flows.services import _ask, alive
 from modelstock.files import write_json
 from tests.support.ports import free_port

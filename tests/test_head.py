@@ -362,7 +362,11 @@ def test_both_servers_keep_all_in_their_databases_and_a_second_up_starts_nothing
     assert f"Prefect: http://127.0.0.1:{head.prefect}   deployment reproduce/shapes, schedule off" in out
     assert f"MLflow:  http://127.0.0.1:{head.mlflow}, artifacts in mlartifacts\n" in out
     assert f"python -m flows.worker join --server {head.api} --pool gpu\n" in out
-    assert database.sql("SELECT name FROM deployment", database="prefect_shared") == "shapes"
+    assert database.sql("SELECT name FROM deployment ORDER BY name", database="prefect_shared").split() == [
+        "gpu",
+        "shapes",
+    ]
+    assert _ask(f"{head.api}/work_pools/gpu")["type"] == "process"
     assert database.sql("SELECT username, is_admin FROM users", database="mlflow_shared") == f"{USER}|t"
     # A run of any machine finds the experiment: none has to make it, and no two can at once.
     assert "modelstock" in database.sql("SELECT name FROM experiments", database="mlflow_shared").split()

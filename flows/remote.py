@@ -1,0 +1,180 @@
+"""The flow `stage`: one stage of the experiment on a machine of a work pool.
+
+What it reads and wrote goes through the DVC remote (flows/transport.py); through Prefect go only the order, its state,
+the log, and a sign of life.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import flow, get_run_logger
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import ArtifactCreate
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.runtime import flow_run as this_run
+from prefect.states import Cancelled, Completed, Crashed, Failed
+
+from flows.children import Children, Ended, run_stage
+from flows.graph import FlowError
+from flows.life import FLOW, MACHINE, SERVER, Life, Signs, asking, data_of, runs_of, signs_of
+from flows.machine import description, identity, refuse_other, slot
+from flows.transport import Order, Result, Transport
+
+SLOTS = "MODELSTOCK_SLOTS"  # of this machine, for the flows that its worker runs
+STOP = "MODELSTOCK_STOP"  # the file whose presence asks stages to save and to end
+DRAIN_S = 60.0  # for a stage that was asked to save and to end
+OUT_OF_TIME, OTHER_BYTES = "OutOfTime", "OtherBytes"  # names of states
+CANCELLED = "cancelled in Prefect"
+
+
+class _AtWork(Life):
+    """The life of a stage's run: it ends the stage when its run or its flow is over, or the time of the machine."""
+
+    def __init__(self, run: UUID, parent: UUID | None, lease: float, children: Children) -> None:
+        super().__init__(run, MACHINE, lease)
+        self.parent, self.children = parent, children
+        self.ending = ""  # why the stage is being ended
+        self._signs, self._asked, self._began = Signs(), 0.0, False
+
+    def missed(self) -> None:
+        self._signs.excuse()
+
+    def watch(self, client: SyncPrefectClient) -> None:
+        if self.ending:
+            return
+        runs = runs_of(client, [self.run, *([self.parent] if self.parent else [])])
+        own = runs.get(self.run)
+        if own is None or own.state_type not in (StateType.PENDING, StateType.RUNNING):
+            self._end(CANCELLED if own and own.state_type == StateType.CANCELLING else "given up by its flow")
+        elif self.parent:
+            self._watch_flow(runs.get(self.parent), client)
+        if stopping():
+            self._asked = self._asked or time.monotonic()
+            if time.monotonic() - self._asked > DRAIN_S:
+                self._end(f"not ended {DRAIN_S:.0f} s after it was asked to")
+
+    def _watch_flow(self, flow_run: FlowRun | None, client: SyncPrefectClient) -> None:
+        """End the stage where nobody waits for it: its flow is over, or gone without saying so."""
+        assert self.parent
+        sign = signs_of(client, [self.parent], FLOW).get(self.parent)
+        age = self._signs.age("flow", sign and sign.updated)
+        if not self._began:
+            # A run may have waited while its flow died: both times are the server's.
+            own = signs_of(client, [self.run], MACHINE).get(self.run)
+            if own and sign and own.updated and sign.updated:
+                age = (own.updated - sign.updated).total_seconds()
+            self._began = True
+        if flow_run is None or flow_run.state_type not in (StateType.PENDING, StateType.RUNNING):
+            self._end("its flow is over")
+        elif age > self.lease:
+            self._end(f"its flow gave no sign of life for {age:.0f} s")
+
+    def _end(self, why: str) -> None:
+        self.ending = why
+        # Prefect may be sending or fetching data, which nothing interrupts.
+        watchdog = threading.Timer(30, os._exit, [1])
+        watchdog.daemon = True
+        watchdog.start()
+        self.children.end()
+
+
+def stopping() -> bool:
+    """Whether this machine's time is over, and stages are asked to save and to end."""
+    return bool(os.environ.get(STOP)) and Path(os.environ[STOP]).exists()
+
+
+@flow(name="stage", persist_result=False)
+def stage(
+    order: dict[str, Any], head: dict[str, str], parent: UUID | None = None, lease: float = 60, tracking: str = ""
+) -> State[None]:
+    """Run one stage on this machine, if it is the head's: take its inputs from the DVC remote, and send its outputs.
+
+    `head`: the head's commit and versions. `parent`: the flow run that waits for it. `tracking`: the head's MLflow.
+    """
+    root, log, wanted, children = Path.cwd(), get_run_logger(), Order(**order), Children()
+    if tracking:
+        os.environ.setdefault("MLFLOW_TRACKING_URI", tracking)
+    about = description()
+    run = UUID(str(this_run.id))
+    try:
+        with _AtWork(run, parent, lease, children) as life:
+            life.facts = {**about, "stage": wanted.name}
+            return _stage(wanted, root, life=life, head=head, about=about, log=log)
+    except FlowError as error:
+        log.error(str(error))
+        return Failed(message=str(error))
+    finally:
+        children.end()
+
+
+def _stage(
+    order: Order, root: Path, *, life: _AtWork, head: Mapping[str, str], about: Mapping[str, str], log: Any
+) -> State[None]:
+    """The work of `stage`, in a slot of this machine.
+
+    Raises:
+        FlowError: this machine is not as the head, or the stage failed.
+    """
+    refuse_other(identity(root), head, f"machine {about['machine']}")
+    if stopping():
+        return Crashed(name=OUT_OF_TIME, message="this machine's time is over")
+    with slot(root, int(os.environ.get(SLOTS) or 0)) as (number, device):
+        about = {**about, "slot": str(number), "stage": order.name}
+        life.facts = about
+
+        def line(text: str) -> None:
+            log.info(text)
+            life.facts = {**about, "last line": text}
+
+        transport = Transport(root)
+        times = [time.monotonic()]
+        transport.take_inputs(order)
+        times.append(time.monotonic())
+        transport.compare(order)
+        try:
+            run_stage(order.name, root=root, children=life.children, env=device, force=order.force, line=line)
+        except (Ended, FlowError) as error:
+            if life.ending and not stopping():
+                # A flow that lives after all orders again what has crashed.
+                return (Cancelled if life.ending == CANCELLED else Crashed)(message=life.ending)
+            if stopping():
+                log.info("%s: ended, for this machine's time is over", order.name)
+                return Crashed(name=OUT_OF_TIME, message=life.ending or str(error))
+            raise
+        times.append(time.monotonic())
+        result = transport.written(order)
+        others = transport.send(order, result)
+        times.append(time.monotonic())
+        _sign_result(order, result, about)
+        pulled, ran, sent = (b - a for a, b in pairwise(times))
+        message = f"{about['machine']}: pulled in {pulled:.1f} s, ran in {ran:.1f} s, sent in {sent:.1f} s"
+        if others:
+            transport.forget(order, result)
+            return Completed(name=OTHER_BYTES, message=f"{message}; other bytes than in the remote, not sent")
+        return Completed(message=message)
+
+
+def _sign_result(order: Order, result: Result, about: Mapping[str, str]) -> None:
+    """Leave in Prefect which machine made these bytes."""
+    made = {**about, **result.outs, "run-cache": result.value}
+    with suppress(*SERVER), asking() as client:
+        new = ArtifactCreate(
+            key=signature(order),
+            type="table",
+            data=data_of(made),
+            flow_run_id=UUID(str(this_run.id)),
+            description=f"{order.name}: who made which bytes",
+        )
+        client.create_artifact(new)
+
+
+def signature(order: Order) -> str:
+    """The key of the artifacts that say who made which bytes of a stage."""
+    return f"made-{order.key[:20]}"

@@ -1,0 +1,260 @@
+"""A machine of a work pool: `python -m flows.worker join --server URL --pool gpu`, and `status`.
+
+`join` works in the foreground until it is ended: one stage per slot at a time, a slot per GPU. SIGUSR1 lets it finish:
+stages save a resume point and end, their runs are queued again, and it ends with exit code 75.
+"""
+
+import asyncio
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from flows.children import GUARD
+from flows.graph import FlowError
+from flows.machine import MACHINE_NAME, TRACKED, changed_files, devices, identity, refuse_other
+from flows.workspace import ready
+from modelstock.errors import ModelstockError, few, redacted
+from modelstock.files import SCRATCH, atomic_path
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+ROOT_VARIABLE = "MODELSTOCK_ROOT"  # where the flow `stage` finds this machine's clone
+STOP_FILE = Path(".dvc/tmp/stop")
+QUERY_S = 2  # how often the pool is asked for work
+AGAIN_S = 5.0  # after a worker that ended because its server did not answer
+OUT_OF_TIME = 75  # the exit code of a machine whose time was over: EX_TEMPFAIL
+
+
+def api_url(server: str) -> str:
+    """The address of a Prefect server's API: with or without `/api`.
+
+    Raises:
+        FlowError: no address.
+    """
+    if not server.startswith(("http://", "https://")):
+        raise FlowError("--server", got=repr(server), expected="http://HOST:PORT", cure="take what `make head` prints")
+    return server.rstrip("/").removesuffix("/api") + "/api"
+
+
+def _heads(pool: str) -> dict[str, str]:
+    """The commit and the versions that the head has given the pool.
+
+    Raises:
+        FlowError: a server that does not answer or refuses, or one without this pool.
+    """
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+    from prefect.settings import PREFECT_API_URL
+
+    url = redacted(PREFECT_API_URL.value() or "")
+    try:
+        with get_client(sync_client=True) as client:
+            deployment = client.read_deployment_by_name(f"stage/{pool}")
+    except ObjectNotFound as error:
+        raise FlowError(
+            f"work pool {pool} at {url}", got="none", expected="one that the head has made", cure="`make head` there"
+        ) from error
+    except PrefectHTTPStatusError as error:
+        cure = (
+            "set PREFECT_API_AUTH_STRING to its user:password" if error.response.status_code == 401 else "see its log"
+        )
+        raise FlowError(
+            f"Prefect at {url}", got=f"HTTP {error.response.status_code}", expected="an answer", cure=cure
+        ) from error
+    except httpx.TransportError as error:
+        raise FlowError(
+            f"Prefect at {url}",
+            got=f"{type(error).__name__}: {error}",
+            expected="a server that answers",
+            cure="start it at the head: `make head`",
+        ) from error
+    return {str(key): str(value) for key, value in (deployment.parameters or {}).get("head", {}).items()}
+
+
+def check(pool: str, root: Path) -> list[str]:
+    """Whether this machine can work for a pool; what it is, a line each.
+
+    Raises:
+        FlowError: another commit, other versions, changed files, no DVC remote, or no scratch to write to.
+    """
+    from flows.transport import Transport
+
+    place = f"machine {platform.node()}"
+    refuse_other(identity(root), _heads(pool), place)
+    changed = changed_files(root)
+    if changed:
+        raise FlowError(
+            place,
+            got=f"uncommitted changes: {few(changed)}",
+            expected=f"{', '.join(TRACKED)} as committed",
+            cure="commit them at the head and check that out here, or `git stash`",
+        )
+    remote = Transport(root).check_remote()
+    try:
+        SCRATCH.mkdir(parents=True, exist_ok=True)
+        with atomic_path(SCRATCH / "writable") as file:
+            file.write_text("")
+        (SCRATCH / "writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise FlowError(
+            SCRATCH, got=error.strerror, expected="a folder to write to", cure="set MODELSTOCK_SCRATCH to another"
+        ) from error
+    shared = (
+        " (of this machine alone: what was begun here goes on here)" if not os.environ.get("MODELSTOCK_SCRATCH") else ""
+    )
+    return [f"DVC remote: {remote}", f"resume points: {SCRATCH.absolute()}{shared}"]
+
+
+Server = Annotated[
+    str, typer.Option(envvar="MODELSTOCK_SERVER", help="The Prefect server of the head: http://HOST:PORT")
+]
+PoolName = Annotated[str, typer.Option(envvar="MODELSTOCK_POOL", help="The work pool.")]
+
+
+@app.command()
+def join(
+    server: Server,
+    pool: PoolName = "gpu",
+    slots: Annotated[int, typer.Option(min=0, help="Stages at once; 0: one per GPU, or one without GPUs.")] = 0,
+    name: Annotated[str, typer.Option(help="What the machine is called in Prefect; empty: its host name.")] = "",
+    idle: Annotated[float, typer.Option(min=0, help="End after so many seconds without work; 0: never.")] = 0,
+    only_check: Annotated[bool, typer.Option("--check", help="Check this machine, and end.")] = False,
+) -> None:
+    """Let this machine work for a pool, in the clone that is the working directory."""
+    os.environ["PREFECT_API_URL"] = api_url(server)
+    root = Path.cwd()
+    with ready("flows.worker"):
+        lines = check(pool, root)
+        count = len(devices(slots))
+        print(f"pool {pool}: {count} slot{'s' * (count > 1)}", *lines, sep="\n", flush=True)
+        if only_check:
+            return
+        name = name or platform.node()
+        STOP_FILE.unlink(missing_ok=True)
+        lock = Path("dvc.lock").read_bytes() if Path("dvc.lock").exists() else None
+        try:
+            code = _keep_serving(pool, name=name, slots=count, idle=idle, root=root)
+        finally:
+            STOP_FILE.unlink(missing_ok=True)
+            _put_back(lock)
+            _sign_off(pool, name)
+    raise typer.Exit(code)
+
+
+def _put_back(lock: bytes | None) -> None:
+    """The clone's dvc.lock as it was: what ran here is recorded at the head, and here in DVC's run-cache."""
+    file = Path("dvc.lock")
+    if lock is None:
+        file.unlink(missing_ok=True)
+    elif not file.exists() or file.read_bytes() != lock:
+        with atomic_path(file) as temporary:
+            temporary.write_bytes(lock)
+
+
+def _sign_off(pool: str, name: str) -> None:
+    """Take the machine off the server's list, where it would stay for some minutes."""
+    from flows.life import SERVER, asking
+
+    with suppress(*SERVER), asking() as client:
+        client.request(
+            "DELETE", "/work_pools/{work_pool_name}/workers/{name}", path_params={"work_pool_name": pool, "name": name}
+        )
+
+
+def _keep_serving(pool: str, *, name: str, slots: int, idle: float, root: Path) -> int:
+    """Run the worker below a guard, and again when it ends because the server did not answer; its exit code."""
+    env = {
+        **os.environ,
+        ROOT_VARIABLE: str(root),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")])),
+        "MODELSTOCK_STOP": str(STOP_FILE.absolute()),
+        "MODELSTOCK_SLOTS": str(slots),
+        MACHINE_NAME: name,
+        "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", str(QUERY_S)),
+        "PREFECT_WORKER_PREFETCH_SECONDS": "0",
+    }
+    command = [*GUARD, sys.executable, "-m", "flows.worker", "serve", pool, name, str(slots), str(idle)]
+    interrupted: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            STOP_FILE.touch()  # the worker sees it, and so does every stage
+            return
+        interrupted.append(number)
+        process.terminate()
+
+    while True:
+        process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, pass_on)
+        code = process.wait()
+        if interrupted:
+            return 0 if interrupted[0] == signal.SIGTERM else 130
+        if code in (0, OUT_OF_TIME):
+            return code
+        if STOP_FILE.exists():
+            return OUT_OF_TIME
+        print(f"the worker ended (exit code {code}): again in {AGAIN_S:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(AGAIN_S)
+
+
+@app.command(hidden=True)
+def serve(pool: str, name: str, slots: int, idle: float) -> None:
+    """What `join` runs below a guard: the worker itself."""
+    from prefect.workers.process import ProcessWorker
+
+    warnings.filterwarnings("ignore", message="Type 'Worker'")  # it takes the place of Prefect's own, on purpose
+
+    class Worker(ProcessWorker):
+        """Prefect's own, which ends when it has had no work for a while, or when its machine's time is over."""
+
+        last_busy = time.monotonic()
+
+        async def get_and_submit_flow_runs(self) -> Any:
+            busy = self.limiter.borrowed_tokens > 0
+            if busy:
+                self.last_busy = time.monotonic()
+            over = STOP_FILE.exists()
+            if over and not busy:
+                _exit_after_sync(OUT_OF_TIME)
+            if idle and time.monotonic() - self.last_busy > idle:
+                _exit_after_sync(0)
+            return [] if over else await super().get_and_submit_flow_runs()
+
+    asyncio.run(Worker(work_pool_name=pool, name=name, limit=slots, create_pool_if_not_found=False).start())
+
+
+def _exit_after_sync(code: int) -> None:
+    """End the process at once: nothing runs, and Prefect notices a worker that is gone."""
+    sys.stdout.flush()
+    os._exit(code)
+
+
+@app.command()
+def status(server: Server, pool: PoolName = "gpu") -> None:
+    """The machines of a pool, what each of them runs, and how much waits."""
+    os.environ["PREFECT_API_URL"] = api_url(server)
+    _heads(pool)
+    from flows.pool import at_work
+
+    for line in at_work(pool):
+        print(line)
+
+
+if __name__ == "__main__":
+    try:
+        app(standalone_mode=True)
+    except ModelstockError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
