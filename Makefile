@@ -17,7 +17,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 AUDITOR := $(BIN)/uv tool run pip-audit
 
-.PHONY: setup repro test kills browser test-cluster gpu-check check audit up status down clean clean-scratch
+.PHONY: setup repro test kills browser test-cluster gpu-check check audit up head status down clean clean-scratch
 setup: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
@@ -42,6 +42,10 @@ repro: setup
 
 up: setup
 	@$(BIN)/python -m flows.services up
+
+# The services of the head of several machines: docs/cluster.md has the settings.
+head: setup
+	@$(BIN)/python -m flows.services up --profile head
 
 # Which of these run, and the state of the schedules.
 status: setup

@@ -1,6 +1,7 @@
 """The MLflow UI, a Prefect server with the deployments, and a worker, on 127.0.0.1: `make up`, `make status`,
-`make down`."""
+`make down`. On a head machine (`make head`) flows/head.py says on which databases, with which passwords, and where."""
 
+import base64
 import contextlib
 import errno
 import http
@@ -15,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,7 @@ import psutil
 import typer
 from ruamel.yaml import YAML
 
+from flows import head
 from modelstock.errors import ModelstockError, ParamsError, TrackingError, redacted
 from modelstock.files import write_json
 from modelstock.params import load_params
@@ -63,19 +66,29 @@ def alive(name: str) -> int | None:
     return pid if isinstance(pid, int) and started is not None and started_at(pid) == started else None
 
 
-def api_of(port: int) -> str:
+def api_of(port: int, host: str = HOST) -> str:
     """The address of the API of a Prefect server on this machine."""
-    return f"http://{HOST}:{port}/api"
+    return f"http://{host}:{port}/api"
 
 
 def _api() -> str | None:
     """The address of the Prefect server that `up` started last, whether it runs or not."""
-    port = _note("prefect").get("port")
-    return api_of(port) if isinstance(port, int) else None
+    note = _note("prefect")
+    port = note.get("port")
+    return api_of(port, note.get("host", HOST)) if isinstance(port, int) else None
 
 
-def start(name: str, command: list[str], env: dict[str, str], *, port: int = 0, umask: int = -1) -> None:
-    """Start a service in its own session, its output in `.services/<name>.log`; `umask`: another than ours.
+def start(
+    name: str,
+    command: list[str],
+    env: dict[str, str],
+    *,
+    port: int = 0,
+    umask: int = -1,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Start a service in its own session, its output in `.services/<name>.log`; `umask`: another than ours; `about`:
+    what its note says besides.
 
     Everyone on the machine can read a command line: what may hold a password is passed in `env`.
     """
@@ -89,7 +102,8 @@ def start(name: str, command: list[str], env: dict[str, str], *, port: int = 0, 
             start_new_session=True,
             umask=umask,
         )
-    write_json(FOLDER / f"{name}.json", {"pid": process.pid, "started": started_at(process.pid), "port": port})
+    note = {"pid": process.pid, "started": started_at(process.pid), "port": port, **(about or {})}
+    write_json(FOLDER / f"{name}.json", note)
 
 
 def answers(url: str) -> bool:
@@ -119,7 +133,8 @@ def await_service(name: str, url: str, seconds: float = 90) -> None:
 def _ask(url: str, body: dict[str, Any] | None = None, *, method: str | None = None) -> Any:
     """The answer of Prefect's API, with a body to a POST; asked again for a while where its database is busy."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"content-type": "application/json"}, method=method)
+    headers = {"content-type": "application/json", **_authorization(_note("prefect").get("auth"))}
+    request = urllib.request.Request(url, data, headers, method=method)
     deadline = time.monotonic() + 30
     while True:
         try:
@@ -129,6 +144,13 @@ def _ask(url: str, body: dict[str, Any] | None = None, *, method: str | None = N
             if error.code != http.HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
                 raise
             time.sleep(1)
+
+
+def _authorization(user_and_password: str | None) -> dict[str, str]:
+    """The header by which a server knows a user."""
+    if not user_and_password:
+        return {}
+    return {"authorization": f"Basic {base64.b64encode(user_and_password.encode()).decode()}"}
 
 
 def _deployments(api: str) -> list[dict[str, Any]]:
@@ -282,34 +304,97 @@ def environment(prefect: int, mlflow: int) -> dict[str, str]:
     }
 
 
+class Profile(StrEnum):
+    """What the services are for."""
+
+    local = "local"
+    head = "head"
+
+
 PrefectPort = Annotated[int, typer.Option(envvar="MODELSTOCK_PREFECT_PORT")]
 MlflowPort = Annotated[int, typer.Option(envvar="MODELSTOCK_MLFLOW_PORT")]
+ProfileOption = Annotated[
+    Profile, typer.Option(help="local: this machine; head: the head of several, docs/cluster.md.")
+]
+Pool = Annotated[str, typer.Option(help="The work pool that GPU machines join; of profile head.")]
 
 
 @app.command()
-def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None:
+def up(
+    prefect_port: PrefectPort = 4200,
+    mlflow_port: MlflowPort = 5000,
+    profile: ProfileOption = Profile.local,
+    pool: Pool = "gpu",
+) -> None:
     """Start what does not run yet, deploy the flow, and print where to look."""
-    umask = os.umask(0o077)  # logs, notes and stores are their owner's alone
+    if profile is Profile.head:
+        if pool == "modelstock":
+            got, expected = "modelstock, the pool of the head itself", "a pool that GPU machines join"
+            raise ServiceError("--pool", got=got, expected=expected, cure="choose another name, as gpu")
+        settings = head.head_settings(prefect_port, mlflow_port)
+        head.check(settings)
+        _up_head(settings, pool)
+    else:
+        _up_local(prefect_port, mlflow_port)
+
+
+def _private_folder() -> int:
+    """Make `.services`; from here on logs, notes and stores are their owner's alone. Returns the umask before."""
+    umask = os.umask(0o077)
     FOLDER.mkdir(exist_ok=True)
     FOLDER.chmod(0o700)
+    return umask
+
+
+def _same_settings(settings: str | None) -> None:
+    """Refuse to add to services that run with other settings: None for those of profile local.
+
+    Raises:
+        ServiceError: one runs.
+    """
+    for name in ("prefect", "mlflow", "worker"):
+        if alive(name) is not None and _note(name).get("settings") != settings:
+            mine = Profile.local if settings is None else Profile.head
+            profile = Profile.local if _note(name).get("settings") is None else Profile.head
+            raise ServiceError(
+                f"--profile {mine}",
+                got=f"{name} that runs with " + ("other settings" if profile is mine else f"profile {profile}"),
+                expected="services with these settings, or none",
+                cure="end them first: make down",
+            )
+
+
+def _free(host: str, port: int, name: str) -> None:
+    """Refuse a port that another process holds.
+
+    Raises:
+        ServiceError: it is not free, or the address is not this machine's.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if alive(name) is None:
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                used = error.errno == errno.EADDRINUSE
+                raise ServiceError(
+                    f"{host}:{port}",
+                    got=_holder(port) if used else error.strerror,
+                    expected=f"a free port for {name}",
+                    cure=f"end that process, or set MODELSTOCK_{name.upper()}_PORT",
+                ) from error
+
+
+def _up_local(prefect_port: int, mlflow_port: int) -> None:
+    umask = _private_folder()
+    _same_settings(None)
     if alive("prefect") is not None:
         prefect_port = _note("prefect").get("port") or prefect_port
     env = environment(prefect_port, mlflow_port)
     remote = env["MLFLOW_TRACKING_URI"].startswith("http")  # a server that runs elsewhere
     services = {"prefect": prefect_port} | ({} if remote else {"mlflow": mlflow_port})
     for name, port in services.items():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if alive(name) is None:
-                try:
-                    probe.bind((HOST, port))
-                except OSError as error:
-                    raise ServiceError(
-                        f"{HOST}:{port}",
-                        got=_holder(port) if error.errno == errno.EADDRINUSE else error.strerror,
-                        expected=f"a free port for {name}",
-                        cure=f"end that process, or set MODELSTOCK_{name.upper()}_PORT",
-                    ) from error
+        _free(HOST, port, name)
     if alive("mlflow") is None and not remote:
         # The store is made before the server's process and a stage could both try to.
         MlflowTracker(Path.cwd())
@@ -319,21 +404,87 @@ def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None
         command = ["prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)]
         start("prefect", command, env, port=prefect_port)
     await_service("prefect", f"http://{HOST}:{prefect_port}/api/health")
+    _start_worker(env, umask=umask)
+    if not remote:
+        await_service("mlflow", f"http://{HOST}:{mlflow_port}/health")
+    for line in _schedules(env["PREFECT_API_URL"]):
+        print(f"Prefect: http://{HOST}:{prefect_port}   {line}")
+    print(f"MLflow:  {redacted(env['MLFLOW_TRACKING_URI']) if remote else f'http://{HOST}:{mlflow_port}'}")
+    for line in _comparison_links(env):
+        print(line)
+    print("`make down` stops them.")
+
+
+def _start_worker(env: dict[str, str], *, umask: int, about: Mapping[str, str] | None = None) -> None:
+    """Deploy the flow, repair what is lost, and start the worker that runs the deployments here."""
     api = env["PREFECT_API_URL"]
     _deploy(env)
     _end_lost_runs(api, "its process is gone")
     if alive("worker") is None:
         _skip_missed_runs(api)
         command = ["prefect", "worker", "start", "--pool", "modelstock", "--limit", "1"]
-        start("worker", command, env, umask=umask)  # what its flows write is as the user has it
-    if not remote:
-        await_service("mlflow", f"http://{HOST}:{mlflow_port}/health")
-    for line in _schedules(api):
-        print(f"Prefect: http://{HOST}:{prefect_port}   {line}")
-    print(f"MLflow:  {redacted(env['MLFLOW_TRACKING_URI']) if remote else f'http://{HOST}:{mlflow_port}'}")
-    for line in _comparison_links(env):
+        start("worker", command, env, umask=umask, about=about)  # what its flows write is as the user has it
+
+
+def _up_head(settings: head.Head, pool: str) -> None:
+    umask, root, host = _private_folder(), Path.cwd(), settings.host
+    about = {"settings": settings.fingerprint}
+    _same_settings(settings.fingerprint)
+    _free(host, settings.prefect_port, "prefect")
+    _free(host, settings.mlflow_port, "mlflow")
+    head.hide()
+    env = settings.clients(root, FOLDER)
+    if alive("mlflow") is None:
+        options, its_env = settings.mlflow_server(root, FOLDER)
+        command = ["mlflow", "server", "--host", host, "--port", str(settings.mlflow_port), "--workers", "1"]
+        start("mlflow", [*command, *options], its_env, about=about)
+    if alive("prefect") is None:
+        command = ["prefect", "server", "start", "--host", host, "--port", str(settings.prefect_port)]
+        about_prefect = {**about, "host": settings.near, "auth": settings.prefect_auth}
+        start("prefect", command, {**env, **settings.prefect_server()}, port=settings.prefect_port, about=about_prefect)
+    await_service("prefect", f"{env['PREFECT_API_URL']}/health")
+    await_service("mlflow", f"{env['MLFLOW_TRACKING_URI']}/health")
+    _log_in(settings, env["MLFLOW_TRACKING_URI"])
+    os.environ.update(env)  # for what follows, which reads it there
+    file = settings.write_environment(root, FOLDER)
+    _start_worker(env, umask=umask, about=about)
+    _deploy_stages(pool)
+    for line in _schedules(env["PREFECT_API_URL"]):
+        print(f"Prefect: http://{settings.far}:{settings.prefect_port}   {line}")
+    print(f"MLflow:  {env['MODELSTOCK_MLFLOW_URL']}, artifacts in {settings.artifacts}")
+    for line in [*_comparison_links(env), *settings.joining(pool)]:
         print(line)
+    print(f"A run: . {file} && python -m flows.reproduce --pool {pool}")
     print("`make down` stops them.")
+
+
+def _log_in(settings: head.Head, url: str) -> None:
+    """Refuse a user or a password that MLflow does not know: it keeps those that its database was made with.
+
+    Raises:
+        ServiceError: it does not.
+    """
+    headers = _authorization(f"{settings.mlflow_user}:{settings.mlflow_password}" if settings.mlflow_user else None)
+    request = urllib.request.Request(f"{url}/api/2.0/mlflow/experiments/get?experiment_id=0", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30):
+            return
+    except urllib.error.HTTPError as error:
+        if error.code not in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+            return
+        raise ServiceError(
+            f"{head.MLFLOW_USER} and {head.MLFLOW_PASSWORD}",
+            got="a password that MLflow refuses",
+            expected="that of its database, which keeps the first one",
+            cure="make down, then start with the first one; docs/cluster.md says how to change it",
+        ) from error
+
+
+def _deploy_stages(pool: str) -> None:
+    """Create the work pool that GPU machines join, and what runs a stage there."""
+    from flows.pool import deploy  # late: importing Prefect fixes its settings, which the environment now has
+
+    deploy(pool)
 
 
 def _comparison_links(env: Mapping[str, str]) -> list[str]:
@@ -373,6 +524,8 @@ def down() -> None:
         if answers(f"{api}/health"):
             _end_lost_runs(api, "ended by `make down`")
     stopped |= {name: _stop(name) for name in ("prefect", "mlflow")}
+    for secret in head.SECRETS:
+        (FOLDER / secret).unlink(missing_ok=True)
     for name, ran in stopped.items():
         if ran:
             print(f"{name}: stopped")

@@ -23,6 +23,7 @@ LIBRARIES = {
     "text": ("tokenizers", "transformers"),
     "figures": ("matplotlib",),
     "pipeline": ("dvc", "filelock", "mlflow", "networkx", "pandas", "prefect"),
+    "cluster": ("psycopg2",),
     "datasets": ("datasets",),
 }
 

@@ -48,12 +48,12 @@ class Services:
             "PREFECT_WORKER_QUERY_SECONDS": "2",
         }
 
-    def __call__(self, command: str) -> subprocess.CompletedProcess:
-        line = [sys.executable, "-m", "flows.services", command]
+    def __call__(self, *words: str) -> subprocess.CompletedProcess:
+        line = [sys.executable, "-m", "flows.services", *words]
         return subprocess.run(line, cwd=self.folder, env=self.env, capture_output=True, text=True)
 
-    def up(self) -> str:
-        done = self("up")
+    def up(self, *options: str) -> str:
+        done = self("up", *options)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
