@@ -217,7 +217,7 @@ class Pool:
             kind = StateType.CRASHED
         if kind == StateType.CANCELLING:
             return False
-        if kind == StateType.COMPLETED or (not away.order.force and self.transport.results(away.order)):
+        if kind == StateType.COMPLETED or (not away.order.force and self._known(away.order)[0]):
             self._stopped(name, whole=kind == StateType.COMPLETED)
             if run and run.state and run.state.name == OTHER_BYTES:
                 self.log.warning("%s: %s", name, message)
@@ -263,11 +263,16 @@ class Pool:
         order = self._orders[name]
         chosen, results = self._known(order)
         if chosen is None:
+            missing = [file for result in results for file in self.transport.absent(order, result)]
             raise FlowError(
                 f"stage {name}",
-                got="no result in the DVC remote",
+                got=f"missing or damaged in the DVC remote: {few(missing)}"
+                if results
+                else "no result in the DVC remote",
                 expected="what the machine that ran it has sent",
-                cure="give all machines the same remote",
+                cure="delete there what is damaged, and run it again"
+                if results
+                else "give all machines the same remote",
             )
         self._compare(order, chosen, results)
         self.transport.restore(order, chosen)
