@@ -370,6 +370,8 @@ def deploy(pool: str, *, head: Mapping[str, str] | None = None) -> None:
             entrypoint="flows.remote.stage",
             # Each machine's own clone, wherever it is.
             pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": "{{ $MODELSTOCK_ROOT }}"}}],
+            # Prefect's own way to start a run has a process more, which takes the pull steps; `python` is the clone's.
+            job_variables={"command": "python -m prefect.engine"},
             parameters={"head": dict(head or identity(Path.cwd()))},
             parameter_openapi_schema=parameter_schema(stage).model_dump_for_openapi(),
             description="One stage on a machine of this pool. The flow `reproduce` starts it.",
