@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from modelstock.errors import AskedToEnd, ModelstockError
-from modelstock.files import SCRATCH, held, project
+from modelstock.files import SCRATCH, held, moved_folders, project
 from modelstock.notices import printed
 from modelstock.params import load_params
 from modelstock.stopping import end
@@ -50,6 +50,7 @@ def run(main: Callable[..., Any]) -> None:
     """
     try:
         with printed():
+            moved_folders()  # a wrong value is refused also where nothing asks for it
             _reach_project()
             with _alone():
                 typer.run(main)
