@@ -10,6 +10,8 @@ ModelstockError            every one of them: say place, got, expected, cure in 
 ├── BusyError              another job is at work in the same place
 ├── DamagedError           a file of ours whose content is not what it was written with
 └── TrackingError          the MLflow server or its store
+
+AskedToEnd is none of them: nothing is wrong.
 """
 
 import difflib
@@ -78,6 +80,16 @@ class BusyError(ModelstockError):
 
 class TrackingError(ModelstockError):
     """The tracking server or its store cannot be reached or refuses."""
+
+
+class AskedToEnd(Exception):
+    """Work that was asked to end has saved what it has, and ends; see modelstock.stopping. `saved`: how far it is."""
+
+    def __init__(self, saved: str) -> None:
+        super().__init__(saved)
+
+    def __str__(self) -> str:
+        return f"asked to end: saved {self.args[0]}; run it again to go on"
 
 
 def _one_line(text: str) -> str:

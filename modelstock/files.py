@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and whose bytes repeat; and where files lie that only save time."""
+"""Files that are whole or absent, and whose bytes repeat; and where files lie on this machine."""
 
 import errno
 import fcntl
@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modelstock.errors import BusyError, RoomError
+from modelstock.errors import BusyError, ParamsError, RoomError
 
 # A full disk, a quota, a limit of file sizes.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -34,6 +34,51 @@ def project() -> Path:
     root, here = os.environ.get("DVC_ROOT"), Path.cwd()
     copies = Path(os.path.realpath(root)) / ".dvc/tmp/exps" if root else None
     return Path(root) if root and copies in here.resolve().parents else here
+
+
+def moved_folders() -> dict[Path, Path]:
+    """Where folders that settings and manifests name lie on this machine: MODELSTOCK_PATHS, `from=to` pairs.
+
+    Raises:
+        ParamsError: it says something else, or two things of one folder.
+    """
+    folders: dict[Path, Path] = {}
+    text = os.environ.get("MODELSTOCK_PATHS", "")
+    for pair in text.split(os.pathsep) if text else []:
+        named, _, here = pair.partition("=")
+        problem = None
+        if not os.path.isabs(named) or not os.path.isabs(here) or "=" in here:
+            problem = repr(pair)
+        elif folders.setdefault(Path(named), Path(here)) != Path(here):
+            problem = f"two places for {named}"
+        if problem:
+            raise ParamsError(
+                "MODELSTOCK_PATHS",
+                got=problem,
+                expected=f"/from=/to with absolute paths, pairs separated by {os.pathsep!r}, each folder once",
+                cure="correct it",
+            )
+    return folders
+
+
+def on_this_machine(path: Path | str) -> Path:
+    """Where a file or folder lies here: in the longest of `moved_folders` that its absolute path begins with, if any.
+
+    Raises:
+        ParamsError: see `moved_folders`.
+    """
+    path = Path(path)
+    around = [named for named in moved_folders() if path.is_absolute() and path.is_relative_to(named)]
+    if not around:
+        return path
+    named = max(around, key=lambda folder: len(folder.parts))
+    return moved_folders()[named] / path.relative_to(named)
+
+
+def as_named(lines: Iterable[str], path: Path | str) -> list[str]:
+    """Lines to be kept about a file, with its path as it is named: so every machine writes the same."""
+    here, named = (" ".join(str(text).split()) for text in (on_this_machine(path), path))
+    return [line if on_this_machine(path) == Path(path) else line.replace(here, named) for line in lines]
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -27,6 +27,7 @@ NOT_COMPUTING = (
     "params",
     "progress",
     "provenance",
+    "stopping",
     "tracking",
     "workers",
 )

@@ -11,10 +11,11 @@ from typing import Any
 
 import typer
 
-from modelstock.errors import ModelstockError
-from modelstock.files import SCRATCH, held, project
+from modelstock.errors import AskedToEnd, ModelstockError
+from modelstock.files import SCRATCH, held, moved_folders, project
 from modelstock.notices import printed
 from modelstock.params import load_params
+from modelstock.stopping import end
 
 
 @contextmanager
@@ -43,12 +44,18 @@ def _reach_project() -> None:
 
 
 def run(main: Callable[..., Any]) -> None:
-    """Run a stage's `main` as a command; an error a user can fix is one line on stderr and exit code 1."""
+    """Run a stage's `main` as a command; an error a user can fix is one line on stderr and exit code 1.
+
+    One that was asked to end and has saved what it has ends with a line and EX_TEMPFAIL; see modelstock.stopping.
+    """
     try:
         with printed():
+            moved_folders()  # a wrong value is refused also where nothing asks for it
             _reach_project()
             with _alone():
                 typer.run(main)
+    except AskedToEnd as error:
+        end([Path(sys.argv[0]).stem, *sys.argv[1:2]], error)
     except ModelstockError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -79,6 +79,33 @@ def test_a_classifier_has_the_logits_of_the_model_its_weights_came_from(name):
     assert not [n for n, t in [*classifier.named_parameters(), *classifier.named_buffers()] if t.is_meta]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_tensor_of_a_model_with_random_weights_is_drawn_by_the_callers_seed(name, monkeypatch):
+    empty, dirt = torch.empty, [0.0]
+
+    def dirty(*size, **options):
+        """torch.empty over memory that was used before."""
+        tensor = empty(*size, **options)
+        return tensor.fill_(dirt[0]) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", dirty)
+    built = []
+    for dirt[0] in (float("nan"), 7.0):
+        assert torch.empty(1).item() == pytest.approx(dirt[0], nan_ok=True)
+        torch.manual_seed(3)
+        built.append(models.build_clip(CONFIGS[name]).state_dict())
+    first, second = built
+    assert [key for key, tensor in first.items() if not torch.isfinite(tensor).all()] == []
+    assert [key for key, tensor in first.items() if not torch.equal(tensor, second[key])] == []
+
+
+def test_a_cocas_text_projection_is_drawn_as_open_clip_means_it_to_be():
+    torch.manual_seed(0)
+    projection = models.build_clip(CONFIGS["CoCa"]).text_decoder.text_projection.detach()
+    assert projection.shape == (64, TEXT["vocab_size"])
+    assert projection.std().item() == pytest.approx(64**-0.5, rel=0.01)
+
+
 def test_an_image_tower_of_real_size_is_built_without_a_text_tower():
     with torch.device("meta"):
         tower = models.build_visual(open_clip.get_model_config("ViT-B-32-quickgelu"))

@@ -14,8 +14,9 @@ from modelstock.cli.merging import merge, methods, statistics
 from modelstock.cli.models import anchor, export
 from modelstock.cli.scoring import evaluate
 from modelstock.cli.significance import significance
-from modelstock.errors import ModelstockError
+from modelstock.errors import AskedToEnd, ModelstockError
 from modelstock.notices import printed
+from modelstock.stopping import end
 
 app = typer.Typer(
     add_completion=False,
@@ -38,13 +39,18 @@ for command in STATISTICS:
 
 
 def main() -> None:
-    """Run the command; an error that a user can fix is one line on stderr and exit code 1."""
+    """Run the command; an error that a user can fix is one line on stderr and exit code 1.
+
+    A pass that was asked to end and is kept ends with a line and EX_TEMPFAIL; see modelstock.stopping.
+    """
     try:
         try:
             with printed():
                 app()
         except ModuleNotFoundError as error:
             raise missing_extra(" ".join(["modelstock", *sys.argv[1:2]]), error) from error
+    except AskedToEnd as error:
+        end(["modelstock", *sys.argv[1:2]], error)
     except ModelstockError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from modelstock.damage import cure_of
 from modelstock.errors import DataError, few
-from modelstock.files import NAME, dump_json, sha256_of, write_json
+from modelstock.files import NAME, dump_json, on_this_machine, sha256_of, write_json
 
 FILE_NAME = "manifest.json"
 _LARGEST = 256 << 20  # bytes of a manifest; ImageNet's has less than one
@@ -37,11 +37,11 @@ class Shard(BaseModel):
 class Manifest(BaseModel):
     """What a folder of shards holds.
 
-    `root`: the folder of the shards, where it is not the manifest's own (shards that are used in place). `border`:
-    pixels to remove from each side of every image before anything else. `unreadable`: images of the source that were
-    left out because they cannot be read. `left_out`: what else of the source is not here, counted. `notices`: whatever
-    is unusual about the images, a line each; see modelstock.notices. `modality`: what the examples are. `rules`: how
-    texts got their labels, and which were left out.
+    `root`: the folder of the shards, where it is not the manifest's own (shards that are used in place), on the machine
+    that prepared them; see modelstock.files.on_this_machine. `border`: pixels to remove from each side of every image
+    before anything else. `unreadable`: images of the source that were left out because they cannot be read. `left_out`:
+    what else of the source is not here, counted. `notices`: whatever is unusual about the images, a line each; see
+    modelstock.notices. `modality`: what the examples are. `rules`: how texts got their labels, and which were left out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -89,8 +89,8 @@ class Manifest(BaseModel):
         return self
 
     def paths(self, folder: Path) -> list[Path]:
-        """The shards' files; `folder` is the manifest's."""
-        root = folder if self.root is None else Path(self.root)
+        """The shards' files on this machine; `folder` is the manifest's."""
+        root = folder if self.root is None else on_this_machine(self.root)
         return [root / shard.name for shard in self.shards]
 
 
@@ -206,7 +206,11 @@ def verify_shards(folder: Path, manifest: Manifest) -> None:
     files = manifest.paths(folder)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing runs beside Python
         digests = list(threads.map(_digest, files))
-    cure = _AGAIN + ("" if manifest.root else ", or copy the shard again")
+    cure = _AGAIN + (
+        ", or say in MODELSTOCK_PATHS where the folder is on this machine"
+        if manifest.root
+        else ", or copy the shard again"
+    )
     for shard, file, digest in zip(manifest.shards, files, digests, strict=True):
         if digest != shard.sha256:
             raise DataError(

@@ -10,6 +10,7 @@ import torch
 
 from modelstock.data.tokens import repacked
 from modelstock.errors import WeightsError, few
+from modelstock.files import as_named, on_this_machine
 from modelstock.models.anchor import head_of, text_anchor_of
 from modelstock.models.encoders import POOLERS, encoder_config, tokenizer_of
 from modelstock.models.heads import Prompts
@@ -367,7 +368,8 @@ def adopt_seed(
     Raises:
         WeightsError: as `adopt`.
     """
-    weights = adopt(checkpoint, anchor, prompts=prompts, device=device)
+    weights = adopt(on_this_machine(checkpoint), anchor, prompts=prompts, device=device)
     head = weights.meta["made_by"].get("options", {}).get("head", "own")
     origin = made_by(stage="finetune", seed=seed, source=Path(checkpoint).name, options={"head": head})
-    return WeightSet(weights.tensors, {**weights.meta, "made_by": origin}, weights.source)
+    notices = kept_notices(as_named(notices_of(weights.meta), checkpoint))
+    return WeightSet(weights.tensors, {**weights.meta, **notices, "made_by": origin}, weights.source)

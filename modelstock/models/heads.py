@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from modelstock.files import on_this_machine
 from modelstock.models.towers import from_transformers
 from modelstock.progress import progress_bar
 from modelstock.weights.weight_set import WeightSet
@@ -19,7 +20,7 @@ Prompts = Sequence[Callable[[str], str]]
 
 def tokenizer_folder(clip: WeightSet) -> Path | None:
     """The folder of a CLIP's backbone, where it brings a tokenizer."""
-    folder = Path(str(clip.meta.get("backbone", {}).get("pretrained", "")))
+    folder = on_this_machine(str(clip.meta.get("backbone", {}).get("pretrained", "")))
     names = ("tokenizer.json", "tokenizer_config.json")
     return folder if any((folder / name).is_file() for name in names) else None
 

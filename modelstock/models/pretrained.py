@@ -21,6 +21,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
 from modelstock.errors import DataError, ParamsError, WeightsError, closest, few, nearest
+from modelstock.files import as_named, on_this_machine
 from modelstock.models.towers import build_clip, tensors_of
 from modelstock.notices import collected, notice
 from modelstock.weights.checkpoints import open_checkpoint, weights_in
@@ -58,7 +59,7 @@ def _source(architecture: str, pretrained: str) -> Source:
     if pretrained == "random":
         return Source(config=_model_config(architecture), preprocess={})
     tags = {tag: get_pretrained_cfg(architecture, tag) for tag in list_pretrained_tags_by_model(architecture)}
-    tag, path = pretrained.lower().replace("-", "_"), Path(pretrained)
+    tag, path = pretrained.lower().replace("-", "_"), on_this_machine(pretrained)
     if tag in tags:
         config = _model_config(architecture)
         _check_activation(architecture, config, pretrained, tags[tag])
@@ -71,7 +72,7 @@ def _source(architecture: str, pretrained: str) -> Source:
     also = f"; {pretrained} is of {few(sorted(others))}" if others else ""
     raise ParamsError(
         "pretrain.pretrained",
-        got=repr(pretrained),
+        got=repr(pretrained) + (f", here {path}" if path != Path(pretrained) else ""),
         expected=f"a tag of {architecture}, a file, a folder, or random",
         cure="check the path" + (f", or did you mean {near}?" if near else "") + also,
     )
@@ -384,7 +385,7 @@ def load_clip(architecture: str, pretrained: str | Path, *, seed: int = 0) -> We
         "preprocess": preprocess,
         "parents": [],
         "made_by": made_by(stage="pretrain", options=options),
-        **kept_notices(notices),
+        **kept_notices(as_named(notices, pretrained)),
     }
     place = str(source.file or f"{architecture} with random weights")
     clip = WeightSet(tensors_of(model.float()), meta, place)

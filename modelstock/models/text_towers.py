@@ -8,6 +8,7 @@ import huggingface_hub
 import torch
 
 from modelstock.errors import DataError, ParamsError, WeightsError, few
+from modelstock.files import on_this_machine
 from modelstock.models.encoders import POOLERS, encoder_config, pooling_of, tokenizer_of
 from modelstock.models.heads import tokenizer_folder
 from modelstock.models.names import beyond_tower, prefix_of_tower
@@ -165,11 +166,13 @@ def load_encoder(section: TransformersPretraining) -> WeightSet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(section.seed)
         tensors = {f"text.{name}": value for name, value in tensors_of(build_encoder(architecture).float()).items()}
+    # A folder as it is named, so that every machine writes the same.
+    named = str(Path(section.model)) if folder == on_this_machine(section.model) else str(folder)
     if section.weights == "pretrained":
         tensors = _encoder_weights(folder, section.model, tensors)
     meta = {
         "architecture": architecture,
-        "backbone": {"name": section.model, "pretrained": str(folder) if section.weights == "pretrained" else "random"},
+        "backbone": {"name": section.model, "pretrained": named if section.weights == "pretrained" else "random"},
         "preprocess": {
             "modality": "text",
             "tokenizer": packed,
@@ -217,8 +220,8 @@ def _folder_of(model: str) -> Path:
     Raises:
         DataError: neither a folder here, nor in the cache, nor to be had from the hub.
     """
-    if Path(model).is_dir():
-        return Path(model)
+    if on_this_machine(model).is_dir():
+        return on_this_machine(model)
     try:
         folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=list(_PATTERNS), local_files_only=True))
         if not _missing(folder, weights=True):

@@ -10,6 +10,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from modelstock.errors import DataError, ParamsError, WeightsError, few, nearest
+from modelstock.files import on_this_machine
 from modelstock.models.names import prefix_of_tower
 from modelstock.models.pretrained import hub_file, tower_of
 from modelstock.models.towers import build_timm, tensors_of
@@ -67,7 +68,7 @@ def _file_of(section: TimmPretraining) -> Path | None:
     """The checkpoint of a section; None for random weights."""
     if section.pretrained == "random":
         return None
-    path = Path(section.pretrained)
+    path = on_this_machine(section.pretrained)
     if path.is_dir():
         return weights_in(path)
     if path.is_file():

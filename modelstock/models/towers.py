@@ -55,10 +55,15 @@ def build_clip(config: Mapping[str, Any]) -> nn.Module:
     kind = open_clip.CLIP if not custom else open_clip.CoCa if "multimodal_cfg" in blank else open_clip.CustomTextCLIP
     if "hf_model_name" not in blank["text_cfg"]:
         model: nn.Module = kind(**blank)
-        return model
-    name = blank["text_cfg"]["hf_model_name"]
-    with from_transformers(f"text tower {name}", f"the config of {name}"):
-        return kind(**blank)  # type: ignore[no-any-return]
+    else:
+        name = blank["text_cfg"]["hf_model_name"]
+        with from_transformers(f"text tower {name}", f"the config of {name}"):
+            model = kind(**blank)
+    if isinstance(model, open_clip.CoCa):
+        # open_clip leaves it as the memory was; this is what its own init_parameters, which nothing calls, would do.
+        projection = model.text_decoder.text_projection
+        nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
+    return model
 
 
 _HUB = "connect to the hub once, or copy its files to the cache or to the folder pretrain.pretrained"

@@ -23,7 +23,7 @@ from modelstock.data.dataset import Dataset
 from modelstock.data.preprocess import Framer, framer_of
 from modelstock.data.tokens import Tokenization
 from modelstock.devices import device_kind, device_model
-from modelstock.errors import WeightsError
+from modelstock.errors import AskedToEnd, WeightsError
 from modelstock.models.towers import Tower, check_classifier
 from modelstock.progress import progress_bar
 from modelstock.scoring.decoding import DecodedBatches, Prepared
@@ -32,6 +32,7 @@ from modelstock.scoring.outcome import COLUMNS, Outcome
 from modelstock.scoring.results import Row, Scores
 from modelstock.scoring.score_cache import DESCRIBED, Progress, ScoreCache, ensemble_identity
 from modelstock.scoring.turns import Turns
+from modelstock.stopping import asked_to_end
 from modelstock.weights.origin import notices_of
 from modelstock.weights.weight_set import WeightSet
 
@@ -95,6 +96,7 @@ def score(
     over the labels; an ensemble's logits are the mean of its members'.
 
     Raises:
+        AskedToEnd: see modelstock.stopping; only with a cache.
         DataError: an example that does not decode.
         ParamsError: no such device.
         WeightsError: a tower for another modality, a head for other classes, a tower that does not fit its
@@ -176,7 +178,11 @@ class _Pass:
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Score what is lacking; what is scored by then is kept, however it ends."""
+        """Score what is lacking; what is scored by then is kept, however it ends.
+
+        Raises:
+            AskedToEnd: it was asked to end before the last example, and has a cache to go on from.
+        """
         scored, count = min(entry.scored for entry in self.progress.values()), self.dataset.manifest.count
         saved = time.monotonic()
         bar = progress_bar(total=count, initial=scored, desc=self.title, unit="example", mininterval=2)
@@ -188,6 +194,9 @@ class _Pass:
                     if time.monotonic() - saved > SAVE_EVERY_S:
                         self._keep()
                         saved = time.monotonic()
+                    scored = span[-1].stop
+                    if scored < count and self.options.cache is not None and asked_to_end():
+                        raise AskedToEnd(f"after {scored:,} of {count:,} examples")
             finally:
                 self._keep()
 

@@ -16,4 +16,5 @@ periodic.py        seeds merged on the way
 parallel_merge.py  merges of models in training, in one process or across several
 pretrain.py        the embedded benchmark's tiny CLIP
 distributed.py     which of several processes this one is
+launcher.py        torchrun, which ends as its processes do
 """

@@ -46,6 +46,12 @@ class World:
         dist.all_gather(parts, own.contiguous())
         return parts
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process; all must ask."""
+        if self.size == 1:
+            return here
+        return any(map(bool, self.gather(torch.tensor([float(here)], device=self.device))))
+
     def exchange(self, own: Tensor, counts: Sequence[int]) -> list[Tensor]:
         """Send `counts[r]` consecutive values of the vector `own` to process r; get this one's part of every other's.
 
@@ -95,7 +101,7 @@ def processes(count: int, device: str, module: str) -> Iterator[World]:
         launcher = [
             sys.executable,
             "-m",
-            "torch.distributed.run",
+            "modelstock.training.launcher",
             f"--nproc-per-node={count}",
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={here}:0",

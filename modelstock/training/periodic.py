@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from modelstock.errors import TrainingError
+from modelstock.errors import AskedToEnd, TrainingError
 from modelstock.files import is_intact, sealed, write_json
 from modelstock.merging.rules import RULES
 from modelstock.models.towers import Classifier, build_classifier, tensors_of
 from modelstock.notices import collected, remark
 from modelstock.params import FinetuneParams, PeriodicParams
+from modelstock.stopping import asked_to_end
 from modelstock.tracking.history import write_history, write_rows
 from modelstock.training.callbacks import Log
 from modelstock.training.distributed import ALONE, World
@@ -167,20 +168,35 @@ class Periodic:
         return f"{self.folder.name}/{run.name}/{number}"
 
     def train(self) -> None:
-        """Train to the next merge, merge, and so on to the end."""
+        """Train to the next merge, merge, and so on to the end.
+
+        Raises:
+            AskedToEnd: a process was asked to end; all of them end, wherever their seeds are, before the next merge.
+        """
         steps = self.runs[0].steps
         while self.merged < steps:
             target = min(merge_step(len(self.reports) + 1, self.merging.every, self.epoch), steps)
-            for run in self.runs:
-                for _ in run.stepping(until=target):
-                    # Seeds that take turns in one process are saved wherever they are.
-                    if self.world.size == 1 and self.clock.due():
-                        self.clock.time(self.save)
+            # One question for all processes before each merge: between merges they take no step together.
+            if self.world.any(self._advance(target)):
+                self.save()
+                reached = ", ".join(str(run.step) for run in self.runs)
+                raise AskedToEnd(f"at step {reached} of {steps}")
             self._merge(target)
             due = torch.tensor([float(target == steps or self.clock.due())], device=self.world.device)
             # The first process's clock speaks for all.
             if bool(self.world.gather(due)[0]):
                 self.clock.time(self.save)
+
+    def _advance(self, target: int) -> bool:
+        """Train this process's seeds to the next merge; whether it was asked to end, on the way or there."""
+        for run in self.runs:
+            for _ in run.stepping(until=target):
+                if asked_to_end():
+                    return True
+                # Seeds that take turns in one process are saved wherever they are.
+                if self.world.size == 1 and self.clock.due():
+                    self.clock.time(self.save)
+        return asked_to_end()
 
     def _merge(self, target: int) -> None:
         """Merge all seeds, which are at step `target`; after the last merge no seed keeps anything of its own."""

@@ -13,8 +13,10 @@ from typing import IO, Any
 
 import torch
 
+from modelstock.errors import AskedToEnd
 from modelstock.files import atomic_path
 from modelstock.notices import remark
+from modelstock.stopping import asked_to_end, may_be_asked
 from modelstock.tracking.history import write_rows
 from modelstock.training.loop import Callback, DamagedPoint, Run
 
@@ -134,9 +136,18 @@ class ResumePoint(Callback):
             write_rows(self.folder / "history.jsonl", run.history)
 
     def after_step(self, run: Run) -> None:
-        """Save, where it is time; of several processes, the first saves what all of them hold."""
-        if run.world.rank == 0 and (run.step == run.steps or self._clock.due()):
+        """Save, where it is time; of several processes, the first saves what all of them hold.
+
+        Raises:
+            AskedToEnd: this process or another one was asked to end, before the last step; all of them end.
+        """
+        # Processes agree on it after the same step; where nobody can ask, that costs them nothing.
+        ends = run.step < run.steps and may_be_asked() and run.world.any(asked_to_end())
+        if run.world.rank == 0 and (ends or run.step == run.steps or self._clock.due()):
             self._clock.time(lambda: self.save(run))
+        if ends:
+            run.world.barrier()
+            raise AskedToEnd(f"at step {run.step} of {run.steps}")
 
     def save(self, run: Run) -> None:
         """Write the state first, then the history, which others follow while a run trains."""
