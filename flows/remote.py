@@ -26,9 +26,9 @@ from flows.graph import FlowError
 from flows.life import FLOW, MACHINE, SERVER, Life, Signs, asking, data_of, runs_of, signs_of
 from flows.machine import description, identity, refuse_other, slot
 from flows.transport import Order, Result, Transport
+from modelstock.stopping import asked_to_end
 
 SLOTS = "MODELSTOCK_SLOTS"  # of this machine, for the flows that its worker runs
-STOP = "MODELSTOCK_STOP"  # the file whose presence asks stages to save and to end
 DRAIN_S = 60.0  # for a stage that was asked to save and to end
 OUT_OF_TIME, OTHER_BYTES = "OutOfTime", "OtherBytes"  # names of states
 CANCELLED = "cancelled in Prefect"
@@ -55,7 +55,7 @@ class _AtWork(Life):
             self._end(CANCELLED if own and own.state_type == StateType.CANCELLING else "given up by its flow")
         elif self.parent:
             self._watch_flow(runs.get(self.parent), client)
-        if stopping():
+        if asked_to_end():
             self._asked = self._asked or time.monotonic()
             if time.monotonic() - self._asked > DRAIN_S:
                 self._end(f"not ended {DRAIN_S:.0f} s after it was asked to")
@@ -83,11 +83,6 @@ class _AtWork(Life):
         watchdog.daemon = True
         watchdog.start()
         self.children.end()
-
-
-def stopping() -> bool:
-    """Whether this machine's time is over, and stages are asked to save and to end."""
-    return bool(os.environ.get(STOP)) and Path(os.environ[STOP]).exists()
 
 
 @flow(name="stage", persist_result=False)
@@ -123,7 +118,7 @@ def _stage(
         FlowError: this machine is not as the head, or the stage failed.
     """
     refuse_other(identity(root), head, f"machine {about['machine']}")
-    if stopping():
+    if asked_to_end():
         return Crashed(name=OUT_OF_TIME, message="this machine's time is over")
     with slot(root, int(os.environ.get(SLOTS) or 0)) as (number, device):
         about = {**about, "slot": str(number), "stage": order.name}
@@ -141,10 +136,10 @@ def _stage(
         try:
             run_stage(order.name, root=root, children=life.children, env=device, force=order.force, line=line)
         except (Ended, FlowError) as error:
-            if life.ending and not stopping():
+            if life.ending and not asked_to_end():
                 # A flow that lives after all orders again what has crashed.
                 return (Cancelled if life.ending == CANCELLED else Crashed)(message=life.ending)
-            if stopping():
+            if asked_to_end():
                 log.info("%s: ended, for this machine's time is over", order.name)
                 return Crashed(name=OUT_OF_TIME, message=life.ending or str(error))
             raise

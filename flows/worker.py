@@ -25,6 +25,7 @@ from flows.machine import MACHINE_NAME, TRACKED, changed_files, devices, identit
 from flows.workspace import ready
 from modelstock.errors import ModelstockError, few, redacted
 from modelstock.files import SCRATCH, atomic_path
+from modelstock.stopping import VARIABLE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 ROOT_VARIABLE = "MODELSTOCK_ROOT"  # where the flow `stage` finds this machine's clone
@@ -177,7 +178,7 @@ def _keep_serving(pool: str, *, name: str, slots: int, idle: float, root: Path) 
         **os.environ,
         ROOT_VARIABLE: str(root),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")])),
-        "MODELSTOCK_STOP": str(STOP_FILE.absolute()),
+        VARIABLE: str(STOP_FILE.absolute()),
         "MODELSTOCK_SLOTS": str(slots),
         MACHINE_NAME: name,
         "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", str(QUERY_S)),
