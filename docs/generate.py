@@ -58,8 +58,17 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def packages() -> str:
     """One line per package and top-level module of the library, from its docstring."""
+    return _modules("modelstock")
+
+
+def flows() -> str:
+    """One line per module of the flows, from its docstring."""
+    return _modules("flows")
+
+
+def _modules(package: str) -> str:
     rows = []
-    for path in sorted((ROOT / "modelstock").iterdir()):
+    for path in sorted((ROOT / package).iterdir()):
         file = path / "__init__.py" if path.is_dir() else path
         if file.suffix == ".py" and file.is_file() and not path.name.startswith("__"):
             docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
@@ -196,6 +205,7 @@ def pilots() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "packages": packages,
+    "flows": flows,
     "stages": stages,
     "methods": methods,
     "rules": rules,

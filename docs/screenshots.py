@@ -1,7 +1,8 @@
 """Takes the pictures of pipeline.md: the MLflow and Prefect UIs after `make repro`, `make up` and a flow run.
 
-    .venv/bin/python docs/screenshots.py [--mlflow URL] [--prefect URL]
+    .venv/bin/python docs/screenshots.py [--mlflow URL] [--prefect URL] [--prefix cluster-]
 
+With the prefix they are those of cluster.md: of a run over several machines, at a head whose servers ask for no password.
 Needs Chromium (Debian's package chromium) on the PATH. The pages belong to servers on 127.0.0.1; nothing else is asked.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from modelstock.tracking.mlflow import views
 
 DOCS = Path(__file__).parent
+FLOW = {"flows": {"name": {"any_": ["reproduce"]}}}
 QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
 
 
@@ -41,6 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mlflow", default="http://127.0.0.1:5000")
     parser.add_argument("--prefect", default="http://127.0.0.1:4200")
+    parser.add_argument("--prefix", default="", help="of the pictures' names")
     options = parser.parse_args()
     if shutil.which("chromium") is None:
         print("error: PATH: got no chromium; expected it, which takes the pictures; install the package chromium")
@@ -48,10 +51,10 @@ def main() -> int:
     found = ask(f"{options.mlflow}/api/2.0/mlflow/experiments/search", {"max_results": 10})
     assert isinstance(found, dict)
     experiment = next(e["experiment_id"] for e in found["experiments"] if e["name"] == "modelstock")
-    take(views.link(options.mlflow, experiment, views.MERGES), DOCS / "mlflow.png", size="1900,900")
-    runs = ask(f"{options.prefect}/api/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
+    take(views.link(options.mlflow, experiment, views.MERGES), DOCS / f"{options.prefix}mlflow.png", size="1900,900")
+    runs = ask(f"{options.prefect}/api/flow_runs/filter", {**FLOW, "sort": "START_TIME_DESC", "limit": 1})
     assert isinstance(runs, list)
-    take(f"{options.prefect}/runs/flow-run/{runs[0]['id']}", DOCS / "prefect.png")
+    take(f"{options.prefect}/runs/flow-run/{runs[0]['id']}", DOCS / f"{options.prefix}prefect.png")
     return 0
 
 

@@ -4,6 +4,7 @@ Whoever has seen another's sign of life unchanged for a lease, while the server 
 """
 
 import json
+import logging
 import os
 import threading
 import time
@@ -22,6 +23,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.graph import FlowError
 
+_log = logging.getLogger(__name__)
 LEASE = "MODELSTOCK_LEASE_S"
 PAGE = 100
 SERVER = (httpx.TransportError, PrefectHTTPStatusError)  # what a server that is down or starting makes of a request
@@ -105,7 +107,9 @@ class Life:
                             renewed = time.monotonic()
                         self.watch(client)
                         self._done.wait(pause)
-            except SERVER:
+            except Exception as error:  # whatever it is: without this thread, this process would be taken for dead
+                if not isinstance(error, SERVER):
+                    _log.warning("sign of life: %s: %s", type(error).__name__, error)
                 self.missed()
                 self._done.wait(pause)
 

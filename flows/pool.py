@@ -31,7 +31,7 @@ from prefect.workers.process import ProcessWorker
 
 from flows.graph import FlowError, Plan
 from flows.life import FLOW, MACHINE, PAGE, SERVER, Life, Signs, asking, facts, lease_s, machine_of, runs_of, signs_of
-from flows.machine import identity
+from flows.machine import changed_files, identity
 from flows.progress import Progress
 from flows.remote import CANCELLED, OTHER_BYTES, OUT_OF_TIME, signature, stage
 from flows.transport import Order, Result, Transport, reads
@@ -88,6 +88,9 @@ class Pool:
             f"{len(online)} workers online: {few(online)}" if online else "no worker is online, stages wait for one",
             self.remote,
         )
+        changed = changed_files(Path.cwd())
+        if changed:
+            self.log.warning("uncommitted changes: %s; a machine refuses stages for which they count", few(changed))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -202,7 +205,7 @@ class Pool:
         message = (run.state.message if run and run.state else None) or ""
         if kind == StateType.SCHEDULED:
             return False
-        if kind in (StateType.PENDING, StateType.RUNNING):
+        if kind in (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING):
             sign = signs.get(away.run)
             if sign and not away.runs:
                 away.runs = True
@@ -213,10 +216,9 @@ class Pool:
             if age <= patience:
                 return False
             message = f"no sign of life for {patience:.0f} s"
-            client.set_flow_run_state(away.run, Crashed(message=message), force=True)
-            kind = StateType.CRASHED
-        if kind == StateType.CANCELLING:
-            return False
+            lost = (Cancelled if kind == StateType.CANCELLING else Crashed)(message=message)
+            client.set_flow_run_state(away.run, lost, force=True)
+            kind = lost.type
         if kind == StateType.COMPLETED or (not away.order.force and self._known(away.order)[0]):
             self._stopped(name, whole=kind == StateType.COMPLETED)
             if run and run.state and run.state.name == OTHER_BYTES:
@@ -226,14 +228,14 @@ class Pool:
             return True
         if kind == StateType.CRASHED:
             out_of_time = bool(run and run.state and run.state.name == OUT_OF_TIME)
-            lost = away.lost + (not out_of_time)
-            if lost < LIVES:
+            losses = away.lost + (not out_of_time)
+            if losses < LIVES:
                 again = self._submit(away.order, away.begun)
                 self.log.warning("%s: %s; it is queued again", name, message.strip() or "its machine is lost")
                 self._stopped(name, whole=False)
-                self.away[name] = _Away(away.order, again, lost=lost, begun=away.begun + 1)
+                self.away[name] = _Away(away.order, again, lost=losses, begun=away.begun + 1)
                 return False
-            message = f"lost {lost} times, the last time: {message}"
+            message = f"lost {losses} times, the last time: {message}"
         self._stopped(name, whole=False)
         self._failures[name] = CANCELLED if kind == StateType.CANCELLED else message
         return True
