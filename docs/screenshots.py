@@ -2,7 +2,7 @@
 
     .venv/bin/python docs/screenshots.py [--mlflow URL] [--prefect URL] [--prefix cluster-]
 
-With the prefix they are those of cluster.md: of a run over several machines, at a head whose servers ask for no password.
+With the prefix they are those of cluster.md: of a run over several machines, at a head without passwords.
 Needs Chromium (Debian's package chromium) on the PATH. The pages belong to servers on 127.0.0.1; nothing else is asked.
 """
 

@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.runtime import flow_run as this_run
@@ -216,7 +216,7 @@ class Pool:
             if age <= patience:
                 return False
             message = f"no sign of life for {patience:.0f} s"
-            lost = (Cancelled if kind == StateType.CANCELLING else Crashed)(message=message)
+            lost: State[None] = (Cancelled if kind == StateType.CANCELLING else Crashed)(message=message)
             client.set_flow_run_state(away.run, lost, force=True)
             kind = lost.type
         if kind == StateType.COMPLETED or (not away.order.force and self._known(away.order)[0]):
