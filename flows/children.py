@@ -7,7 +7,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,11 +77,19 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_stage(
-    name: str, *, root: Path, children: Children, env: Mapping[str, str], force: bool, line: Callable[[str], None]
+    name: str,
+    *,
+    root: Path,
+    children: Children,
+    env: Mapping[str, str],
+    force: bool,
+    line: Callable[[str], None],
+    resume: Path | None = None,
 ) -> bool:
     """Run one stage through DVC, each line of its output to `line`; whether it ran, and was not skipped or restored.
 
-    `env`: of its device, for one. With `force` it runs also if it is up to date, from its first step.
+    `env`: of its device, for one. With `force` it runs also if it is up to date, from its first step, or from what it
+    has left in the folder `resume`, where one is given.
 
     Raises:
         FlowError: it failed.
@@ -93,7 +101,7 @@ def run_stage(
     skipped = False
     try:
         with (
-            scratch(name, forced=force) as own,
+            nullcontext({"MODELSTOCK_SCRATCH": str(resume)}) if resume else scratch(name, forced=force) as own,
             children.start(command, cwd=root, env=environment({**env, **own})) as process,
         ):
             assert process.stdout is not None

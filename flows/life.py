@@ -18,23 +18,44 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
-from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.graph import FlowError
+from modelstock.errors import ModelstockError, redacted
 
 _log = logging.getLogger(__name__)
 LEASE = "MODELSTOCK_LEASE_S"
 PAGE = 100
-SERVER = (httpx.TransportError, PrefectHTTPStatusError)  # what a server that is down or starting makes of a request
 MACHINE, FLOW = "machine", "flow"  # keys of the artifacts that are signs of life
+
+
+class NoAnswerError(ModelstockError):
+    """The server is down, or just starting: it may answer later."""
 
 
 @contextmanager
 def asking() -> Iterator[SyncPrefectClient]:
-    """A client that asks once: Prefect's own asks a dead server for a minute, and nothing else happens meanwhile."""
-    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
-        yield client
+    """A client that asks once: Prefect's own asks a dead server for a minute, and nothing else happens meanwhile.
+
+    Raises:
+        NoAnswerError: the server does not answer, or says that it cannot now.
+        FlowError: it refuses, in the block.
+    """
+    place = f"Prefect at {redacted(PREFECT_API_URL.value() or '')}"
+    try:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+            yield client
+    except httpx.TransportError as error:
+        raise NoAnswerError(
+            place, got=f"{type(error).__name__}: {error}", expected="an answer", cure="start it again"
+        ) from error
+    except PrefectHTTPStatusError as error:
+        code = error.response.status_code
+        if code >= 500 or code in (408, 429):
+            raise NoAnswerError(place, got=f"HTTP {code}", expected="an answer", cure="see its log") from error
+        cure = "set PREFECT_API_AUTH_STRING to its user:password" if code == 401 else "see its log"
+        raise FlowError(place, got=f"HTTP {code}", expected="an answer", cure=cure) from error
 
 
 def lease_s() -> float:
@@ -108,7 +129,7 @@ class Life:
                         self.watch(client)
                         self._done.wait(pause)
             except Exception as error:  # whatever it is: without this thread, this process would be taken for dead
-                if not isinstance(error, SERVER):
+                if not isinstance(error, NoAnswerError):
                     _log.warning("sign of life: %s: %s", type(error).__name__, error)
                 self.missed()
                 self._done.wait(pause)
@@ -118,8 +139,11 @@ class Life:
         if self._artifact is None:
             new = ArtifactCreate(key=self.key, type="table", data=data, flow_run_id=self.run)
             self._artifact = client.create_artifact(new).id
-        else:
+            return
+        try:
             client.update_artifact(self._artifact, ArtifactUpdate(data=data))
+        except ObjectNotFound:  # somebody has deleted it
+            self._artifact = None
 
 
 def _pages(ids: Sequence[UUID]) -> Iterator[FlowRunFilter]:
@@ -133,14 +157,15 @@ def runs_of(client: SyncPrefectClient, ids: Sequence[UUID]) -> dict[UUID, FlowRu
 
 
 def signs_of(client: SyncPrefectClient, ids: Sequence[UUID], key: str) -> dict[UUID, Any]:
-    """The artifacts of one key of these flow runs."""
+    """The artifacts of one key of these flow runs, of several of a run the newest."""
     of_key = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
-    return {
-        artifact.flow_run_id: artifact
-        for page in _pages(ids)
-        for artifact in client.read_artifacts(flow_run_filter=page, artifact_filter=of_key, limit=PAGE)
-        if artifact.flow_run_id is not None
-    }
+    newest: dict[UUID, Any] = {}
+    for page in _pages(ids):
+        for artifact in client.read_artifacts(flow_run_filter=page, artifact_filter=of_key, limit=2 * PAGE):
+            run, before = artifact.flow_run_id, newest.get(artifact.flow_run_id) if artifact.flow_run_id else None
+            if run and (before is None or (artifact.updated and artifact.updated > before.updated)):
+                newest[run] = artifact
+    return newest
 
 
 def data_of(about: Mapping[str, str]) -> str:
@@ -149,7 +174,7 @@ def data_of(about: Mapping[str, str]) -> str:
 
 
 def facts(artifact: Any) -> dict[str, str]:
-    """What `_data` has written; nothing of no artifact."""
+    """What `data_of` has written; nothing of no artifact."""
     data = artifact.data if artifact else []
     rows = json.loads(data) if isinstance(data, str) else data
     return {row["fact"]: row["value"] for row in rows or []}

@@ -20,8 +20,11 @@ from modelstock.provenance import LIBRARIES
 CHECKED = tuple(sorted({*LIBRARIES, "dvc", "mlflow", "prefect", "webdataset"}))
 # Where the code and the settings are that every machine must have alike.
 TRACKED = ("modelstock", "stages", "flows", "dvc.yaml", "params.yaml")
+# What `join` tells the flows that its worker runs: how many slots the machine has, how many seconds a stage that is
+# asked to save and to end is given, and the file in which a flow says why the machine must leave the pool.
+SLOTS_VARIABLE, DRAIN_VARIABLE, UNFIT_VARIABLE = "MODELSTOCK_SLOTS", "MODELSTOCK_DRAIN_S", "MODELSTOCK_UNFIT"
 MACHINE_NAME = "MODELSTOCK_MACHINE"  # what `join` has called it; else the host name
-SLOTS = Path(".dvc/tmp/slots")
+SLOT_FILES = Path(".dvc/tmp/slots")
 
 
 def _git(root: Path, *arguments: str) -> str | None:
@@ -53,17 +56,37 @@ def changed_files(root: Path) -> list[str]:
     return [entry[3:] for entry in (status or "").split("\0") if entry]
 
 
-def refuse_other(ours: Mapping[str, str], heads: Mapping[str, str], place: str) -> None:
+class UnfitError(FlowError):
+    """This machine is not as the head, and cannot work for it."""
+
+
+def refuse_changed(root: Path, machine: str) -> None:
+    """Refuse to work with code or settings that are not as committed.
+
+    Raises:
+        UnfitError: it names the files.
+    """
+    changed = changed_files(root)
+    if changed:
+        raise UnfitError(
+            f"machine {machine}",
+            got=f"uncommitted changes: {few(changed)}",
+            expected=f"{', '.join(TRACKED)} as committed",
+            cure="commit them at the head and check that out here, or `git stash`",
+        )
+
+
+def refuse_other(ours: Mapping[str, str], heads: Mapping[str, str], machine: str) -> None:
     """Refuse to work for a head with another commit, or with other versions.
 
     Raises:
-        FlowError: it names all that differs.
+        UnfitError: it names all that differs.
     """
     names = [name for name in heads if ours.get(name, "none") != heads[name]]
     if names:
         short = {name: 12 if name == "commit" else None for name in names}
-        raise FlowError(
-            place,
+        raise UnfitError(
+            f"machine {machine}",
             got=few([f"{name} {ours.get(name, 'none')[: short[name]]}" for name in names]),
             expected="as at the head: " + few([f"{name} {heads[name][: short[name]]}" for name in names]),
             cure="check out the head's commit here and run `make setup`" if "commit" in names else "run `make setup`",
@@ -119,7 +142,7 @@ def slot(root: Path, slots: int) -> Iterator[tuple[int, dict[str, str]]]:
     Raises:
         FlowError: all are held.
     """
-    folder = root / SLOTS
+    folder = root / SLOT_FILES
     folder.mkdir(parents=True, exist_ok=True)
     for number, device in enumerate(devices(slots)):
         file = _locked(folder / str(number))

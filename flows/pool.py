@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -22,23 +22,37 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.runtime import flow_run as this_run
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Cancelling, Crashed
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
 from flows.graph import FlowError, Plan
-from flows.life import FLOW, MACHINE, PAGE, SERVER, Life, Signs, asking, facts, lease_s, machine_of, runs_of, signs_of
+from flows.life import (
+    FLOW,
+    MACHINE,
+    PAGE,
+    Life,
+    NoAnswerError,
+    Signs,
+    asking,
+    facts,
+    lease_s,
+    machine_of,
+    runs_of,
+    signs_of,
+)
 from flows.machine import changed_files, identity
 from flows.progress import Progress
-from flows.remote import CANCELLED, OTHER_BYTES, OUT_OF_TIME, signature, stage
-from flows.transport import Order, Result, Transport, reads
+from flows.remote import CANCELLED, GIVEN_UP, OTHER_BYTES, OUT_OF_TIME, UNFIT, signature, stage
+from flows.transport import Order, RemoteError, Result, Transport, patiently, reads
 from modelstock.errors import few
 
+HEADS_OWN = "modelstock"  # the pool in which the head runs its own flows
 POLL_S = 1.0
-LIVES = 3  # how often a stage is begun whose machine is lost each time
+LIVES = 3  # how often in a row a stage is begun that is lost soon each time: it may be what its machines die of
+SOON_S = 900.0
 
 
 @dataclass
@@ -48,11 +62,11 @@ class _Away:
     order: Order
     run: UUID
     begun: int = 1  # how often it was ordered
-    lost: int = 0  # and how often its machine was lost
-    runs: bool = False  # whether it has given a sign of life
+    lost: int = 0  # how often in a row it was lost soon after its start
+    started: float | None = None  # when it gave its first sign of life
 
 
-class Gone(Exception):
+class Gone(BaseException):
     """The flow run was cancelled in Prefect."""
 
 
@@ -69,7 +83,7 @@ class Pool:
         self.remote = self.transport.check_remote()
         self.transport.check_transportable(planned.device & planned.dirty)
         self._reads, self._head = reads(root), identity(root)
-        self._run = UUID(str(this_run.id))
+        self._run, self._begun_as = UUID(str(this_run.id)), uuid4().hex  # a run that is retried is begun anew
         self.away: dict[str, _Away] = {}
         self._orders: dict[str, Order] = {}
         self._failures: dict[str, str] = {}
@@ -79,6 +93,7 @@ class Pool:
         self._life = Life(self._run, FLOW, self.lease)
 
     def __enter__(self) -> Self:
+        self._check_pool()
         deploy(self.name, head=self._head)
         self._life.__enter__()
         online = _online(self.name)
@@ -93,6 +108,18 @@ class Pool:
             self.log.warning("uncommitted changes: %s; a machine refuses stages for which they count", few(changed))
         return self
 
+    def _check_pool(self) -> None:
+        """Refuse a pool that is none: nobody would ever join it."""
+        with asking() as client:
+            pools = [pool.name for pool in client.read_work_pools() if pool.name != HEADS_OWN]
+        if self.name not in pools:
+            raise FlowError(
+                "--pool",
+                got=repr(self.name),
+                expected=" or ".join(pools) or "one that the head has made",
+                cure=f"python -m flows.services up --profile head --pool {self.name}",
+            )
+
     def __exit__(self, *_: object) -> None:
         self.end()
         self._life.__exit__()
@@ -100,26 +127,25 @@ class Pool:
     def begin(self, name: str) -> bool:
         """Order a stage whose inputs are here; False if its result is known and only needs to be accepted.
 
-        A server that does not answer is asked again by the next call.
-
-        Raises:
-            FlowError: its inputs cannot be sent.
+        A server that does not answer is asked again by the next call; what else goes wrong is said by `accept`.
         """
-        order = self.transport.order(name, self._reads[name], force=name in self.planned.forced)
-        self._orders[name] = order
-        known, _ = self._known(order)
-        if known and not order.force:
-            return False
-        if known:  # the other machine's bytes are compared with it
-            self.transport.send(order, known)
-        self.transport.send_inputs(order)
-        self._waiting.add(name)
-        try:
-            self.away[name] = _Away(order, self._submit(order, 0))
-        except SERVER as error:
-            self._no_answer(error)
-            return True
         self._waiting.discard(name)
+        try:
+            order = self.transport.order(name, self._reads[name], force=name in self.planned.forced)
+            self._orders[name] = order
+            counts = patiently(lambda: self._known(order)[0], self.log.warning)
+            if counts and not order.force:
+                return False
+            if counts:  # the other machine's bytes are compared with it
+                patiently(lambda: self.transport.send(order, counts), self.log.warning)
+            patiently(lambda: self.transport.send_inputs(order), self.log.warning)
+            self.away[name] = _Away(order, self._submit(order, 0))
+        except NoAnswerError as error:
+            self._no_answer(error)
+            self._waiting.add(name)
+        except (FlowError, ObjectNotFound) as error:  # of this stage alone: the others go on
+            self._failures[name] = str(error)
+            return False
         return True
 
     @property
@@ -128,7 +154,8 @@ class Pool:
         return bool(self.away or self._waiting)
 
     def _submit(self, order: Order, attempt: int) -> UUID:
-        tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
+        # As other machines reach it, which is not as this one does.
+        tracking = os.environ.get("MODELSTOCK_MLFLOW_URL") or os.environ.get("MLFLOW_TRACKING_URI", "")
         parameters = {
             "order": asdict(order),
             "head": self._head,
@@ -137,14 +164,14 @@ class Pool:
             # Without a password: each machine has its own way to log in.
             "tracking": tracking if tracking.startswith("http") and "@" not in tracking else "",
         }
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        with asking():  # of its errors, `run_deployment`'s own client has the same
             run: Any = run_deployment(
                 f"stage/{self.name}",
                 parameters=parameters,
                 flow_run_name=order.name,
                 timeout=0,
                 # A request that is sent again, because its answer was lost, makes no second run.
-                idempotency_key=f"{self._run}-{order.key}-{attempt}",
+                idempotency_key=f"{self._begun_as}-{order.key}-{attempt}",
             )
         return UUID(str(run.id))
 
@@ -166,20 +193,20 @@ class Pool:
             with asking() as client:
                 ids = [away.run for away in self.away.values()]
                 runs = runs_of(client, [self._run, *ids])
+                own = runs.get(self._run)
+                if own is None or own.state_type in (StateType.CANCELLING, StateType.CANCELLED):
+                    raise Gone
                 signs = signs_of(client, ids, MACHINE)
                 for name in list(self.away):
                     if self._follow(name, runs, signs, client):
                         del self.away[name]
                         self._ended.append(name)
-        except SERVER as error:
+        except NoAnswerError as error:
             self._no_answer(error)
             return self._take_ended()
         if self._silent:
             self.log.info("Prefect answers again")
         self._silent = False
-        own = runs.get(self._run)
-        if own is None or own.state_type in (StateType.CANCELLING, StateType.CANCELLED):
-            raise Gone
         self._life.facts = self._overview(runs, signs)
         return self._take_ended()
 
@@ -189,9 +216,7 @@ class Pool:
 
     def _no_answer(self, error: Exception) -> None:
         if not self._silent:
-            self.log.warning(
-                "Prefect does not answer (%s): stages go on, and so does this flow once it does", type(error).__name__
-            )
+            self.log.warning("Prefect does not answer: stages go on, and so does this flow once it does (%s)", error)
         self._silent = True
         self._signs.excuse()
 
@@ -207,8 +232,8 @@ class Pool:
             return False
         if kind in (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING):
             sign = signs.get(away.run)
-            if sign and not away.runs:
-                away.runs = True
+            if sign and away.started is None:
+                away.started = time.monotonic()
                 self.log.info(self.progress.started(name))
             # Between taking a run and its first sign of life lies the start of a process.
             patience = self.lease if sign else 2 * self.lease
@@ -217,9 +242,10 @@ class Pool:
                 return False
             message = f"no sign of life for {patience:.0f} s"
             lost: State[None] = (Cancelled if kind == StateType.CANCELLING else Crashed)(message=message)
+            client.update_flow_run(away.run, tags=[GIVEN_UP])  # should it begin after all
             client.set_flow_run_state(away.run, lost, force=True)
             kind = lost.type
-        if kind == StateType.COMPLETED or (not away.order.force and self._known(away.order)[0]):
+        if kind == StateType.COMPLETED or self._has_sent(away.order):
             self._stopped(name, whole=kind == StateType.COMPLETED)
             if run and run.state and run.state.name == OTHER_BYTES:
                 self.log.warning("%s: %s", name, message)
@@ -227,22 +253,30 @@ class Pool:
                 self.log.info("%s: %s", name, message)
             return True
         if kind == StateType.CRASHED:
-            out_of_time = bool(run and run.state and run.state.name == OUT_OF_TIME)
-            losses = away.lost + (not out_of_time)
+            orderly = bool(run and run.state and run.state.name in (OUT_OF_TIME, UNFIT))
+            late = away.started is not None and time.monotonic() - away.started > SOON_S
+            losses = 0 if late else away.lost + (not orderly)
             if losses < LIVES:
                 again = self._submit(away.order, away.begun)
                 self.log.warning("%s: %s; it is queued again", name, message.strip() or "its machine is lost")
                 self._stopped(name, whole=False)
                 self.away[name] = _Away(away.order, again, lost=losses, begun=away.begun + 1)
                 return False
-            message = f"lost {losses} times, the last time: {message}"
+            message = f"lost {losses} times in a row soon after its start, the last time: {message}"
         self._stopped(name, whole=False)
         self._failures[name] = CANCELLED if kind == StateType.CANCELLED else message
         return True
 
     def _stopped(self, name: str, *, whole: bool) -> None:
-        if self.away[name].runs:
+        if self.away[name].started is not None:
             self.progress.ended(name, whole=whole)
+
+    def _has_sent(self, order: Order) -> bool:
+        """Whether a stage whose run is lost had sent its result before."""
+        try:
+            return not order.force and self._known(order)[0] is not None
+        except RemoteError:
+            return False  # then it runs again, and finds it
 
     def _known(self, order: Order) -> tuple[Result | None, list[Result]]:
         """The result of a stage that counts, and all in the remote: what dvc.lock has, else the first by name."""
@@ -263,7 +297,7 @@ class Pool:
                 f"stage {name}", got=self._failures[name], expected="an end", cure="see its run's log in Prefect"
             )
         order = self._orders[name]
-        chosen, results = self._known(order)
+        chosen, results = patiently(lambda: self._known(order), self.log.warning)
         if chosen is None:
             missing = [file for result in results for file in self.transport.absent(order, result)]
             raise FlowError(
@@ -316,7 +350,7 @@ class Pool:
         """End all stages that are away, and wait a little until they have."""
         if not self.away:
             return
-        with suppress(*SERVER), asking() as client:
+        with suppress(NoAnswerError, FlowError), asking() as client:
             left = [away.run for away in self.away.values()]
             for run in runs_of(client, left).values():
                 if run.state_type == StateType.SCHEDULED:
@@ -333,13 +367,13 @@ class Pool:
 def _made(order: Order) -> dict[str, tuple[str, dict[str, str]]]:
     """Who made which bytes of a stage, as far as Prefect knows: the run-cache's name -> machine, and path -> hash."""
     made = {}
-    with suppress(*SERVER), asking() as client:
+    with suppress(NoAnswerError, FlowError), asking() as client:
         of_key = ArtifactFilter(key=ArtifactFilterKey(any_=[signature(order)]))
         for artifact in client.read_artifacts(artifact_filter=of_key, limit=PAGE):
             about = facts(artifact)
-            gpus = "" if about["gpus"] == "none" else f", {about['gpus']}"
-            outs = {path: about[path] for path in order.outs if path in about}
-            made[about["run-cache"]] = f"{about['machine']} ({about['processor']}{gpus})", outs
+            gpus = "" if about.get("gpus", "none") == "none" else f", {about['gpus']}"
+            outs = {path: about[f"output {path}"] for path in order.outs if f"output {path}" in about}
+            made[about.get("run-cache", "")] = f"{about.get('machine')} ({about.get('processor')}{gpus})", outs
     return made
 
 
@@ -386,20 +420,23 @@ def _template() -> dict[str, Any]:
 
 def at_work(pool: str) -> list[str]:
     """A line per machine of a pool, per stage that runs, and for those that wait."""
-    kinds = FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING])
-    with get_client(sync_client=True) as client:
+
+    def of(*kinds: StateType) -> FlowRunFilter:
+        return FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(kinds))))
+
+    pools = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
+    with asking() as client:
         workers = client.read_workers_for_work_pool(pool)
-        runs = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=kinds)),
-            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
-            limit=2 * PAGE,
-        )
+        at_work = of(StateType.PENDING, StateType.RUNNING)
+        runs = client.read_flow_runs(flow_run_filter=at_work, work_pool_filter=pools, limit=PAGE)
         signs = signs_of(client, [run.id for run in runs], MACHINE)
+        waiting, page = 0, PAGE
+        while page == PAGE:
+            scheduled = of(StateType.SCHEDULED)
+            page = len(
+                client.read_flow_runs(flow_run_filter=scheduled, work_pool_filter=pools, limit=PAGE, offset=waiting)
+            )
+            waiting += page
     lines = [f"machine {worker.name}: {worker.status.lower()}" for worker in sorted(workers, key=lambda w: w.name)]
-    lines += [
-        f"stage {run.name}: {_state(run)}, {machine_of(signs.get(run.id)) or 'starting'}"
-        for run in runs
-        if run.state_type != StateType.SCHEDULED
-    ]
-    waiting = sum(run.state_type == StateType.SCHEDULED for run in runs)
+    lines += [f"stage {run.name}: {_state(run)}, {machine_of(signs.get(run.id)) or 'starting'}" for run in runs]
     return [*(lines or ["no machine has joined"]), *([f"stages that wait: {waiting}"] if waiting else [])]

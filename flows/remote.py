@@ -4,11 +4,13 @@ What it reads and wrote goes through the DVC remote (flows/transport.py); throug
 the log, and a sign of life.
 """
 
+import fcntl
 import os
+import shutil
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,25 @@ from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from flows.children import Children, Ended, run_stage
 from flows.graph import FlowError
-from flows.life import FLOW, MACHINE, SERVER, Life, Signs, asking, data_of, runs_of, signs_of
-from flows.machine import description, identity, refuse_other, slot
-from flows.transport import Order, Result, Transport
+from flows.life import FLOW, MACHINE, Life, NoAnswerError, Signs, asking, data_of, runs_of, signs_of
+from flows.machine import (
+    DRAIN_VARIABLE,
+    SLOTS_VARIABLE,
+    UNFIT_VARIABLE,
+    UnfitError,
+    description,
+    identity,
+    refuse_changed,
+    refuse_other,
+    slot,
+)
+from flows.transport import Order, RemoteError, Result, Transport, patiently
+from modelstock.files import SCRATCH
 from modelstock.stopping import asked_to_end
 
-SLOTS = "MODELSTOCK_SLOTS"  # of this machine, for the flows that its worker runs
-DRAIN_S = 60.0  # for a stage that was asked to save and to end
-OUT_OF_TIME, OTHER_BYTES = "OutOfTime", "OtherBytes"  # names of states
+# Names of states: the machine's time was over, it is not as the head, and its bytes are not the remote's.
+OUT_OF_TIME, UNFIT, OTHER_BYTES = "OutOfTime", "Unfit", "OtherBytes"
+GIVEN_UP = "given up"  # a tag of runs that the head has taken for lost, and ordered again
 CANCELLED = "cancelled in Prefect"
 
 
@@ -42,6 +55,7 @@ class _AtWork(Life):
         self.parent, self.children = parent, children
         self.ending = ""  # why the stage is being ended
         self._signs, self._asked, self._began = Signs(), 0.0, False
+        self._drain_s = float(os.environ.get(DRAIN_VARIABLE) or 60)
 
     def missed(self) -> None:
         self._signs.excuse()
@@ -51,14 +65,14 @@ class _AtWork(Life):
             return
         runs = runs_of(client, [self.run, *([self.parent] if self.parent else [])])
         own = runs.get(self.run)
-        if own is None or own.state_type not in (StateType.PENDING, StateType.RUNNING):
+        if own is None or own.state_type not in (StateType.PENDING, StateType.RUNNING) or GIVEN_UP in own.tags:
             self._end(CANCELLED if own and own.state_type == StateType.CANCELLING else "given up by its flow")
         elif self.parent:
             self._watch_flow(runs.get(self.parent), client)
         if asked_to_end():
             self._asked = self._asked or time.monotonic()
-            if time.monotonic() - self._asked > DRAIN_S:
-                self._end(f"not ended {DRAIN_S:.0f} s after it was asked to")
+            if time.monotonic() - self._asked > self._drain_s:
+                self._end(f"not ended {self._drain_s:.0f} s after it was asked to")
 
     def _watch_flow(self, flow_run: FlowRun | None, client: SyncPrefectClient) -> None:
         """End the stage where nobody waits for it: its flow is over, or gone without saying so."""
@@ -102,6 +116,14 @@ def stage(
         with _AtWork(run, parent, lease, children) as life:
             life.facts = {**about, "stage": wanted.name}
             return _stage(wanted, root, life=life, head=head, about=about, log=log)
+    except UnfitError as error:
+        log.error(str(error))
+        if UNFIT_VARIABLE in os.environ:
+            Path(os.environ[UNFIT_VARIABLE]).write_text(str(error))
+        return Crashed(name=UNFIT, message=str(error))
+    except RemoteError as error:  # another machine, or this one later, may reach it
+        log.error(str(error))
+        return Crashed(message=str(error))
     except FlowError as error:
         log.error(str(error))
         return Failed(message=str(error))
@@ -117,10 +139,11 @@ def _stage(
     Raises:
         FlowError: this machine is not as the head, or the stage failed.
     """
-    refuse_other(identity(root), head, f"machine {about['machine']}")
+    refuse_other(identity(root), head, about["machine"])
+    refuse_changed(root, about["machine"])
     if asked_to_end():
         return Crashed(name=OUT_OF_TIME, message="this machine's time is over")
-    with slot(root, int(os.environ.get(SLOTS) or 0)) as (number, device):
+    with slot(root, int(os.environ.get(SLOTS_VARIABLE) or 0)) as (number, device), _alone(order, life, log):
         about = {**about, "slot": str(number), "stage": order.name}
         life.facts = about
 
@@ -130,24 +153,35 @@ def _stage(
 
         transport = Transport(root)
         times = [time.monotonic()]
-        transport.take_inputs(order)
+        patiently(lambda: transport.take_inputs(order), log.warning)
         times.append(time.monotonic())
         transport.compare(order)
+        resume = _resume_points(order, life.parent)
         try:
-            run_stage(order.name, root=root, children=life.children, env=device, force=order.force, line=line)
+            run_stage(
+                order.name,
+                root=root,
+                children=life.children,
+                env=device,
+                force=order.force,
+                line=line,
+                resume=resume,
+            )
         except (Ended, FlowError) as error:
-            if life.ending and not asked_to_end():
+            if life.ending:
                 # A flow that lives after all orders again what has crashed.
                 return (Cancelled if life.ending == CANCELLED else Crashed)(message=life.ending)
             if asked_to_end():
                 log.info("%s: ended, for this machine's time is over", order.name)
-                return Crashed(name=OUT_OF_TIME, message=life.ending or str(error))
+                return Crashed(name=OUT_OF_TIME, message=str(error))
             raise
         times.append(time.monotonic())
         result = transport.written(order)
-        others = transport.send(order, result)
+        others = patiently(lambda: transport.send(order, result), log.warning)
         times.append(time.monotonic())
         _sign_result(order, result, about)
+        if resume:
+            shutil.rmtree(resume, ignore_errors=True)
         pulled, ran, sent = (b - a for a, b in pairwise(times))
         message = f"{about['machine']}: pulled in {pulled:.1f} s, ran in {ran:.1f} s, sent in {sent:.1f} s"
         if others:
@@ -156,10 +190,38 @@ def _stage(
         return Completed(message=message)
 
 
+@contextmanager
+def _alone(order: Order, life: _AtWork, log: Any) -> Iterator[None]:
+    """Hold this stage's lock beside the resume points: a run that was given up may not have noticed yet, and two would
+    write the same ones. Its machine's end frees it, also where the folder is shared by NFS."""
+    file = SCRATCH.absolute() / "runs" / f"{order.key}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a") as lock:
+        waits = False
+        while not life.ending:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waits:
+                    log.info("%s: waits for a run of it that was given up and has not ended yet", order.name)
+                waits = True
+                time.sleep(1)
+            except OSError as error:  # a file system without locks
+                log.warning("%s: %s: runs of it at the same time would not notice each other", file, error.strerror)
+                break
+        yield
+
+
+def _resume_points(order: Order, parent: UUID | None) -> Path | None:
+    """Where a forced stage finds no resume point but those of its own flow; None for others, which have the usual."""
+    return SCRATCH.absolute() / "forced" / f"{order.key}-{parent}" if order.force else None
+
+
 def _sign_result(order: Order, result: Result, about: Mapping[str, str]) -> None:
     """Leave in Prefect which machine made these bytes."""
-    made = {**about, **result.outs, "run-cache": result.value}
-    with suppress(*SERVER), asking() as client:
+    made = {**about, **{f"output {path}": value for path, value in result.outs.items()}, "run-cache": result.value}
+    with suppress(NoAnswerError, FlowError), asking() as client:
         new = ArtifactCreate(
             key=signature(order),
             type="table",

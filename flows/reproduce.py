@@ -236,14 +236,17 @@ def _reach(url: str) -> None:
     try:
         with get_client(sync_client=True) as client:
             problem = client.api_healthcheck()
+            client.read_work_pools(limit=1)  # its health is told to everyone, and no more without its password
     except Exception as error:  # of whichever library noticed
         problem = error
     if problem is not None:
         raise FlowError(
             f"Prefect at {url}",
-            got=f"{type(problem).__name__}: {problem}",
+            got=f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}",
             expected="a server that answers",
-            cure="start it (`make up`), or unset PREFECT_API_URL",
+            cure="set PREFECT_API_AUTH_STRING to its user:password"
+            if "401" in str(problem)
+            else "start it (`make up`), or unset PREFECT_API_URL",
         )
 
 
@@ -295,6 +298,10 @@ def main(
     """Run the experiment's stages in parallel, as Prefect tasks."""
     try:
         with ready("flows.reproduce"):
+            if pool and slots:
+                raise FlowError(
+                    "--slots", got=slots, expected="none with --pool", cure="give it to `join` on each machine"
+                )
             if pool and not PREFECT_API_URL.value():
                 raise FlowError(
                     "--pool",

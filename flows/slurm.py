@@ -24,6 +24,7 @@ from modelstock.errors import ModelstockError, closest
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 CONFIG = Path("deploy/slurm/worker.yaml")
 SCRIPT = Path("deploy/slurm/worker.sbatch")
+END_S = 20  # of `signal_s`, for a worker whose stages have not ended to end them
 EARLY_S = 60  # Slurm may send the signal this much earlier than it is asked to
 # days-hours[:minutes[:seconds]], or minutes, minutes:seconds, hours:minutes:seconds
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}", re.ASCII)
@@ -203,6 +204,7 @@ def variables(pilot: Pilot, project: Path) -> dict[str, str]:
         "MODELSTOCK_POOL": pilot.pool,
         "MODELSTOCK_SLOTS": str(pilot.slots),
         "MODELSTOCK_IDLE_S": str(pilot.idle_s),
+        "MODELSTOCK_DRAIN": str(max(1, pilot.signal_s - END_S)),
         # The script calls `python`: this one.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }

@@ -9,18 +9,40 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flows.graph import FlowError, refused_by_dvc
 from modelstock.errors import few, redacted
 from modelstock.files import atomic_path
 
+T = TypeVar("T")
+PAUSES_S = (5.0, 20.0)  # before a remote that failed is asked again
 Lock = dict[str, Any]  # what dvc.lock says of a stage: cmd, deps, params, outs
+
+
+class RemoteError(FlowError):
+    """The DVC remote did not do what was asked of it; it may when it is asked again."""
+
+
+def patiently(work: Callable[[], T], say: Callable[[str], None]) -> T:
+    """What `work` gives, which asks the remote; tried again where it fails, after a line to `say`.
+
+    Raises:
+        RemoteError: it failed each time.
+    """
+    for pause in PAUSES_S:
+        try:
+            return work()
+        except RemoteError as error:
+            say(f"{error}; again in {pause:.0f} s")
+            time.sleep(pause)
+    return work()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +117,13 @@ class Transport:
         return Repo(str(self.root), _wait_for_lock=True)
 
     @contextmanager
-    def _repo(self) -> Iterator[Any]:
+    def _repo(self, asking: str = "") -> Iterator[Any]:
+        """DVC's view of the project, locked. `asking`: what the block asks of the remote, if it does.
+
+        Raises:
+            RemoteError: the remote failed.
+            FlowError: DVC refuses.
+        """
         from dvc.exceptions import DvcException
         from dvc.lock import LockError
         from dvc.repo import lock_repo
@@ -107,7 +135,16 @@ class Transport:
                     for remote in self._opened.config["remote"].values():  # read anew each time that DVC is locked
                         remote["verify"] = True
                     yield self._opened
-            except (DvcException, LockError) as error:
+            except FlowError:
+                raise
+            except Exception as error:  # of DVC, or of whichever library reaches its remote
+                if asking:
+                    got = redacted(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
+                    raise RemoteError(
+                        "DVC remote", got=got, expected=f"to {asking}", cure="`dvc push` and `dvc pull` must work here"
+                    ) from error
+                if not isinstance(error, DvcException | LockError):
+                    raise
                 raise refused_by_dvc(self.root, error) from error
 
     def check_remote(self) -> str:
@@ -201,9 +238,9 @@ class Transport:
         """Give the remote those inputs of a stage that it lacks.
 
         Raises:
-            FlowError: one is not in DVC's cache here, or cannot be sent.
+            RemoteError: one is not in DVC's cache here, or cannot be sent.
         """
-        with self._repo() as repo:
+        with self._repo("send what the stage reads") as repo:
             for producer, outs in order.inputs.items():
                 new = [out for out in outs if _hash_of(out) not in self._sent]
                 if new:
@@ -214,9 +251,9 @@ class Transport:
         """On the machine that runs a stage: bring what it reads of other stages, and nothing else, into the workspace.
 
         Raises:
-            FlowError: something is not in the remote, or damaged there.
+            RemoteError: something is not in the remote, or damaged there.
         """
-        with self._repo() as repo:
+        with self._repo("take what the stage reads") as repo:
             read = {dep.fs_path for dep in _stage(repo, order.name).deps}
             for producer, outs in order.inputs.items():
                 for out in _with_outs(_stage(repo, producer), outs):
@@ -225,7 +262,7 @@ class Transport:
                     for part in [None] if out.fs_path in read or not inside else inside:
                         absent = _absent(repo, out, part)
                         if absent:
-                            raise FlowError(
+                            raise RemoteError(
                                 out.def_path,
                                 got=f"missing or damaged in the DVC remote: {few(absent)}",
                                 expected="what the head has sent",
@@ -277,15 +314,15 @@ class Transport:
         nothing is sent: which one counts is the head's to decide, and the first is there already.
 
         Raises:
-            FlowError: something cannot be sent.
+            RemoteError: something cannot be sent.
         """
-        with self._repo() as repo:
+        with self._repo("send what the stage wrote") as repo:
             runs = self._runs(repo)
             known = _results(runs, order.key)
             # Other bytes that nobody can fetch any more do not count.
             others = [one for one in known if one.outs != result.outs and not self._absent(repo, order, one)]
             if not others:
-                self._push(repo, _stage(repo, order.name).outs)  # also where it is known: something may be lost
+                self._push(repo, _filled(repo, order, result).outs)  # also where it is known: something may be lost
                 if result not in known:
                     _write(runs, order.key, result)
             return others
@@ -300,7 +337,7 @@ class Transport:
 
     def results(self, order: Order) -> list[Result]:
         """The results for a stage that the remote has, in the order of their names; several where machines differ."""
-        with self._repo() as repo:
+        with self._repo("say what results it has") as repo:
             return _results(self._runs(repo), order.key)
 
     def current(self, order: Order) -> Result | None:
@@ -316,15 +353,11 @@ class Transport:
 
     def absent(self, order: Order, result: Result) -> list[str]:
         """As `fetch`: the files that are not here, and missing or damaged in the remote, as it names them."""
-        with self._repo() as repo:
+        with self._repo("take a result") as repo:
             return self._absent(repo, order, result)
 
     def _absent(self, repo: Any, order: Order, result: Result) -> list[str]:
-        from dvc.stage.loader import StageLoader
-
-        stage = _stage(repo, order.name)
-        StageLoader.fill_from_lock(stage, result.lock)
-        return [name for out in stage.outs for name in _absent(repo, out)]
+        return [name for out in _filled(repo, order, result).outs for name in _absent(repo, out)]
 
     def restore(self, order: Order, result: Result) -> None:
         """Bring a result that was fetched into the workspace and dvc.lock, as if the stage had run. Never runs it.
@@ -332,11 +365,8 @@ class Transport:
         Raises:
             FlowError: what the stage reads has changed since it was ordered.
         """
-        from dvc.stage.loader import StageLoader
-
         with self._repo() as repo:
-            stage = _stage(repo, order.name)
-            StageLoader.fill_from_lock(stage, result.lock)
+            stage = _filled(repo, order, result)
             stage.save_deps()
             if _key(_lock_of(stage)) != order.key:
                 raise FlowError(
@@ -366,7 +396,7 @@ class Transport:
             # DVC passes over what is nowhere.
             lost |= {one for one in used if not out.cache.exists(one.value) and not remote.exists(one.value)}
             if lost or not used:
-                raise FlowError(
+                raise RemoteError(
                     out.def_path,
                     got=f"files that could not be sent: {few(_names(lost or {out.hash_info}))}",
                     expected="all of them in DVC's cache, and a remote with room",
@@ -429,6 +459,15 @@ def reads(root: Path) -> dict[str, dict[str, frozenset[str]]]:
 
 def _stage(repo: Any, name: str) -> Any:
     return repo.stage.load_one(name=name)
+
+
+def _filled(repo: Any, order: Order, result: Result) -> Any:
+    """The stage of an order as it is after a result."""
+    from dvc.stage.loader import StageLoader
+
+    stage = _stage(repo, order.name)
+    StageLoader.fill_from_lock(stage, result.lock)
+    return stage
 
 
 def _lock_of(stage: Any) -> Lock:

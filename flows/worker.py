@@ -21,18 +21,27 @@ import typer
 
 from flows.children import GUARD
 from flows.graph import FlowError
-from flows.machine import MACHINE_NAME, TRACKED, changed_files, devices, identity, refuse_other
+from flows.machine import (
+    DRAIN_VARIABLE,
+    MACHINE_NAME,
+    SLOTS_VARIABLE,
+    UNFIT_VARIABLE,
+    devices,
+    identity,
+    refuse_changed,
+    refuse_other,
+)
 from flows.workspace import ready
-from modelstock.errors import ModelstockError, few, redacted
+from modelstock.errors import ModelstockError
 from modelstock.files import SCRATCH, atomic_path
 from modelstock.stopping import VARIABLE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 ROOT_VARIABLE = "MODELSTOCK_ROOT"  # where the flow `stage` finds this machine's clone
-STOP_FILE = Path(".dvc/tmp/stop")
+STOP_FILE, UNFIT_FILE = Path(".dvc/tmp/stop"), Path(".dvc/tmp/unfit")
 QUERY_S = 2  # how often the pool is asked for work
 AGAIN_S = 5.0  # after a worker that ended because its server did not answer
-OUT_OF_TIME = 75  # the exit code of a machine whose time was over: EX_TEMPFAIL
+OUT_OF_TIME = os.EX_TEMPFAIL  # the exit code of a machine whose time was over
 
 
 def api_url(server: str) -> str:
@@ -52,32 +61,19 @@ def _heads(pool: str) -> dict[str, str]:
     Raises:
         FlowError: a server that does not answer or refuses, or one without this pool.
     """
-    import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-    from prefect.settings import PREFECT_API_URL
+    from prefect.exceptions import ObjectNotFound
 
-    url = redacted(PREFECT_API_URL.value() or "")
+    from flows.life import asking
+
     try:
-        with get_client(sync_client=True) as client:
+        with asking() as client:
             deployment = client.read_deployment_by_name(f"stage/{pool}")
     except ObjectNotFound as error:
         raise FlowError(
-            f"work pool {pool} at {url}", got="none", expected="one that the head has made", cure="`make head` there"
-        ) from error
-    except PrefectHTTPStatusError as error:
-        cure = (
-            "set PREFECT_API_AUTH_STRING to its user:password" if error.response.status_code == 401 else "see its log"
-        )
-        raise FlowError(
-            f"Prefect at {url}", got=f"HTTP {error.response.status_code}", expected="an answer", cure=cure
-        ) from error
-    except httpx.TransportError as error:
-        raise FlowError(
-            f"Prefect at {url}",
-            got=f"{type(error).__name__}: {error}",
-            expected="a server that answers",
-            cure="start it at the head: `make head`",
+            f"work pool {pool}",
+            got="none on this server",
+            expected="one that the head has made",
+            cure="`make head` there",
         ) from error
     return {str(key): str(value) for key, value in (deployment.parameters or {}).get("head", {}).items()}
 
@@ -90,16 +86,8 @@ def check(pool: str, root: Path, name: str) -> list[str]:
     """
     from flows.transport import Transport
 
-    place = f"machine {name}"
-    refuse_other(identity(root), _heads(pool), place)
-    changed = changed_files(root)
-    if changed:
-        raise FlowError(
-            place,
-            got=f"uncommitted changes: {few(changed)}",
-            expected=f"{', '.join(TRACKED)} as committed",
-            cure="commit them at the head and check that out here, or `git stash`",
-        )
+    refuse_other(identity(root), _heads(pool), name)
+    refuse_changed(root, name)
     remote = Transport(root).check_remote()
     try:
         SCRATCH.mkdir(parents=True, exist_ok=True)
@@ -129,6 +117,7 @@ def join(
     slots: Annotated[int, typer.Option(min=0, help="Stages at once; 0: one per GPU, or one without GPUs.")] = 0,
     name: Annotated[str, typer.Option(help="What the machine is called in Prefect; empty: its host name.")] = "",
     idle: Annotated[float, typer.Option(min=0, help="End after so many seconds without work; 0: never.")] = 0,
+    drain: Annotated[float, typer.Option(min=1, help="Seconds for stages that SIGUSR1 asks to save and to end.")] = 60,
     only_check: Annotated[bool, typer.Option("--check", help="Check this machine, and end.")] = False,
 ) -> None:
     """Let this machine work for a pool, in the clone that is the working directory."""
@@ -141,10 +130,11 @@ def join(
         print(f"pool {pool}: {count} slot{'s' * (count > 1)}", *lines, sep="\n", flush=True)
         if only_check:
             return
-        STOP_FILE.unlink(missing_ok=True)
+        for file in (STOP_FILE, UNFIT_FILE):
+            file.unlink(missing_ok=True)
         lock = Path("dvc.lock").read_bytes() if Path("dvc.lock").exists() else None
         try:
-            code = _keep_serving(pool, name=name, slots=count, idle=idle, root=root)
+            code = _keep_serving(pool, name=name, slots=count, idle=idle, drain=drain, root=root)
         finally:
             STOP_FILE.unlink(missing_ok=True)
             _put_back(lock)
@@ -164,79 +154,110 @@ def _put_back(lock: bytes | None) -> None:
 
 def _sign_off(pool: str, name: str) -> None:
     """Take the machine off the server's list, where it would stay for some minutes."""
-    from flows.life import SERVER, asking
+    from flows.life import NoAnswerError, asking
 
-    with suppress(*SERVER), asking() as client:
+    with suppress(NoAnswerError, FlowError), asking() as client:
         client.request(
             "DELETE", "/work_pools/{work_pool_name}/workers/{name}", path_params={"work_pool_name": pool, "name": name}
         )
 
 
-def _keep_serving(pool: str, *, name: str, slots: int, idle: float, root: Path) -> int:
+def _keep_serving(pool: str, *, name: str, slots: int, idle: float, drain: float, root: Path) -> int:
     """Run the worker below a guard, and again when it ends because the server did not answer; its exit code."""
     env = {
         **os.environ,
         ROOT_VARIABLE: str(root),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")])),
         VARIABLE: str(STOP_FILE.absolute()),
-        "MODELSTOCK_SLOTS": str(slots),
+        SLOTS_VARIABLE: str(slots),
+        DRAIN_VARIABLE: str(drain),
+        UNFIT_VARIABLE: str(UNFIT_FILE.absolute()),
         MACHINE_NAME: name,
         "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", str(QUERY_S)),
         "PREFECT_WORKER_PREFETCH_SECONDS": "0",
     }
     command = [*GUARD, sys.executable, "-m", "flows.worker", "serve", pool, name, str(slots), str(idle)]
     interrupted: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, _: FrameType | None) -> None:
         if number == signal.SIGUSR1:
             STOP_FILE.touch()  # the worker sees it, and so does every stage
             return
         interrupted.append(number)
-        process.terminate()
+        if process is not None:
+            process.terminate()
 
-    while True:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    while not interrupted:
         process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, pass_on)
         code = process.wait()
-        if interrupted:
-            return 0 if interrupted[0] == signal.SIGTERM else 130
+        if UNFIT_FILE.exists():
+            print(f"error: {UNFIT_FILE.read_text()}; this machine leaves the pool", file=sys.stderr)
+            UNFIT_FILE.unlink()
+            return 1
         if code in (0, OUT_OF_TIME):
             return code
         if STOP_FILE.exists():
             return OUT_OF_TIME
-        print(f"the worker ended (exit code {code}): again in {AGAIN_S:.0f} s", file=sys.stderr, flush=True)
-        time.sleep(AGAIN_S)
+        if not interrupted:
+            print(f"the worker ended (exit code {code}): again in {AGAIN_S:.0f} s", file=sys.stderr, flush=True)
+        deadline = time.monotonic() + AGAIN_S
+        while not interrupted and time.monotonic() < deadline:
+            time.sleep(0.2)
+    return 0 if interrupted[0] == signal.SIGTERM else 130
 
 
 @app.command(hidden=True)
 def serve(pool: str, name: str, slots: int, idle: float) -> None:
     """What `join` runs below a guard: the worker itself."""
+    import httpx
+    from prefect.exceptions import PrefectHTTPStatusError
     from prefect.workers.process import ProcessWorker
 
     warnings.filterwarnings("ignore", message="Type 'Worker'")  # it takes the place of Prefect's own, on purpose
 
     class Worker(ProcessWorker):
-        """Prefect's own, which ends when it has had no work for a while, or when its machine's time is over."""
+        """Prefect's own, which ends when it has had no work for a while, or may not work any more.
+
+        Prefect's ends also when its server has not answered for some minutes, and all stages with it.
+        """
 
         last_busy = time.monotonic()
+        silent = False
 
         async def get_and_submit_flow_runs(self) -> Any:
             busy = self.limiter.borrowed_tokens > 0
             if busy:
                 self.last_busy = time.monotonic()
-            over = STOP_FILE.exists()
+            over = STOP_FILE.exists() or UNFIT_FILE.exists()
             if over and not busy:
-                _exit_after_sync(OUT_OF_TIME)
+                _exit(OUT_OF_TIME)
             if idle and time.monotonic() - self.last_busy > idle:
-                _exit_after_sync(0)
-            return [] if over else await super().get_and_submit_flow_runs()
+                _exit(0)
+            return [] if over else await self.patiently(super().get_and_submit_flow_runs())
+
+        async def _sync_and_initialize(self) -> None:
+            await self.patiently(super()._sync_and_initialize())
+
+        async def patiently(self, asked: Any) -> Any:
+            """What the server gives; nothing while it does not answer."""
+            try:
+                given = await asked
+            except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+                if not self.silent:
+                    print(f"Prefect does not answer: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                self.silent = True
+                return []
+            self.silent = False
+            return given
 
     asyncio.run(Worker(work_pool_name=pool, name=name, limit=slots, create_pool_if_not_found=False).start())
 
 
-def _exit_after_sync(code: int) -> None:
-    """End the process at once: nothing runs, and Prefect notices a worker that is gone."""
+def _exit(code: int) -> None:
+    """End the process at once: nothing runs, and Prefect's own way would report a failure."""
     sys.stdout.flush()
     os._exit(code)
 
