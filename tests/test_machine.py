@@ -59,11 +59,11 @@ def test_what_differs_from_the_head_is_refused_by_name():
 
     def refused(**ours: str) -> str:
         with pytest.raises(FlowError) as error:
-            refuse_other({**head, **ours}, head, "machine a")
+            refuse_other({**head, **ours}, head, "a")
         return str(error.value)
 
-    refuse_other(head, head, "machine a")
-    refuse_other({**head, "extra": "1"}, head, "machine a")
+    refuse_other(head, head, "a")
+    refuse_other({**head, "extra": "1"}, head, "a")
     assert refused(commit="b" * 40) == (
         "machine a: got commit bbbbbbbbbbbb; expected as at the head: commit aaaaaaaaaaaa; "
         "check out the head's commit here and run `make setup`"
@@ -72,7 +72,7 @@ def test_what_differs_from_the_head_is_refused_by_name():
         "machine a: got torch 2.14.0, numpy 2.4.5; expected as at the head: torch 2.15.0, numpy 2.4.6; run `make setup`"
     )
     with pytest.raises(FlowError) as error:
-        refuse_other({}, head, "machine a")
+        refuse_other({}, head, "a")
     assert str(error.value) == (
         "machine a: got commit none, python none, torch none and 1 more; "
         "expected as at the head: commit aaaaaaaaaaaa, python 3.11, torch 2.15.0 and 1 more; "

@@ -130,6 +130,7 @@ def test_the_call_of_sbatch_is_shown_with_every_option_and_without_passwords(clo
         "MODELSTOCK_POOL=big",
         "MODELSTOCK_SLOTS=2",
         "MODELSTOCK_IDLE_S=60",
+        "MODELSTOCK_DRAIN=280",
         *("sbatch", "--qos=long", "--exclusive", "--parsable", "--requeue"),
         *("--partition=a100", "--account=vision", "--gres=gpu:2", "--cpus-per-task=16", "--mem=128G"),
         *("--time=12:00:00", "--signal=B:USR1@300"),
