@@ -22,7 +22,7 @@ LIBRARIES = {
     ),
     "text": ("tokenizers", "transformers"),
     "figures": ("matplotlib",),
-    "pipeline": ("dvc", "filelock", "httpx", "mlflow", "networkx", "pandas", "prefect"),
+    "pipeline": ("dvc", "dvc_data", "filelock", "httpx", "mlflow", "networkx", "pandas", "prefect"),
     "cluster": ("psycopg2",),
     "datasets": ("datasets",),
 }
