@@ -134,7 +134,8 @@ def test_pilots_run_side_by_side_each_in_a_clone_of_its_own_and_an_idle_one_remo
     host = os.uname().nodename.split(".")[0]
     for job, start in zip(jobs, (first, second), strict=True):
         server = ["join", "--server", "http://127.0.0.1:4200/api", "--pool", "big"]
-        assert start["arguments"] == [*server, "--name", f"{host}-{job}", "--idle", "30", "--drain", "100", "--slots", "3"]
+        options = ["--idle", "30", "--drain", "100", "--slots", "3"]
+        assert start["arguments"] == [*server, "--name", f"{host}-{job}", *options]
         assert start["folder"] == str(project.clones / job)
         project.slurm("scancel", job)
     [job] = project.submit(0)

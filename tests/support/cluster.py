@@ -1,14 +1,15 @@
 """A head and machines on this one: clones with a HOME, caches and settings of their own, a Prefect server, a remote."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
+from base64 import b64encode
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ import psutil
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
+LEASE_S = 12
 OURS = ("MLFLOW", "PREFECT", "DVC", "MODELSTOCK")
 # Stages of a small project: two seeds on devices, which are slow where a file says so, and what needs both.
 PIPELINE = """
@@ -65,6 +67,12 @@ note("end")
 """
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
 def within(seconds: float, check):
     """What `check` gives, once it is true, or when time is over."""
     deadline = time.monotonic() + seconds
@@ -101,7 +109,7 @@ class Machine:
             "DO_NOT_TRACK": "1",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "MODELSTOCK_LEASE_S": "12",
+            "MODELSTOCK_LEASE_S": str(LEASE_S),
             "MACHINE": name,
             "TEST_MACHINE": str(folder),
             **env,
@@ -127,10 +135,19 @@ class Machine:
         arguments = ["join", "--server", self.env["PREFECT_API_URL"], "--pool", "gpu", "--name", self.name, *options]
         self.worker = self.start("flows.worker", *arguments)
         deadline = time.monotonic() + 90
-        while f"machine {self.name}: online" not in self.status():
+        while self.name not in self.online():
             assert self.worker.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
             time.sleep(0.5)
+
+    def online(self) -> list[str]:
+        """The names of the pool's workers that the server hears of."""
+        user = self.env.get("PREFECT_API_AUTH_STRING", "")
+        headers = {"content-type": "application/json"}
+        headers |= {"authorization": f"Basic {b64encode(user.encode()).decode()}"} if user else {}
+        url = f"{self.env['PREFECT_API_URL']}/work_pools/gpu/workers/filter"
+        with urllib.request.urlopen(urllib.request.Request(url, b"{}", headers), timeout=30) as answer:
+            return [worker["name"] for worker in json.loads(answer.read()) if worker["status"] == "ONLINE"]
 
     def status(self) -> str:
         return self("flows.worker", "status", "--server", self.env["PREFECT_API_URL"], "--pool", "gpu").stdout
@@ -138,6 +155,12 @@ class Machine:
     @property
     def log(self) -> str:
         return (self.folder.parent / "log").read_text()
+
+    @property
+    def files(self) -> dict[str, str]:
+        """What a whole run leaves."""
+        names = ("prepare.txt", "seeds/0/weights", "seeds/1/weights", "seeds/0/history", "out.txt", "dvc.lock")
+        return {name: (self.folder / name).read_text() for name in names}
 
     def processes(self) -> list[psutil.Process]:
         found = []
@@ -179,7 +202,6 @@ class Cluster:
             (self.origin / name).write_text(text)
         git(self.origin, "add", "-A", "-f")
         git(self.origin, "commit", "-q", "-m", "project")
-        self.began = datetime.now(UTC).isoformat()
         self.env = {"MACHINE_LOG": str(self.events), **env}
         self.machines: list[Machine] = []
         self.head = self.machine("head")
@@ -202,18 +224,28 @@ class Cluster:
         done = run([sys.executable, "-c", script, "gpu"], self.head.folder, self.head.env)
         assert done.returncode == 0, done.stderr
 
-    def commit(self, **files: str) -> None:
-        """A new commit, which the head has; machines have the one that they were cloned with."""
-        for name, text in files.items():
-            (self.origin / name.replace("_", ".")).write_text(text)
-        git(self.origin, "commit", "-q", "-a", "-m", "another")
-        git(self.head.folder, "pull", "-q")
-
     def noted(self) -> list[tuple[str, str, str]]:
         """Stage, what happened, and machine, in the order in which it happened."""
         if not self.events.exists():
             return []
         return [tuple(line.split()[:3]) for line in self.events.read_text().splitlines()]
+
+    def happened(self, stage: str, what: str) -> list[str]:
+        """The machines on which this happened to a stage, in that order."""
+        return [machine for name, event, machine in self.noted() if name == stage and event.startswith(what)]
+
+    def stage_process(self, stage: str) -> int:
+        """The process of a stage that has begun last."""
+        lines = [line.split() for line in self.events.read_text().splitlines()]
+        return next(int(line[3]) for line in reversed(lines) if line[0] == stage and line[1].startswith("begin"))
+
+    def local_run(self) -> dict[str, str]:
+        """The files of `dvc repro` on one machine that knows nothing of the others."""
+        alone = self.machine("alone", MACHINE_LOG=str(self.folder / "other-events"))
+        alone.env.pop("MODELSTOCK_SCRATCH", None)
+        done = alone("dvc", "repro")
+        assert done.returncode == 0, done.stderr
+        return alone.files
 
     def close(self) -> None:
         for machine in self.machines:
