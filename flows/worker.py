@@ -192,6 +192,8 @@ def _keep_serving(pool: str, *, name: str, slots: int, idle: float, drain: float
         signal.signal(number, pass_on)
     while not interrupted:
         process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
+        if interrupted:  # just before there was a process to pass it on to
+            process.terminate()
         code = process.wait()
         if UNFIT_FILE.exists():
             print(f"error: {UNFIT_FILE.read_text()}; this machine leaves the pool", file=sys.stderr)
