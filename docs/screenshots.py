@@ -15,6 +15,8 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
+from PIL import Image
+
 from modelstock.tracking.mlflow import views
 
 DOCS = Path(__file__).parent
@@ -38,6 +40,13 @@ def take(url: str, file: Path, *, size: str = "1400,900") -> None:
     print(file)
 
 
+def crop(file: Path, height: int) -> None:
+    """Keep the upper part of a picture."""
+    with Image.open(file) as picture:
+        upper = picture.crop((0, 0, picture.width, height))
+    upper.save(file)
+
+
 def main() -> int:
     """Take both pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,6 +64,8 @@ def main() -> int:
     runs = ask(f"{options.prefect}/api/flow_runs/filter", {**FLOW, "sort": "START_TIME_DESC", "limit": 1})
     assert isinstance(runs, list)
     take(f"{options.prefect}/runs/flow-run/{runs[0]['id']}", DOCS / f"{options.prefix}prefect.png")
+    if options.prefix:
+        crop(DOCS / f"{options.prefix}prefect.png", 500)  # below are logs, with this machine's folders
     return 0
 
 
