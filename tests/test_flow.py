@@ -297,6 +297,9 @@ def test_two_slots_run_two_device_stages_at_once(project, server):
     assert flow(project, server, "--slots", "2").returncode == 0
     at = moments(project)
     assert max(at["b", "begin"], at["c", "begin"]) < min(at["b", "end"], at["c", "end"])
+    # As after `dvc repro`, and not in the order in which they ended: e did long before b.
+    assert at["e", "end"] < at["b", "end"]
+    assert re.findall(r"^  (\w):", (project / "dvc.lock").read_text(), re.MULTILINE) == list(plan(project, []).needs)
 
 
 def test_the_flow_logs_how_far_it_is_and_how_long_it_will_take(project, server):
