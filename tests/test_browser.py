@@ -71,7 +71,7 @@ def test_a_run_started_in_the_form_runs_the_stage_that_was_chosen(page, services
     page.click("//button[contains(., 'Submit')]")
     runs = f"{services.api}/flow_runs/filter"
     run = within(120, lambda: [run for run in _ask(runs, {}) if run["state"]["type"] == "COMPLETED"])[0]
-    assert run["parameters"] == {"params": {"targets": ["deep"], "slots": 0, "force": False}}
+    assert run["parameters"] == {"params": {"targets": ["deep"], "slots": 0, "force": False, "pool": ""}}
     page.open(f"http://127.0.0.1:{services.prefect}/runs/flow-run/{run['id']}")
     page.wait_for("Completed")
     assert (services.folder / "out.txt").read_text() == "done"
