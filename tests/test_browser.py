@@ -78,18 +78,25 @@ def test_a_run_started_in_the_form_runs_the_stage_that_was_chosen(page, services
     (services.folder / "begun").unlink()
 
 
+def switch(page, services, *, on: bool) -> None:
+    """Click the schedule's switch, and again if the page was not ready for it."""
+    for _ in range(2):
+        page.click("//*[contains(@class, 'p-toggle')]")
+        if within(20, lambda: services.deployment["schedules"][0]["active"] is on):
+            return
+    raise AssertionError(f"the schedule is not {'on' if on else 'off'} after two clicks")
+
+
 def test_a_schedule_that_was_switched_on_is_on_after_a_restart(page, services):
     services.up()
     page.open(deployment(services))
     page.wait(lambda page: schedule_switch(page) is False)
-    page.click("//*[contains(@class, 'p-toggle')]")
-    assert within(20, lambda: services.deployment["schedules"][0]["active"])
+    switch(page, services, on=True)
     services("down")
     assert "schedule on (cron 0 2 * * *, UTC)" in services.up()
     page.open(deployment(services))
     page.wait(schedule_switch)
-    page.click("//*[contains(@class, 'p-toggle')]")
-    assert within(20, lambda: not services.deployment["schedules"][0]["active"])
+    switch(page, services, on=False)
 
 
 def test_a_run_cancelled_on_its_page_ends_its_stage_and_is_shown_as_cancelled(page, services, long_run):

@@ -4,7 +4,6 @@ Machines are clones on this one, with a HOME, a cache and settings of their own;
 remote connects them. `make test-cluster`.
 """
 
-import re
 import signal
 import time
 
@@ -28,7 +27,7 @@ def test_a_machine_that_is_killed_is_missed_and_its_stage_goes_on_elsewhere_from
     first.kill()
     second = cluster.machine("second")
     second.join("--slots", "2")
-    assert within(60, lambda: "no sign of life for 12 s; it is queued again" in cluster.head.log)
+    assert within(60, lambda: f"no sign of life for {LEASE_S} s; it is queued again" in cluster.head.log)
     noticed = time.time() - killed
     assert flow.wait(120) == 0, cluster.head.log[-3000:]
     assert cluster.happened("seed-0", "end") == cluster.happened("seed-1", "end") == ["second"]
@@ -106,8 +105,7 @@ def test_a_stage_whose_process_is_killed_runs_again_at_once(tmp_path, make):
     machine.join("--slots", "2")
     flow = cluster.flow()
     assert within(90, lambda: cluster.happened("seed-0", "begin") and cluster.happened("seed-1", "begin"))
-    run = re.search(r"/runs/flow-run/([0-9a-f-]{36})", machine.log)[1]
-    killed = next(p for p in machine.processes() if p.environ().get("PREFECT__FLOW_RUN_ID") == run)
+    killed = next(p for p in machine.processes() if "prefect.engine" in p.cmdline())
     killed.kill()
     assert within(LEASE_S, lambda: "it is queued again" in cluster.head.log), cluster.head.log[-2000:]
     assert flow.wait(120) == 0, cluster.head.log[-3000:]

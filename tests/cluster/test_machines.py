@@ -70,6 +70,7 @@ def test_a_machine_with_two_slots_runs_two_stages_and_a_third_waits(make):
     ]
 
 
+@pytest.mark.parametrize("what", ["flow", "stage"])
 def test_a_cancellation_in_the_ui_ends_the_stage_within_seconds(make, what):
     cluster = make(60)
     cluster.deploy()
@@ -115,7 +116,7 @@ def test_other_bytes_of_another_machine_are_reported_and_dvc_lock_decides(cluste
     done = cluster.reproduce("seed@0", "--force")
     assert done.returncode == 0, done.stderr[-3000:]
     line = re.search(
-        r"seed@0: other bytes: seeds/0 (\w+).* by second \(.+\); kept: seeds/0 (\w+).* by first \(.+\), as dvc.lock",
+        r"seed@0: other bytes: seeds/0 (\w+).* by second \(.+\); kept: seeds/0 (\w+).* by \w+ \(.+\), as dvc.lock",
         done.stderr,
     )
     assert line, done.stderr[-3000:]

@@ -17,7 +17,7 @@ import psutil
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
-LEASE_S = 12
+LEASE_S = 18
 OURS = ("MLFLOW", "PREFECT", "DVC", "MODELSTOCK")
 # Stages of a small project: two seeds on devices, which are slow where a file says so, and what needs both.
 PIPELINE = """
