@@ -143,7 +143,7 @@ def _stage(
     refuse_changed(root, about["machine"])
     if asked_to_end():
         return Crashed(name=OUT_OF_TIME, message="this machine's time is over")
-    with slot(root, int(os.environ.get(SLOTS_VARIABLE) or 0)) as (number, device), _alone(order, life, log):
+    with slot(root, int(os.environ.get(SLOTS_VARIABLE) or 0)) as (number, device), _alone(order, life, log) as waited:
         about = {**about, "slot": str(number), "stage": order.name}
         life.facts = about
 
@@ -152,6 +152,8 @@ def _stage(
             life.facts = {**about, "last line": text}
 
         transport = Transport(root)
+        if waited and not order.force and patiently(lambda: transport.results(order), log.warning):
+            return Completed(message=f"{about['machine']}: the run that it waited for has sent its result")
         times = [time.monotonic()]
         patiently(lambda: transport.take_inputs(order), log.warning)
         times.append(time.monotonic())
@@ -191,9 +193,9 @@ def _stage(
 
 
 @contextmanager
-def _alone(order: Order, life: _AtWork, log: Any) -> Iterator[None]:
+def _alone(order: Order, life: _AtWork, log: Any) -> Iterator[bool]:
     """Hold this stage's lock beside the resume points: a run that was given up may not have noticed yet, and two would
-    write the same ones. Its machine's end frees it, also where the folder is shared by NFS."""
+    write the same ones. Its machine's end frees it, also where the folder is shared by NFS. Gives whether it waited."""
     file = SCRATCH.absolute() / "runs" / f"{order.key}.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a") as lock:
@@ -210,7 +212,7 @@ def _alone(order: Order, life: _AtWork, log: Any) -> Iterator[None]:
             except OSError as error:  # a file system without locks
                 log.warning("%s: %s: runs of it at the same time would not notice each other", file, error.strerror)
                 break
-        yield
+        yield waits
 
 
 def _resume_points(order: Order, parent: UUID | None) -> Path | None:

@@ -77,7 +77,7 @@ def test_a_server_that_is_killed_and_started_again_loses_no_stage(tmp_path):
 
 
 def test_a_flow_that_is_killed_takes_its_stages_with_it_and_another_run_goes_on(tmp_path, make):
-    cluster = make(18, MODELSTOCK_SCRATCH=str(tmp_path / "scratch"))
+    cluster = make(40, MODELSTOCK_SCRATCH=str(tmp_path / "scratch"))
     cluster.deploy()
     first, second = cluster.machine("first"), cluster.machine("second")
     first.join("--slots", "2")
