@@ -67,7 +67,7 @@ browser: setup
 
 # One experiment on several machines, which are clones on this one: PostgreSQL, OpenSSH's server and Slurm from Debian.
 test-cluster: setup
-	$(BIN)/python -m pytest -n 2 -rs -m cluster tests/cluster tests/test_head.py
+	$(BIN)/python -m pytest -n 3 -rs -m cluster tests/cluster tests/test_head.py
 
 # The tests marked gpu, and images per second, on a machine with a GPU; without one it says so and fails.
 gpu-check: setup
