@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 def test_a_machine_that_is_killed_is_missed_and_its_stage_goes_on_elsewhere_from_its_resume_point(tmp_path, make):
-    cluster = make(12, MODELSTOCK_SCRATCH=str(tmp_path / "scratch"))
+    cluster = make(25, MODELSTOCK_SCRATCH=str(tmp_path / "scratch"))
     cluster.deploy()
     first = cluster.machine("first")
     first.join("--slots", "2")
@@ -52,7 +52,7 @@ def test_a_server_that_is_killed_and_started_again_loses_no_stage(tmp_path):
     home, port = tmp_path / "server", free_port()
     home.mkdir()
     with prefect_server(home, port) as env:
-        cluster = Cluster(tmp_path / "cluster", toy(str(tmp_path / "cluster/remote"), 15), env)
+        cluster = Cluster(tmp_path / "cluster", toy(str(tmp_path / "cluster/remote"), 25), env)
         cluster.deploy()
         machine = cluster.machine("first")
         machine.join("--slots", "2")
@@ -99,7 +99,7 @@ def test_a_flow_that_is_killed_takes_its_stages_with_it_and_another_run_goes_on(
 
 
 def test_a_stage_whose_process_is_killed_runs_again_at_once(tmp_path, make):
-    cluster = make(10)
+    cluster = make(20)
     cluster.deploy()
     machine = cluster.machine("first")
     machine.join("--slots", "2")
@@ -113,7 +113,7 @@ def test_a_stage_whose_process_is_killed_runs_again_at_once(tmp_path, make):
 
 
 def test_a_machine_whose_time_is_over_saves_leaves_and_another_goes_on(tmp_path, make):
-    cluster = make(10, MODELSTOCK_SCRATCH=str(tmp_path / "scratch"))
+    cluster = make(20, MODELSTOCK_SCRATCH=str(tmp_path / "scratch"))
     cluster.deploy()
     first, second = cluster.machine("first"), cluster.machine("second")
     first.join("--slots", "2")
