@@ -35,8 +35,8 @@ class NoAnswerError(ModelstockError):
 
 
 @contextmanager
-def asking() -> Iterator[SyncPrefectClient]:
-    """A client that asks once: Prefect's own asks a dead server for a minute, and nothing else happens meanwhile.
+def asked_once() -> Iterator[None]:
+    """Clients in the block ask once: Prefect's own asks a dead server for a minute, and nothing else happens meanwhile.
 
     Raises:
         NoAnswerError: the server does not answer, or says that it cannot now.
@@ -44,8 +44,8 @@ def asking() -> Iterator[SyncPrefectClient]:
     """
     place = f"Prefect at {redacted(PREFECT_API_URL.value() or '')}"
     try:
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
-            yield client
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            yield
     except httpx.TransportError as error:
         raise NoAnswerError(
             place, got=f"{type(error).__name__}: {error}", expected="an answer", cure="start it again"
@@ -56,6 +56,17 @@ def asking() -> Iterator[SyncPrefectClient]:
             raise NoAnswerError(place, got=f"HTTP {code}", expected="an answer", cure="see its log") from error
         cure = "set PREFECT_API_AUTH_STRING to its user:password" if code == 401 else "see its log"
         raise FlowError(place, got=f"HTTP {code}", expected="an answer", cure=cure) from error
+
+
+@contextmanager
+def asking() -> Iterator[SyncPrefectClient]:
+    """A client that asks once.
+
+    Raises:
+        NoAnswerError, FlowError: as `asked_once`.
+    """
+    with asked_once(), get_client(sync_client=True) as client:
+        yield client
 
 
 def lease_s() -> float:

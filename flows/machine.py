@@ -145,7 +145,7 @@ def slot(root: Path, slots: int) -> Iterator[tuple[int, dict[str, str]]]:
     folder = root / SLOT_FILES
     folder.mkdir(parents=True, exist_ok=True)
     for number, device in enumerate(devices(slots)):
-        file = _locked(folder / str(number))
+        file = locked(folder / str(number))
         if file is not None:
             with file:
                 yield number, device
@@ -155,7 +155,7 @@ def slot(root: Path, slots: int) -> Iterator[tuple[int, dict[str, str]]]:
     )
 
 
-def _locked(path: Path) -> IO[str] | None:
+def locked(path: Path) -> IO[str] | None:
     """A file that this process alone holds; None if another does."""
     file = open(path, "a")  # noqa: SIM115  (held until the slot is free)
     try:

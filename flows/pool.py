@@ -36,6 +36,7 @@ from flows.life import (
     Life,
     NoAnswerError,
     Signs,
+    asked_once,
     asking,
     facts,
     lease_s,
@@ -164,7 +165,7 @@ class Pool:
             # Without a password: each machine has its own way to log in.
             "tracking": tracking if tracking.startswith("http") and "@" not in tracking else "",
         }
-        with asking():  # of its errors, `run_deployment`'s own client has the same
+        with asked_once():
             run: Any = run_deployment(
                 f"stage/{self.name}",
                 parameters=parameters,

@@ -4,13 +4,12 @@ What it reads and wrote goes through the DVC remote (flows/transport.py); throug
 the log, and a sign of life.
 """
 
-import fcntl
 import os
 import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from flows.machine import (
     UnfitError,
     description,
     identity,
+    locked,
     refuse_changed,
     refuse_other,
     slot,
@@ -198,20 +198,20 @@ def _alone(order: Order, life: _AtWork, log: Any) -> Iterator[bool]:
     write the same ones. Its machine's end frees it, also where the folder is shared by NFS. Gives whether it waited."""
     file = SCRATCH.absolute() / "runs" / f"{order.key}.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a") as lock:
-        waits = False
-        while not life.ending:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waits:
-                    log.info("%s: waits for a run of it that was given up and has not ended yet", order.name)
-                waits = True
-                time.sleep(1)
-            except OSError as error:  # a file system without locks
-                log.warning("%s: %s: runs of it at the same time would not notice each other", file, error.strerror)
-                break
+    lock, waits = None, False
+    while not life.ending:
+        try:
+            lock = locked(file)
+        except OSError as error:  # a file system without locks
+            log.warning("%s: %s: runs of it at the same time would not notice each other", file, error.strerror)
+            break
+        if lock:
+            break
+        if not waits:
+            log.info("%s: waits for a run of it that was given up and has not ended yet", order.name)
+        waits = True
+        time.sleep(1)
+    with lock or nullcontext():
         yield waits
 
 
