@@ -25,6 +25,7 @@ import typer
 from ruamel.yaml import YAML
 
 from flows import head
+from flows.command import run_command
 from modelstock.errors import ModelstockError, ParamsError, TrackingError, redacted
 from modelstock.files import write_json
 from modelstock.params import load_params
@@ -546,8 +547,4 @@ def status() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        app(standalone_mode=True)
-    except ModelstockError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(app)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from flows.command import run_command
 from modelstock.errors import ModelstockError, closest
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -253,8 +254,4 @@ def submit(
 
 
 if __name__ == "__main__":
-    try:
-        app(standalone_mode=True)
-    except ModelstockError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_command(app)

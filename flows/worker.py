@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.children import GUARD
+from flows.command import run_command
 from flows.graph import FlowError
 from flows.machine import (
     DRAIN_VARIABLE,
@@ -32,7 +33,6 @@ from flows.machine import (
     refuse_other,
 )
 from flows.workspace import ready
-from modelstock.errors import ModelstockError
 from modelstock.files import SCRATCH, atomic_path
 from modelstock.stopping import VARIABLE
 
@@ -276,10 +276,4 @@ def status(server: Server, pool: PoolName = "gpu") -> None:
 
 
 if __name__ == "__main__":
-    try:
-        app(standalone_mode=True)
-    except ModelstockError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(app)

@@ -75,9 +75,7 @@ def test_a_cancellation_in_the_ui_ends_the_stage_within_seconds(make, what):
     cluster = make(60)
     cluster.deploy()
     machine = cluster.machine("first")
-    machine.join("--slots", "2")
-    flow = cluster.flow()
-    assert within(90, lambda: cluster.happened("seed-0", "begin") and cluster.happened("seed-1", "begin"))
+    flow = cluster.flow_on(machine)
     run_id = re.search(r"/flow-run/([0-9a-f-]{36})", cluster.head.log)[1]
     api = cluster.env["PREFECT_API_URL"]
     if what == "stage":

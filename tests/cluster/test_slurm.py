@@ -59,7 +59,7 @@ class Project:
         self.folder, self.slurm, self.clones = folder / "project", slurm, folder / "modelstock-pilots"
         (folder / "starts").mkdir(parents=True)
         (self.folder / "flows").mkdir(parents=True)
-        for file in ("flows/__init__.py", "flows/slurm.py"):
+        for file in ("flows/__init__.py", "flows/command.py", "flows/slurm.py"):
             shutil.copy(ROOT / file, self.folder / file)
         shutil.copytree(ROOT / "deploy/slurm", self.folder / "deploy/slurm")
         (self.folder / "flows/worker.py").write_text(WORKER)

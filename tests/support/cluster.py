@@ -218,6 +218,13 @@ class Cluster:
         """A flow in the background, its output in the head's log."""
         return self.head.start("flows.reproduce", "--pool", "gpu", *options)
 
+    def flow_on(self, machine: Machine) -> subprocess.Popen:
+        """A flow in the background whose two seeds this machine, which joins for it, has begun."""
+        machine.join("--slots", "2")
+        flow = self.flow()
+        assert within(90, lambda: self.happened("seed-0", "begin") and self.happened("seed-1", "begin"))
+        return flow
+
     def deploy(self) -> None:
         """What `make head` does once its services run."""
         script = "import sys; from flows.pool import deploy; deploy(sys.argv[1])"
