@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import psutil
@@ -19,6 +18,7 @@ from flows.graph import FlowError, choices, plan
 from flows.progress import TIMES, read_times
 from flows.services import _ask, alive
 from modelstock.files import write_json
+from tests.support.cluster import prefect_server
 from tests.support.ports import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -86,32 +86,15 @@ def project(tmp_path, monkeypatch):
 def server(tmp_path_factory):
     """One Prefect server for the module: starting one a flow would cost most of the time."""
     home = tmp_path_factory.mktemp("prefect")
-    port = free_port()
-    env = {
-        **os.environ,
-        "PREFECT_HOME": str(home),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PYTHONPATH": str(ROOT),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "true",
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(f"{env['PREFECT_API_URL']}/health", timeout=1)
-            break
-        except OSError:
-            time.sleep(0.2)
-    yield env
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait()
+    with prefect_server(home) as api:
+        yield {
+            **os.environ,
+            **api,
+            "PREFECT_HOME": str(home),
+            "PYTHONPATH": str(ROOT),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "true",
+        }
 
 
 def flow(project, env, *arguments, **options):
